@@ -1,0 +1,36 @@
+"""stylemill: a Parquet manifest of content × style pairs in, a dataset of stylized images out.
+
+>>> import stylemill
+>>> stylemill.run("jobs/quickstart.yaml")          # doctest: +SKIP
+
+Importing this package loads neither torch nor ray; the first call that needs them does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stylemill.engine import Engine
+    from stylemill.plan import plan
+    from stylemill.report.status import status
+    from stylemill.run import run
+    from stylemill.store.verify import verify
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "plan", "run", "status", "verify"]
+
+_HOMES = {
+    "Engine": "stylemill.engine",
+    "plan": "stylemill.plan",
+    "run": "stylemill.run",
+    "status": "stylemill.report.status",
+    "verify": "stylemill.store.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'stylemill' has no attribute {name!r}")
