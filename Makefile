@@ -1,0 +1,49 @@
+# make quickstart   real photos × real styles, from manifest to contact sheet; type it again to resume
+# make test         the whole test suite; ARGS="-k resume" is handed to pytest
+# make check        format, lint, types, and the walls between modules
+#
+# Each makes .venv when there is none and installs what it needs into it, once. PYTHON=python3.12 picks another Python.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test check
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+quickstart: $(VENV)/.run runs/models/demo/model_index.json
+	$(BIN)/stylemill plan jobs/quickstart.yaml
+	$(BIN)/stylemill run jobs/quickstart.yaml $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+	$(BIN)/python -m pytest tests/test_layers.py
+
+runs/models/demo/model_index.json: | $(VENV)/.run
+	$(BIN)/stylemill demo-model runs/models/demo
+
+# Stamps: written after a whole installation, older than these two files when it must be renewed.
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP) -e '.[test]'
+	@touch $(VENV)/.run $@
+
+# pip and not python is the target: venv writes it last, so that an interrupted one is made again.
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "stylemill needs Python 3.11 or newer; there is no $(PYTHON)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "stylemill needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name a newer one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
