@@ -1,0 +1,99 @@
+"""The embedded model: deterministic, complete, and shaped like Stable Diffusion 1.x."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.errors import ModelError
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
+
+
+def _part(cls, model: Path, name: str):
+    kwargs = {} if name in ("tokenizer", "scheduler") else {"use_safetensors": True}
+    return cls.from_pretrained(model / name, local_files_only=True, **kwargs)
+
+
+def test_same_seed_same_bytes_and_nothing_else_touched(model, tmp_path, capfd):
+    before = torch.random.get_rng_state()
+    again = write_demo_model(str(tmp_path / "again"))
+    other = write_demo_model(tmp_path / "other", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert _files(again) == _files(model)
+    assert (
+        _files(other)["unet/diffusion_pytorch_model.safetensors"]
+        != _files(model)["unet/diffusion_pytorch_model.safetensors"]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "other"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_are_safetensors_only(model):
+    suffixes = {Path(name).suffix for name in _files(model)}
+    assert suffixes == {".safetensors", ".json", ".txt"}
+
+
+def test_a_complete_folder_is_left_and_any_other_refused(model, tmp_path):
+    folder = write_demo_model(tmp_path / "demo")
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    write_demo_model(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+    with pytest.raises(ModelError, match="not a complete demo model of seed 1"):
+        write_demo_model(folder, seed=1)
+    (folder / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="delete it"):
+        write_demo_model(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError):
+        write_demo_model(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert _files(write_demo_model(tmp_path / "empty")) == _files(model)
+
+
+def test_tokenizer(model):
+    tokenizer = _part(CLIPTokenizer, model, "tokenizer")
+    assert tokenizer.model_max_length == 77
+    assert tokenizer.convert_ids_to_tokens(tokenizer("").input_ids) == ["<|startoftext|>", "<|endoftext|>"]
+    assert tokenizer.decode(tokenizer("a painting").input_ids, skip_special_tokens=True).replace(" ", "") == "apainting"
+    assert tokenizer("a painting").input_ids != tokenizer("ä painting").input_ids
+    padded = tokenizer("a painting", padding="max_length", truncation=True).input_ids
+    assert len(padded) == 77
+    encoder = _part(CLIPTextModel, model, "text_encoder")
+    assert encoder(torch.tensor([padded]))[0].shape == (1, 77, 32)
+
+
+def test_sampling_stays_finite_and_pictures_pass_the_vae(model):
+    unet = _part(UNet2DConditionModel, model, "unet")
+    vae = _part(AutoencoderKL, model, "vae")
+    scheduler = _part(DDIMScheduler, model, "scheduler")
+    assert sum(".attn1." in name for name in unet.attn_processors) == 16
+    assert all(layer.heads > 1 for name, layer in unet.named_modules() if name.endswith("attn1"))
+    scheduler.set_timesteps(50)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            noise = unet(latents, timestep, torch.zeros(2, 77, 32)).sample
+            latents = scheduler.step(noise, timestep, latents).prev_sample
+        assert 0.05 < latents.std() < 4
+
+        ramp = torch.linspace(-0.8, 0.8, 64).repeat(64, 1)  # (64, 64), dark left, bright right
+        pictures = torch.stack([torch.stack([ramp, -ramp, ramp.T]), torch.stack([-ramp, ramp.T, ramp])])
+        encoded = vae.encode(pictures).latent_dist.mean
+        assert encoded.shape == (2, 4, 8, 8)
+        assert 0.3 < (encoded * vae.config.scaling_factor).std() < 3
+        decoded = vae.decode(encoded).sample
+    assert (decoded.abs() > 1).float().mean() < 0.1
+    assert torch.corrcoef(torch.stack([decoded.flatten(), pictures.flatten()]))[0, 1] > 0.9
