@@ -31,6 +31,7 @@ MANIFEST = "demo.json"  # names the seed and the digest of every other file; a f
 # Parts of a residual branch that write into the stream: kept small, so that depth does not drown the identity path.
 _RESIDUAL_OUTPUTS = tuple(f"{name}.weight" for name in ("conv2", "proj_out", "to_out.0", "net.2", "out_proj", "fc2"))
 _RESIDUAL_GAIN = 0.35
+_NOISE_GAIN = 1.15  # sampling then ends at latents of about unit size, with room for the guidance to be seen
 
 
 def write_demo_model(folder: str | Path, seed: int = 0) -> Path:
@@ -208,9 +209,9 @@ def _open_unet(unet: Any) -> None:
         unet.conv_in.weight[plus, latent, 1, 1], unet.conv_in.weight[minus, latent, 1, 1] = 1, -1
     last = unet.up_blocks[-1].resnets[-1].conv_shortcut.weight  # (32, 32 of the stream + 32 of the skip, 1, 1)
     _set_identity(last, range(8), range(32, 40))
-    unet.conv_out.weight *= 0.3
+    unet.conv_out.weight *= 0.15
     for latent, (plus, minus) in enumerate(pairs):
-        unet.conv_out.weight[latent, plus, 1, 1], unet.conv_out.weight[latent, minus, 1, 1] = 1, -1
+        unet.conv_out.weight[latent, plus, 1, 1], unet.conv_out.weight[latent, minus, 1, 1] = _NOISE_GAIN, -_NOISE_GAIN
 
 
 def _open_encoder(encoder: Any) -> None:
