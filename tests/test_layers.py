@@ -1,0 +1,197 @@
+"""Imports run one way (docs/design.md, House). A room is a module or folder directly below the package.
+
+Read from the source, so that an import inside a function counts too; one under `if TYPE_CHECKING` does not, for it
+never runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import stylemill
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pipeline" / "stylemill"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LONGEST = 350  # lines; what is longer is two rooms
+
+# What each room may import of the others, lowest first. A new room gets its place here.
+GROUND = {"errors", "settings", "model_files"}
+BESIDE = {"job", "manifest", "images", "store", "engine"}  # stand on the ground and do not know one another
+MAY_KNOW: dict[str, set[str]] = {
+    "__init__": set(),  # lazy: its public names are looked up when asked for
+    "errors": set(),
+    "settings": {"errors"},
+    "model_files": {"errors", "settings"},
+    **dict.fromkeys(BESIDE, GROUND),
+    "plan": GROUND | {"job", "manifest", "store"},
+    "report": GROUND | {"job", "manifest", "store", "images"},
+    "shard": GROUND | {"plan", "job", "manifest", "images", "store", "engine"},
+    "cluster": GROUND | BESIDE | {"plan", "shard"},
+    "run": GROUND | BESIDE | {"plan", "report", "shard", "cluster"},
+    "cli": GROUND | BESIDE | {"plan", "report", "shard", "cluster", "run"},
+    "__main__": {"cli"},
+}
+
+# Where the heavy libraries may be imported, and nowhere else.
+TORCH_ROOMS = {"engine"}
+ONLY_IN: dict[str, set[str]] = {
+    "torch": TORCH_ROOMS,
+    "diffusers": TORCH_ROOMS,
+    "transformers": TORCH_ROOMS,
+    "accelerate": TORCH_ROOMS,
+    "ray": {"cluster"},
+    "pyarrow": {"manifest", "store", "plan", "shard", "report"},
+}
+
+
+def name_of(module: Path) -> str:
+    """Dotted name of a source file: `stylemill.store.commit`; a package's own file is the package."""
+    parts = module.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(module) for module in MODULES}
+
+
+def room_of(name: str) -> str:
+    return [*name.split("."), "__init__"][1]
+
+
+def imports_of(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything that the source of `module` can import when it runs."""
+    unseen = [ast.parse(source)]
+    while unseen:
+        node: ast.AST = unseen.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            unseen.extend(node.orelse)
+            continue
+        unseen.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: None if is_package else -1]
+            above = base[: len(base) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, resolve(f"{origin}.{alias.name}")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from ((node.lineno, str(name.value)) for name in node.args[:1] if isinstance(name, ast.Constant))
+
+
+def resolve(name: str) -> str:
+    """Where `from a.b import c` leads: to a module of ours, to the home of a lazy public name, else to a.b."""
+    origin, _, last = name.rpartition(".")
+    if origin == "stylemill" and last in stylemill._HOMES:
+        return stylemill._HOMES[last]
+    return name if name in NAMES else origin
+
+
+IMPORTS = [
+    (module, line, imported)
+    for module in MODULES
+    for line, imported in imports_of(module.read_text("utf-8"), name_of(module), module.stem == "__init__")
+]
+
+
+def where(module: Path, line: int) -> str:
+    return f"{module.relative_to(ROOT)}:{line}"
+
+
+def test_the_reader_of_imports_sees_what_it_must():
+    source = """
+from __future__ import annotations
+import torch.nn as nn
+from stylemill import __version__, errors, run
+from ..job import Job
+from .. import settings
+from . import RunPaths
+if TYPE_CHECKING:
+    import ray
+else:
+    import pyarrow
+def late():
+    from PIL import Image
+    importlib.import_module("diffusers")
+"""
+    seen = [imported for _, imported in sorted(imports_of(source, "stylemill.store.paths"))]
+    assert seen == [
+        *("__future__", "torch.nn"),
+        *("stylemill", "stylemill.errors", "stylemill.run"),
+        *("stylemill.job", "stylemill.settings", "stylemill.store"),
+        *("pyarrow", "PIL", "diffusers"),
+    ]
+
+
+def test_every_room_has_its_place():
+    homeless = {room_of(name) for name in NAMES} - MAY_KNOW.keys()
+    assert not homeless, f"give these a place in MAY_KNOW and in docs/design.md: {sorted(homeless)}"
+
+
+def test_imports_run_one_way():
+    crossings = [
+        f"{where(module, line)}: {room_of(name_of(module))} imports {imported}"
+        for module, line, imported in IMPORTS
+        if imported.split(".")[0] == "stylemill" and imported != "stylemill"
+        if room_of(imported) not in MAY_KNOW[room_of(name_of(module))] | {room_of(name_of(module))}
+    ]
+    assert not crossings, "\n".join(crossings)
+
+
+def test_heavy_libraries_stay_in_their_rooms():
+    crossings = [
+        f"{where(module, line)}: {imported} is imported only in {sorted(ONLY_IN[imported.split('.')[0]])}"
+        for module, line, imported in IMPORTS
+        if room_of(name_of(module)) not in ONLY_IN.get(imported.split(".")[0], MAY_KNOW)
+    ]
+    # safetensors itself is free of torch; its torch face is not.
+    crossings += [
+        f"{where(module, line)}: safetensors.torch imports torch"
+        for module, line, imported in IMPORTS
+        if imported.startswith("safetensors.torch") and room_of(name_of(module)) not in TORCH_ROOMS
+    ]
+    assert not crossings, "\n".join(crossings)
+
+
+def test_third_party_imports_are_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {canonical(re.split(r"[\[<>=!~; ]", dependency)[0]) for dependency in project["dependencies"]}
+    providers = packages_distributions()
+    undeclared = [
+        f"{where(module, line)}: {imported} is not in pyproject.toml's dependencies"
+        for module, line, imported in IMPORTS
+        if (top := imported.split(".")[0]) not in sys.stdlib_module_names | {"stylemill"}
+        if not declared & {canonical(distribution) for distribution in providers.get(top, [])}
+    ]
+    assert not undeclared, "\n".join(undeclared)
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=name_of)
+def test_module_is_short_and_says_what_it_is(module: Path):
+    source = module.read_text("utf-8")
+    assert ast.get_docstring(ast.parse(source)), f"{module.relative_to(ROOT)} has no docstring"
+    lines = len(source.splitlines())
+    assert lines <= LONGEST, f"{module.relative_to(ROOT)}: {lines} lines, {LONGEST} at most: make two of it"
+
+
+def test_storage_runs_without_torch_and_ray():
+    """The walls hold for what is loaded in the end too, through whatever library: seen from a fresh interpreter."""
+    joining = {"shard", "cluster", "run", "__main__"}
+    names = sorted(name for name in NAMES if room_of(name) not in TORCH_ROOMS | joining)
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "diffusers"} & set(loaded)
