@@ -1,0 +1,255 @@
+"""Attention distillation the naive way: the oracle that the engine is compared with.
+
+Written from the equations of arXiv 2502.20235 alone, for reading rather than speed: one pair at a time, no cache, no
+batch, no lockstep, attention written out, plain forward hooks, `torch.optim.Adam`. Every feature is computed again for
+every pair and step. It shares no code with the engine; pair, settings and noise are known by their attributes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+USED_LAYERS = 6  # the last six self-attention layers in running order
+
+
+@dataclass(frozen=True)
+class Model:
+    """The frozen parts of a Stable-Diffusion-1.x-shaped model folder, all in one precision."""
+
+    unet: Any
+    vae: Any
+    tokenizer: Any
+    text_encoder: Any
+    scheduler_config: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float64) -> Model:
+        def frozen(kind: Any, part: str) -> Any:
+            return kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).eval().requires_grad_(False)
+
+        return cls(
+            unet=frozen(UNet2DConditionModel, "unet"),
+            vae=frozen(AutoencoderKL, "vae"),
+            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            text_encoder=frozen(CLIPTextModel, "text_encoder"),
+            scheduler_config=dict(DDIMScheduler.load_config(folder, subfolder="scheduler")),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype  # type: ignore[no-any-return]
+
+    def scheduler(self, steps: int) -> Any:
+        scheduler = DDIMScheduler.from_config(self.scheduler_config, timestep_spacing="leading")
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Tensor:  # (1, tokens, width)
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self.text_encoder(ids.input_ids)[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def encode_image(self, pixels: np.ndarray[Any, Any]) -> Tensor:  # (H, W, 3) uint8 -> (1, C, h, w)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.dtype) / 127.5 - 1
+        return self.vae.encode(image).latent_dist.mean * self.vae.config.scaling_factor  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray[Any, Any]:  # (1, C, h, w) -> (H, W, 3) whole numbers from 0 to 255
+        image = self.vae.decode(latents / self.vae.config.scaling_factor).sample[0].permute(1, 2, 0)
+        return ((image + 1) * 127.5).clamp(0, 255).round().to(int).numpy()  # type: ignore[no-any-return]
+
+
+class Layer(NamedTuple):
+    """What one self-attention layer computed, each (1, heads, tokens, head_dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+
+@dataclass
+class Trace:
+    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w)."""
+
+    latents: list[Tensor] = field(default_factory=list)
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
+
+
+def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS) -> list[Layer]:
+    """Run the UNet with the null prompt; the last `count` self-attention layers, in the order in which they ran."""
+    running: list[dict[str, Tensor]] = []
+
+    def heads(attn: Any, x: Tensor) -> Tensor:  # (1, tokens, heads * head_dim) -> (1, heads, tokens, head_dim)
+        return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+    def hook(attn: Any) -> list[Any]:
+        def begins(*_: Any) -> None:
+            running.append({})
+
+        def keep(name: str) -> Any:
+            return lambda _module, _inputs, output: running[-1].__setitem__(name, heads(attn, output))
+
+        def merged(_module: Any, inputs: Any) -> None:  # what enters the output projection: the heads side by side
+            running[-1]["out"] = heads(attn, inputs[0])
+
+        return [
+            attn.register_forward_pre_hook(begins),
+            attn.to_q.register_forward_hook(keep("q")),
+            attn.to_k.register_forward_hook(keep("k")),
+            attn.to_v.register_forward_hook(keep("v")),
+            attn.to_out[0].register_forward_pre_hook(merged),
+        ]
+
+    hooks = [
+        handle for name, module in model.unet.named_modules() if name.endswith(".attn1") for handle in hook(module)
+    ]
+    try:
+        model.unet(latent, timestep, encoder_hidden_states=model.encode_prompt(""))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return [Layer(**kept) for kept in running][-count:]
+
+
+def total_loss(
+    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, content_weight: float
+) -> Tensor:
+    """L_AD + λ · L_content, summed over layers (eqs. 3-5)."""
+    loss = torch.zeros((), dtype=target[0].q.dtype)
+    for i, (q, k, v, _) in enumerate(target):
+        style_k = torch.cat([style[i].k for style in styles], dim=2)
+        style_v = torch.cat([style[i].v for style in styles], dim=2)
+        ideal = attend(q, style_k, style_v).detach()
+        loss = loss + (attend(q, k, v) - ideal).abs().mean()
+        if content is not None:
+            loss = loss + content_weight * (q - content[i].q).abs().mean()
+    return loss
+
+
+class NaivePair:
+    """One pair before the model: its clean latents, its embeddings, its noise."""
+
+    def __init__(self, model: Model, pair: Any, settings: Any, noise: Any) -> None:
+        self.model, self.pair, self.settings, self.noise = model, pair, settings, noise
+        self.scheduler = model.scheduler(settings.steps)
+        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+        self.styles = [model.encode_image(image.pixels) for image in pair.styles]
+        self.content = None if pair.content is None else model.encode_image(pair.content.pixels)
+        weight = pair.content_weight
+        self.content_weight: float = settings.content_weight if weight is None else weight
+
+    def tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(self.model.dtype)[None]
+
+    def initial_latents(self) -> Tensor:
+        width, height = self.pair.size
+        factor = 2 ** (len(self.model.vae.config.block_out_channels) - 1)
+        shape = (self.model.unet.config.in_channels, height // factor, width // factor)
+        return self.tensor(self.noise.initial_latents(self.pair, shape)) * self.scheduler.init_noise_sigma
+
+    def noised(self, clean: Tensor, image: Any, step: int) -> Tensor:
+        """The image's latent at the timestep that `step` arrives at, with the image's own noise."""
+        noise = self.tensor(self.noise.image_noise(image.digest, step, tuple(clean.shape[1:])))
+        return self.scheduler.add_noise(clean, noise, torch.tensor([self.next_timestep(step)]))  # type: ignore[no-any-return]
+
+    def noised_styles(self, step: int) -> list[Tensor]:
+        return [self.noised(clean, image, step) for clean, image in zip(self.styles, self.pair.styles, strict=True)]
+
+    def next_timestep(self, step: int) -> int:
+        return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
+
+    @torch.no_grad()
+    def denoise(self, z: Tensor, timestep: int) -> Tensor:
+        """One DDIM step, with classifier-free guidance when its scale is above 1."""
+        scale = self.settings.guidance_scale
+        unet, encode = self.model.unet, self.model.encode_prompt
+        epsilon = unet(z, timestep, encoder_hidden_states=encode(self.pair.prompt)).sample
+        if scale > 1:
+            negative = unet(z, timestep, encoder_hidden_states=encode(self.pair.negative_prompt)).sample
+            epsilon = negative + scale * (epsilon - negative)
+        return self.scheduler.step(epsilon, timestep, z, eta=0.0).prev_sample  # type: ignore[no-any-return]
+
+    def gradient(self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None) -> Tensor:
+        """∂L_total/∂z at `timestep`, features of style and content latents computed anew."""
+        with torch.no_grad():
+            style_layers = [layers(self.model, style, timestep) for style in styles]
+            content_layers = None if content is None else layers(self.model, content, timestep)
+        z = z.detach().clone().requires_grad_(True)
+        loss = total_loss(layers(self.model, z, timestep), style_layers, content_layers, self.content_weight)
+        (gradient,) = torch.autograd.grad(loss, z)
+        return gradient
+
+    def guided_gradient(self, z: Tensor, step: int) -> Tensor:
+        """The gradient of guided sampling: everything noised to the timestep that `step` arrives at."""
+        content = None if self.content is None else self.noised(self.content, self.pair.content, step)
+        return self.gradient(z, self.next_timestep(step), self.noised_styles(step), content)
+
+
+def adain(z: Tensor, styles: Sequence[Tensor]) -> Tensor:
+    """Give z the channel mean and unbiased std of the styles' latents, pooled over all of them."""
+    pooled = torch.cat([style.flatten(2) for style in styles], dim=2)  # (1, C, sum of h * w)
+    mean, std = z.mean(dim=(2, 3), keepdim=True), z.std(dim=(2, 3), keepdim=True)
+    return (z - mean) / (std + 1e-6) * pooled.std(dim=2)[..., None, None] + pooled.mean(dim=2)[..., None, None]
+
+
+def adam(z: Tensor, learning_rate: float) -> torch.optim.Adam:
+    return torch.optim.Adam([z], lr=learning_rate, betas=(0.9, 0.999), eps=1e-8)
+
+
+def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    """Guided sampling of one pair: a DDIM step, AdaIN, then a fresh Adam at the timestep arrived at."""
+    naive, trace = NaivePair(model, pair, settings, noise), Trace()
+    z = naive.initial_latents()
+    for step, timestep in enumerate(naive.timesteps):
+        z = naive.denoise(z, timestep)
+        if step >= settings.start_step:
+            if settings.adain:
+                z = adain(z, naive.noised_styles(step))
+            optimizer = adam(z, settings.learning_rate)
+            for _ in range(settings.iterations):
+                z.grad = naive.guided_gradient(z, step)
+                trace.gradients.append(z.grad.clone())
+                optimizer.step()
+        trace.latents.append(z.detach().clone())
+    return trace
+
+
+def naive_optimization(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    """Latent optimization of one pair: one Adam for the whole run, features of clean latents at falling timesteps."""
+    naive, trace = NaivePair(model, pair, settings, noise), Trace()
+    z = naive.initial_latents() if naive.content is None else naive.content.clone()
+    optimizer = adam(z, settings.learning_rate)
+    for timestep in naive.timesteps:
+        for _ in range(settings.iterations):
+            z.grad = naive.gradient(z, timestep, naive.styles, naive.content)
+            trace.gradients.append(z.grad.clone())
+            optimizer.step()
+        trace.latents.append(z.detach().clone())
+    return trace
+
+
+def naive_sample(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    naive = {"guided": naive_guided, "optimization": naive_optimization}[settings.method]
+    return naive(model, pair, settings, noise)
+
+
+def naive_gradient(model: Model, pair: Any, settings: Any, noise: Any, latents: Tensor, step: int) -> Tensor:
+    """∂L_total/∂z of guided sampling at `latents` (1, C, h, w) after the DDIM step of number `step`."""
+    return NaivePair(model, pair, settings, noise).guided_gradient(latents.to(model.dtype), step)

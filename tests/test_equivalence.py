@@ -1,0 +1,306 @@
+"""The lockstep engine against the naive oracle: same equations, none of the sharing, batching or caching.
+
+Whole runs are compared in float64, where only the equations can differ. In float32 just the gradient of a step is
+compared, from the same latents: Adam's sign-like steps amplify rounding along a trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.settings import Sampling
+
+EXACT = {"rtol": 0.0, "atol": 1e-8}
+SIZE = (64, 64)  # pixels; latents of 8 x 8
+
+
+def image(number: int) -> InputImage:
+    """A picture of large soft patches with some grain, another for each number."""
+    random = np.random.default_rng(number)
+    patches = np.kron(random.integers(30, 226, (4, 4, 3)), np.ones((SIZE[1] // 4, SIZE[0] // 4, 1)))
+    pixels = patches + random.integers(-30, 30, patches.shape)
+    return InputImage(f"image {number}", pixels.astype(np.uint8))
+
+
+CONTENTS = [image(1), image(2), image(3)]
+STYLES = [image(11), image(12), image(13)]
+TILE = [Pair((style,), SIZE, content) for content in CONTENTS for style in STYLES]
+# Everything that may differ inside a shard: no content, two styles, prompts, seeds and λ of their own.
+MIXED = [
+    Pair((STYLES[0],), SIZE, CONTENTS[0], prompt="a lighthouse"),
+    Pair((STYLES[1],), SIZE, CONTENTS[0], content_weight=0.5),
+    Pair((STYLES[2], STYLES[0]), SIZE, CONTENTS[0], seed=7),
+    Pair((STYLES[0],), SIZE, prompt="a lighthouse", negative_prompt="blurry"),
+    Pair((STYLES[1], STYLES[2]), SIZE),
+    Pair((STYLES[2],), SIZE, seed=8, prompt="a horse"),
+    Pair((STYLES[0],), SIZE, CONTENTS[2], seed=7, content_weight=0.0),
+    Pair((STYLES[1], STYLES[0]), SIZE, CONTENTS[1], prompt="two trees", negative_prompt="text"),
+    Pair((STYLES[2],), SIZE, CONTENTS[1]),
+]
+MIXED_SETTINGS = Sampling(steps=3, guidance_scale=4.0, adain=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_demo_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> oracle.Model:
+    return oracle.Model.load(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def mixed(engine: Engine) -> list[Tensor]:
+    return trajectory(engine, MIXED, MIXED_SETTINGS)
+
+
+def load(folder: Path, dtype: str = "float64", **options: Any) -> Engine:
+    return Engine.load(str(folder), dtype=dtype, device="cpu", **options)
+
+
+def steps(states: Iterator[SampleState]) -> list[Tensor]:
+    return [state.latents.clone() for state in states]
+
+
+def trajectory(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any = None) -> list[Tensor]:
+    """The latents after every step, each (P, C, h, w)."""
+    return steps(engine.sample(pairs, settings, noise=noise))
+
+
+def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any = None) -> SampleState:
+    *_, state = engine.sample(pairs, settings, noise=noise)
+    return state
+
+
+# --- the oracle itself ---------------------------------------------------------------------------------------------
+
+
+def test_oracle_hooks_see_the_attention_of_the_equations_in_running_order(model: oracle.Model) -> None:
+    latent = torch.from_numpy(Noise(0).image_noise("any", 0, (1, 4, 8, 8)))
+    ran = oracle.layers(model, latent, 500, count=16)
+    for layer in ran:
+        torch.testing.assert_close(layer.out, oracle.attend(layer.q, layer.k, layer.v), **EXACT)
+    tokens = [layer.q.shape[2] for layer in ran]
+    assert tokens == [64, 64, 16, 16, 4, 4, 1, 4, 4, 4, 16, 16, 16, 64, 64, 64]  # the middle one seventh, not last
+
+
+def test_oracle_gradient_vanishes_where_the_target_is_the_style_itself(model: oracle.Model) -> None:
+    pair, settings, noise = Pair((STYLES[0],), SIZE), Sampling(steps=3), Noise(0)
+    style = oracle.NaivePair(model, pair, settings, noise).noised_styles(1)[0]
+    assert oracle.naive_gradient(model, pair, settings, noise, style, 1).abs().max() < 1e-12
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+ONE_STYLE = Pair((STYLES[0],), SIZE)
+WITH_CONTENT = Pair((STYLES[0],), SIZE, CONTENTS[0])
+PROMPTED = Pair((STYLES[0],), SIZE, prompt="a lighthouse", negative_prompt="blurry", seed=5)
+TWO_STYLES = Pair((STYLES[1], STYLES[2]), SIZE, CONTENTS[1], prompt="a horse", content_weight=0.4)
+RUNS = {
+    "style only": (ONE_STYLE, Sampling(steps=5, content_weight=0.0)),
+    "content": (WITH_CONTENT, Sampling(steps=6)),
+    "job's seed": (WITH_CONTENT, Sampling(steps=2, seed=3)),
+    "content weight 0": (WITH_CONTENT, Sampling(steps=2, content_weight=0.0)),
+    "iterations": (WITH_CONTENT, Sampling(steps=3, iterations=3)),
+    "no iterations": (PROMPTED, Sampling(steps=3, iterations=0, adain=True)),
+    "prompt without guidance": (PROMPTED, Sampling(steps=3, guidance_scale=1.0)),
+    "guidance and AdaIN": (
+        PROMPTED,
+        Sampling(steps=4, iterations=2, learning_rate=0.015, guidance_scale=7.5, adain=True),
+    ),
+    "several styles": (TWO_STYLES, Sampling(steps=3, iterations=2)),
+    "several styles, guidance and AdaIN": (TWO_STYLES, Sampling(steps=3, iterations=2, guidance_scale=3.0, adain=True)),
+    "late start": (TWO_STYLES, Sampling(steps=4, start_step=2, adain=True)),
+    "optimization, content": (WITH_CONTENT, Sampling(method="optimization", steps=4, iterations=2)),
+    "optimization, noise": (ONE_STYLE, Sampling(method="optimization", steps=4, content_weight=0.0)),
+    "optimization, several styles": (TWO_STYLES, Sampling(method="optimization", steps=3)),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_whole_run_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
+    pair, settings = RUNS[run]
+    expected = oracle.naive_sample(model, pair, settings, Noise(settings.seed)).latents
+    actual = trajectory(engine, [pair], settings)
+    assert len(actual) == settings.steps
+    for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(ours, theirs, **EXACT, msg=lambda text, step=step: f"after step {step}: {text}")
+
+
+def test_each_pair_of_a_mixed_shard_equals_the_pair_alone(engine: Engine, mixed: list[Tensor]) -> None:
+    for i, pair in enumerate(MIXED):
+        alone = trajectory(engine, [pair], MIXED_SETTINGS)
+        torch.testing.assert_close(mixed[-1][i : i + 1], alone[-1], **EXACT)
+
+
+def test_each_pair_of_a_mixed_shard_equals_the_oracle(model: oracle.Model, mixed: list[Tensor]) -> None:
+    for i, pair in enumerate(MIXED):
+        expected = oracle.naive_guided(model, pair, MIXED_SETTINGS, Noise(MIXED_SETTINGS.seed)).latents
+        torch.testing.assert_close(mixed[-1][i : i + 1], expected[-1], **EXACT)
+
+
+def test_optimized_mixed_shard_equals_the_oracle(engine: Engine, model: oracle.Model) -> None:
+    settings, pairs = Sampling(method="optimization", steps=3), MIXED[2:5]
+    actual = trajectory(engine, pairs, settings)[-1]
+    expected = [oracle.naive_optimization(model, pair, settings, Noise(0)).latents[-1] for pair in pairs]
+    torch.testing.assert_close(actual, torch.cat(expected), **EXACT)
+
+
+def test_decoded_images_are_the_latents_through_the_vae(engine: Engine, model: oracle.Model) -> None:
+    state = last(engine, TILE[:2], Sampling(steps=1))
+    for pixels, latents in zip(engine.decode(state), state.latents, strict=True):
+        assert pixels is not None
+        assert pixels.shape == (SIZE[1], SIZE[0], 3)
+        assert np.abs(pixels.astype(int) - model.decode(latents[None])).max() <= 1  # ties may round apart
+
+
+# --- float32 -------------------------------------------------------------------------------------------------------
+
+
+def test_float32_gradient_of_each_step_from_the_same_latents(folder: Path, model: oracle.Model) -> None:
+    engine, noise, pairs = load(folder, "float32"), Noise(0), [WITH_CONTENT, ONE_STYLE, TWO_STYLES]
+    settings = Sampling(steps=4)
+    paths = [oracle.naive_guided(model, pair, settings, noise).latents for pair in pairs]
+    for step in range(settings.steps):
+        latents = [path[step] for path in paths]
+        actual = engine.gradient(pairs, settings, torch.cat(latents).float(), step, noise=noise)
+        for ours, pair, z in zip(actual, pairs, latents, strict=True):
+            expected = oracle.naive_gradient(model, pair, settings, noise, z.float(), step)[0]
+            assert (ours - expected).norm() / expected.norm() < 1e-4
+
+
+# --- sharing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("iterations", "guidance_scale", "denoise_rows"), [(1, 1.0, 9), (2, 5.0, 18)], ids=["plain", "guidance"]
+)
+def test_unet_passes_of_a_tile(engine: Engine, iterations: int, guidance_scale: float, denoise_rows: int) -> None:
+    settings = Sampling(steps=2, iterations=iterations, guidance_scale=guidance_scale)
+    before = engine.passes.copy()
+    last(engine, TILE, settings)
+    assert engine.passes - before == {
+        "denoise": settings.steps * denoise_rows,
+        "feature": settings.steps * (len(CONTENTS) + len(STYLES)),  # not 2 a pair
+        "gradient": settings.steps * iterations * len(TILE),
+    }
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
+def test_micro_batch_changes_nothing_but_rounding(folder: Path, mixed: list[Tensor], micro_batch: int) -> None:
+    actual = trajectory(load(folder, micro_batch=micro_batch), MIXED, MIXED_SETTINGS)
+    torch.testing.assert_close(actual[-1], mixed[-1], **EXACT)
+
+
+def test_feature_budget_changes_nothing_but_passes(folder: Path, engine: Engine) -> None:
+    settings, noise, pairs = Sampling(steps=2), Noise(0), TILE[:4] + MIXED
+    whole, blocks = engine.passes.copy(), load(folder, feature_budget_mb=1)
+    expected, actual = trajectory(engine, pairs, settings, noise), trajectory(blocks, pairs, settings, noise)
+    torch.testing.assert_close(actual[-1], expected[-1], **EXACT)
+    whole = engine.passes - whole
+    assert blocks.passes["feature"] > whole["feature"]  # the budget did force blocks
+    assert (blocks.passes["denoise"], blocks.passes["gradient"]) == (whole["denoise"], whole["gradient"])
+
+
+# --- batch mates, noise, resume ------------------------------------------------------------------------------------
+
+
+class PoisonedNoise(Noise):
+    """Some pairs start from NaN."""
+
+    def __init__(self, seed: int, poisoned: Sequence[Pair]) -> None:
+        super().__init__(seed)
+        self.poisoned = poisoned
+
+    def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
+        latents = super().initial_latents(pair, shape)
+        return np.full_like(latents, np.nan) if pair in self.poisoned else latents
+
+
+def test_nan_in_one_pair_is_reported_and_leaves_its_batch_mates_alone(engine: Engine, mixed: list[Tensor]) -> None:
+    bad = 4
+    state = last(engine, MIXED, MIXED_SETTINGS, PoisonedNoise(0, [MIXED[bad]]))
+    assert list(state.failures) == [bad]
+    assert state.failures[bad]
+    others = [i for i in range(len(MIXED)) if i != bad]
+    assert torch.equal(state.latents[others], mixed[-1][others])
+    assert [i for i, pixels in enumerate(engine.decode(state)) if pixels is None] == [bad]
+
+
+def test_unreadable_image_fails_its_pairs_only(engine: Engine, mixed: list[Tensor]) -> None:
+    bad, unreadable = [3, 8], InputImage("unreadable", None)
+    pairs = list(MIXED)
+    pairs[3] = Pair((unreadable,), SIZE, prompt="a lighthouse")
+    pairs[8] = Pair((STYLES[2],), SIZE, unreadable)
+    state = last(engine, pairs, MIXED_SETTINGS)
+    assert sorted(state.failures) == bad
+    others = [i for i in range(len(pairs)) if i not in bad]
+    assert torch.equal(state.latents[others], mixed[-1][others])
+
+
+class TorchNoise:
+    """Another source altogether: the engine and the oracle draw nothing by themselves."""
+
+    def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
+        return torch.rand(shape, generator=torch.Generator().manual_seed(len(pair.styles))).double().numpy()
+
+    def image_noise(self, digest: str, step: int, shape: tuple[int, ...]) -> Any:
+        seed = int(digest[:8], 16) + step
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
+
+
+def test_noise_can_be_replaced(engine: Engine, model: oracle.Model) -> None:
+    settings = Sampling(steps=3, adain=True)
+    actual = trajectory(engine, [WITH_CONTENT, TWO_STYLES], settings, TorchNoise())[-1]
+    expected = [
+        oracle.naive_guided(model, pair, settings, TorchNoise()).latents[-1] for pair in (WITH_CONTENT, TWO_STYLES)
+    ]
+    torch.testing.assert_close(actual, torch.cat(expected), **EXACT)
+
+
+@pytest.mark.parametrize("method", ["guided", "optimization"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_restored_run_continues_to_the_same_bits(folder: Path, dtype: str, method: Any) -> None:
+    settings = Sampling(method=method, steps=4, iterations=2, guidance_scale=2.0, adain=True)
+    pairs, stop = MIXED[1:6], 2
+    noise = PoisonedNoise(0, [pairs[3]])
+    whole = [
+        (state.latents.clone(), dict(state.failures))
+        for state in load(folder, dtype).sample(pairs, settings, noise=noise)
+    ]
+
+    interrupted = load(folder, dtype).sample(pairs, settings, noise=noise)
+    for state in interrupted:
+        if state.step == stop:
+            inputs, progress = state.export_inputs(), state.export_progress()
+            break
+    interrupted.close()  # type: ignore[attr-defined]
+
+    restored = SampleState.restore(*inputs, *progress)
+    assert restored.step == stop
+    continued = [
+        (state.step, state.latents.clone(), dict(state.failures))
+        for state in load(folder, dtype).sample(pairs, settings, state=restored, noise=noise)
+    ]
+    assert [step for step, _, _ in continued] == [3, 4]
+    for step, latents, failures in continued:
+        assert torch.equal(latents, whole[step - 1][0])
+        assert failures == whole[step - 1][1] != {}
