@@ -1,0 +1,98 @@
+"""From pairs of images and texts to the first state of a shard: everything is encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stylemill.engine.inputs import InputImage, Pair
+from stylemill.engine.model import DiffusionModel
+from stylemill.engine.noise import Noise
+from stylemill.engine.state import Inputs, PairInputs, SampleState
+from stylemill.errors import ModelError
+from stylemill.settings import Sampling
+
+
+def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, noise: Noise) -> SampleState:
+    """Encode each unique image and text once and draw the initial latents.
+
+    Raises ModelError for sizes off the model's grid and ValueError for pairs that contradict themselves.
+    """
+    images: dict[str, InputImage] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for pair in pairs:
+        _check(model, pair)
+        for image in pair.images:
+            if images.setdefault(image.name, image).digest != image.digest:
+                raise ValueError(f"two different images of a shard have the name {image.name!r}")
+            sizes[image.name] = image.size or sizes.get(image.name, pair.size)
+    places = {name: place for place, name in enumerate(images)}
+    texts = list(dict.fromkeys(["", *(text for pair in pairs for text in (pair.prompt, pair.negative_prompt))]))
+
+    inputs = Inputs(
+        pairs=[
+            PairInputs(
+                content=places[pair.content.name] if pair.content else None,
+                styles=tuple(places[style.name] for style in pair.styles),
+                prompt=texts.index(pair.prompt),
+                negative=texts.index(pair.negative_prompt),
+                content_weight=settings.content_weight if pair.content_weight is None else pair.content_weight,
+                shape=_latent_shape(model, pair.size),
+            )
+            for pair in pairs
+        ],
+        # An unreadable image stands in as zeros, so that slots and batches are what they would be with it.
+        images=[
+            torch.zeros(_latent_shape(model, sizes[name]), dtype=model.latent_dtype)
+            if image.pixels is None
+            else model.encode_image(image.pixels)
+            for name, image in images.items()
+        ],
+        digests=[image.digest for image in images.values()],
+        texts=[model.encode_text(text) for text in texts],
+    )
+    unreadable = {
+        place: "an image of this pair could not be read"
+        for place, pair in enumerate(pairs)
+        if any(image.pixels is None for image in pair.images)
+    }
+    latents = [_initial_latents(model, place, pair, inputs, settings, noise) for place, pair in enumerate(pairs)]
+    for place in unreadable:
+        latents[place] = torch.zeros_like(latents[place])
+    one_adam = settings.method == "optimization"
+    return SampleState(
+        inputs=inputs,
+        latents_of=latents,
+        lost_at=torch.full((len(pairs),), -1),
+        unreadable=unreadable,
+        moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
+    )
+
+
+def _initial_latents(
+    model: DiffusionModel, place: int, pair: Pair, inputs: Inputs, settings: Sampling, noise: Noise
+) -> Tensor:
+    made = inputs.pairs[place]
+    if settings.method == "optimization" and made.content is not None:
+        return inputs.images[made.content].clone()
+    drawn = torch.from_numpy(noise.initial_latents(pair, made.shape)).to(model.latent_dtype)
+    return drawn * float(model.scheduler.init_noise_sigma)
+
+
+def _latent_shape(model: DiffusionModel, size: tuple[int, int]) -> tuple[int, int, int]:
+    width, height = size
+    return model.latent_channels, height // model.pixels_per_latent, width // model.pixels_per_latent
+
+
+def _check(model: DiffusionModel, pair: Pair) -> None:
+    if not pair.styles:
+        raise ValueError("a pair needs at least one style image")
+    for name, size in [("the pair", pair.size), *((image.name, image.size) for image in pair.images)]:
+        if size and (size[0] % model.grid or size[1] % model.grid or min(size) < model.grid):
+            raise ModelError(f"{name}: {size[0]}×{size[1]} is off this model's grid of {model.grid} pixels")
+    if pair.content and pair.content.size not in (None, pair.size):
+        raise ValueError(
+            f"content {pair.content.name} has size {pair.content.size}, its pair {pair.size}; fit it first"
+        )

@@ -1,0 +1,213 @@
+"""The engine: a resident model that samples all pairs of a shard in lockstep."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from stylemill.engine.begin import begin
+from stylemill.engine.features import choose_layers
+from stylemill.engine.guidance import Guide
+from stylemill.engine.inputs import InputImage, Pair, Pixels
+from stylemill.engine.layout import blocks, micro_batches
+from stylemill.engine.model import DiffusionModel
+from stylemill.engine.noise import Noise
+from stylemill.engine.sampler import Sampler
+from stylemill.engine.state import SampleState
+from stylemill.model_files import fetch_model
+from stylemill.settings import DType, Sampling
+
+CPU_MICRO_BATCH = 4  # measured: more gains little on a CPU (benchmarks/throughput.py)
+LARGEST_MICRO_BATCH = 64
+
+
+class Engine:
+    """A resident Stable-Diffusion-1.x-shaped model, ready to sample shards of pairs.
+
+    >>> engine = Engine.load("runs/models/demo")                                # doctest: +SKIP
+    >>> for state in engine.sample(pairs, Sampling(steps=20)):                  # doctest: +SKIP
+    ...     print(state.step)
+    >>> images = engine.decode(state)                                           # doctest: +SKIP
+
+    `passes` counts UNet samples (batch rows, not calls) by kind: denoise, feature, gradient.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        *,
+        layers: Sequence[int] | None = None,
+        threads: int = 1,
+        micro_batch: int = CPU_MICRO_BATCH,
+        feature_budget_mb: int = 4096,
+    ) -> None:
+        self.model = model
+        self.threads = threads
+        self.micro_batch = micro_batch
+        self.feature_budget_mb = feature_budget_mb
+        self.layers = choose_layers(model.unet, layers)
+        self.passes: Counter[str] = Counter()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: DType = "auto",
+        device: str = "auto",
+        layers: Sequence[int] | None = None,
+        threads: int = 1,
+        micro_batch: int | str = "auto",
+        feature_budget_mb: int = 4096,
+    ) -> Engine:
+        """Load a diffusers folder or hub id, safetensors only.
+
+        `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is settled by `calibrate`. Raises
+        ModelError when the model is absent, pickled or of another architecture.
+        """
+        # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float16" if device.startswith("cuda") else "float32"
+        loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+        return cls(
+            loaded,
+            layers=layers,
+            threads=threads,
+            micro_batch=micro_batch if isinstance(micro_batch, int) else CPU_MICRO_BATCH,
+            feature_budget_mb=feature_budget_mb,
+        )
+
+    @property
+    def numerics(self) -> dict[str, str | int]:
+        """Everything, besides the job, that the low bits of a result depend on."""
+        device = self.model.device
+        on_cuda = device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+            "capability": str(torch.cuda.get_device_capability(device)) if on_cuda else _cpu_capability(),
+            "dtype": str(self.model.unet.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "micro_batch": self.micro_batch,
+            "feature_budget_mb": self.feature_budget_mb,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        }
+
+    def sample(
+        self,
+        pairs: Sequence[Pair],
+        settings: Sampling,
+        state: SampleState | None = None,
+        noise: Noise | None = None,
+    ) -> Iterator[SampleState]:
+        """Sample `pairs` in lockstep, yielding the one state, changed in place, after every step.
+
+        The caller owns progress, checkpoints and stopping. With `state` (restored from a checkpoint) sampling goes
+        on after `state.step` and `pairs` is not looked at. A pair that cannot be sampled is noted in
+        `state.failures`; the others go on and come out as if it had been well.
+        """
+        noise = noise or Noise(settings.seed)
+        with self._repeatable():
+            if state is None:
+                state = begin(self.model, pairs, settings, noise)
+            state.to(self.model.device)
+            sampler = self._sampler(state, settings, noise)
+        while state.step < settings.steps:
+            with self._repeatable():
+                sampler.advance(state)
+            yield state
+
+    def decode(self, state: SampleState) -> list[Pixels | None]:
+        """The image of each pair, (H, W, 3) uint8; None where the pair failed."""
+        images: list[Pixels | None] = [None] * len(state.latents_of)
+        failures = state.failures
+        with self._repeatable():
+            for batch in micro_batches(state.inputs, self.micro_batch):
+                decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
+                for pair, image in zip(batch, decoded, strict=True):
+                    if pair not in failures:
+                        images[pair] = image
+        return images
+
+    def gradient(
+        self, pairs: Sequence[Pair], settings: Sampling, latents: Tensor, step: int, noise: Noise | None = None
+    ) -> Tensor:
+        """∂L_total/∂z of every pair where guided sampling takes it: at the timestep that follows `step`.
+
+        `latents` (P, C, h, w) -> (P, C, h, w). For measuring precision; sampling does not pass through here.
+        """
+        noise = noise or Noise(settings.seed)
+        with self._repeatable():
+            state = begin(self.model, pairs, settings, noise).to(self.model.device)
+            state.step = step
+            latents = latents.to(self.model.device, self.model.latent_dtype)
+            return self._sampler(state, settings, noise).gradient(state, latents)
+
+    def calibrate(self, size: tuple[int, int]) -> int:
+        """Choose and set the micro-batch for images of `size` (width, height): once a run, since it is numerics.
+
+        On a CPU a constant. On CUDA from the memory that gradients of one and of two blank pairs take: the largest
+        power of two that fits in 80% of what is free.
+        """
+        if self.model.device.type == "cuda":
+            blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
+            used = [self._peak_memory(Pair((blank,), size, content=blank), count) for count in (1, 2)]
+            room = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
+            fitting = 1 + int(room / max(used[1] - used[0], 1))
+            self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)
+        else:
+            self.micro_batch = CPU_MICRO_BATCH
+        return self.micro_batch
+
+    def _peak_memory(self, pair: Pair, count: int) -> int:
+        device, self.micro_batch = self.model.device, count
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        for _ in self.sample([pair] * count, Sampling(steps=1, guidance_scale=2.0, content_weight=1.0)):
+            pass
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
+        guide = Guide(self.model, self.layers, self.micro_batch, self.passes)
+        batches = micro_batches(state.inputs, self.micro_batch)
+        sizes = [self._feature_bytes(image) for image in state.inputs.images]
+        cut = blocks(state.inputs, batches, sizes, self.feature_budget_mb * 2**20)
+        return Sampler(self.model, guide, settings, noise, cut)
+
+    def _feature_bytes(self, latent: Tensor) -> int:
+        return sum(layer.feature_bytes(*latent.shape[-2:]) for layer in self.layers)
+
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Our thread count and deterministic kernels, for as long as the engine works; the caller's afterwards."""
+        threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        benchmark = torch.backends.cudnn.benchmark
+        try:
+            torch.set_num_threads(self.threads)
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(strict)
+            torch.backends.cudnn.benchmark = benchmark
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()

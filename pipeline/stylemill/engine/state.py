@@ -1,0 +1,129 @@
+"""The state of a shard in flight: small, movable, all that a resumed run needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """One pair as indices into `Inputs`: images, prompt texts and its λ."""
+
+    content: int | None
+    styles: tuple[int, ...]
+    prompt: int
+    negative: int
+    content_weight: float
+    shape: tuple[int, int, int]  # of its latents: (C, h, w)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What stays the same while a shard is sampled: clean latents of its unique images and encoded texts."""
+
+    pairs: list[PairInputs]
+    images: list[Tensor]  # (C, h, w) each
+    digests: list[str]
+    texts: list[Tensor]  # (tokens, dim) each; texts[0] is the null prompt
+
+    @property
+    def null_text(self) -> Tensor:
+        return self.texts[0]
+
+
+@dataclass
+class SampleState:
+    """Where every pair of a shard stands. All of them are at the same timestep.
+
+    `latents_of[i]` is z of pair i, (C, h, w); `moments_of[i]` Adam's two moments (2, C, h, w) when one Adam spans the
+    run. `lost_at[i]` is the step in which pair i became NaN or Inf, −1 while it is sound; it stays on the device, so
+    that a step needs no synchronisation.
+    """
+
+    inputs: Inputs
+    latents_of: list[Tensor]
+    lost_at: Tensor  # (P,)
+    unreadable: dict[int, str]
+    step: int = 0
+    moments_of: list[Tensor] = field(default_factory=list)
+
+    @property
+    def latents(self) -> Tensor:
+        """z of all pairs, (P, C, h, w); only where all have one shape."""
+        return torch.stack(self.latents_of)
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """Pair index -> why it can never succeed."""
+        lost = {
+            pair: f"latents became NaN or Inf in step {step}; lower learning_rate or content_weight"
+            for pair, step in enumerate(self.lost_at.tolist())
+            if step >= 0
+        }
+        return lost | self.unreadable
+
+    def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
+        """Arrays and JSON-able facts that never change; saved once a shard."""
+        arrays = {f"image.{i}": _array(image) for i, image in enumerate(self.inputs.images)}
+        arrays |= {f"text.{i}": _array(text) for i, text in enumerate(self.inputs.texts)}
+        facts = {
+            "digests": self.inputs.digests,
+            "texts": len(self.inputs.texts),
+            "pairs": [vars(pair) for pair in self.inputs.pairs],
+        }
+        return arrays, facts
+
+    def export_progress(self) -> tuple[Arrays, dict[str, Any]]:
+        """Arrays and JSON-able facts of this very step."""
+        arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
+        arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
+        arrays["lost_at"] = _array(self.lost_at)
+        unreadable = {str(pair): why for pair, why in self.unreadable.items()}
+        return arrays, {"step": self.step, "moments": len(self.moments_of), "unreadable": unreadable}
+
+    @classmethod
+    def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
+        """The state that was exported; `Engine.sample(state=…)` moves it to its device and goes on."""
+        pairs = [
+            PairInputs(**{**pair, "styles": tuple(pair["styles"]), "shape": tuple(pair["shape"])})
+            for pair in input_facts["pairs"]
+        ]
+        digests = list(input_facts["digests"])
+        return cls(
+            inputs=Inputs(
+                pairs=pairs,
+                images=[torch.from_numpy(inputs[f"image.{i}"]) for i in range(len(digests))],
+                digests=digests,
+                texts=[torch.from_numpy(inputs[f"text.{i}"]) for i in range(input_facts["texts"])],
+            ),
+            latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
+            lost_at=torch.from_numpy(arrays["lost_at"]),
+            unreadable={int(pair): why for pair, why in facts["unreadable"].items()},
+            step=int(facts["step"]),
+            moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
+        )
+
+    def to(self, device: torch.device) -> SampleState:
+        """Move every tensor to `device`, in place."""
+        self.inputs = Inputs(
+            self.inputs.pairs,
+            [image.to(device) for image in self.inputs.images],
+            self.inputs.digests,
+            [text.to(device) for text in self.inputs.texts],
+        )
+        self.latents_of = [z.to(device) for z in self.latents_of]
+        self.moments_of = [moments.to(device) for moments in self.moments_of]
+        self.lost_at = self.lost_at.to(device)
+        return self
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())
