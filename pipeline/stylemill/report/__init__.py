@@ -1,0 +1,1 @@
+"""What a run has made, to look at."""
