@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
@@ -97,7 +96,7 @@ class DiffusionModel:
     @torch.no_grad()
     def encode_image(self, pixels: Pixels) -> Tensor:
         """(H, W, 3) uint8 -> clean latent (C, h, w): posterior mean × scaling factor of the image in [−1, 1]."""
-        image = torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
         mean: Tensor = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist.mean
         return mean[0].to(self.latent_dtype) * float(self.vae.config.scaling_factor)
 
@@ -118,13 +117,9 @@ class DiffusionModel:
 
 
 def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    files = {path.name for path in (folder / name).glob("*.safetensors*")}
-    variant = "fp16" if files and all(".fp16." in file for file in files) else None
-    if not files:
-        raise ModelError(f"{folder / name}: no .safetensors weights; pickled weights are not loaded")
     # float64 exists only in memory, for tests: nobody ships such weights.
     stored = torch.float32 if dtype == torch.float64 else dtype
-    part = kind.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True, variant=variant)
+    part = kind.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
     return part if part.dtype == dtype else part.to(dtype)
 
 

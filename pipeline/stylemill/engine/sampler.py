@@ -42,16 +42,15 @@ class Sampler:
     def _guided(self, state: SampleState, block: Block) -> None:
         """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam."""
         t, s = self.timesteps[state.step], self.guided_timestep(state.step)
-        guiding = self.settings.iterations > 0 and state.step >= self.settings.start_step
-        noised: dict[int, Tensor] = {}
-        if guiding:
-            noised = self.noised_images(state, block, s)
+        guiding = state.step >= self.settings.start_step
+        noised = self.noised_images(state, block, s) if guiding else {}
+        if descending := guiding and self.settings.iterations > 0:
             features = self.guide.extract(state.inputs, block.batches, noised, s)
         for batch in block.batches:
             z = self._denoise(_gather(state.latents_of, batch), t, state.inputs, batch)
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
-            if guiding:
+            if descending:
                 z, _ = self._descend(z, z.new_zeros(2, *z.shape), 0, s, state.inputs, batch, features)
             _put_back(state, batch, z)
 
@@ -122,7 +121,11 @@ class Sampler:
         targets = features.targets(inputs, batch)
         weights = _weights(z, inputs, batch)
         for count in range(done + 1, done + 1 + self.settings.iterations):
-            gradient = self.guide.gradient(z, s, inputs.null_text, weights, targets)
+            # Optimization starts at the content itself, where L_content is 0 and |Q − Qc| has no slope; in another
+            # batch than the content's, rounding would give it one of random sign.
+            at_content = count == 1 and self.settings.method == "optimization"
+            pull = torch.zeros_like(weights) if at_content else weights
+            gradient = self.guide.gradient(z, s, inputs.null_text, pull, targets)
             z, moments = adam_step(z, gradient, moments, count, self.settings.learning_rate)
         return z, moments
 
