@@ -6,88 +6,40 @@ is valid, and the next attempt goes on from the newest checkpoint.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
 import PIL
 import pyarrow as pa
 
-from stylemill.engine import Engine, InputImage, Pair, Pixels, SampleState
-from stylemill.errors import RowError, SamplingError
-from stylemill.images import FittedImage, encode_image, load_image
-from stylemill.job import Job
-from stylemill.manifest import ImageRef, Manifest, Row
+from stylemill.engine import Engine, Pair, SampleState
+from stylemill.items import Failure, Item, encoded, note_lost, read_pairs, write_tables
+from stylemill.lease import Lease, Progress, Run
 from stylemill.store.checkpoints import Checkpoint, clear, load, save_inputs, save_progress
 from stylemill.store.commit import commit
-from stylemill.store.paths import RunPaths
 from stylemill.store.records import Ledger, Record
-from stylemill.store.writer import output_schema, write_failures, write_shard
-
-READERS = 4  # images decoded at a time; Pillow lets go of the GIL
 
 
-@dataclass(frozen=True)
-class Run:
-    """What all shards of a run share. Small and picklable: it travels to every worker."""
-
-    job: Job
-    paths: RunPaths
-    manifest: Manifest
-    fingerprint: str
-    pairs_per_shard: int
-    model: str  # the model's name with its commit or digest, as the output's `model` column shows it
-
-    def rows_of(self, shard: int) -> range:
-        first = shard * self.pairs_per_shard
-        return range(first, min(first + self.pairs_per_shard, self.manifest.num_rows))
-
-
-@dataclass(frozen=True)
-class Lease:
-    """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest."""
-
-    shard: int
-    attempt: str
-    occurrences: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a shard stands; sent after every step."""
-
-    shard: int
-    attempt: str
-    stage: str  # read | sample | write
-    step: int
-    steps: int
-    pairs: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a row is lost: where, by which error and in which words."""
-
-    stage: str
-    error: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Item:
-    """A row on its way through the stages. Each stage adds what it learned; a failure ends the way."""
-
-    row: Row
-    content_sha256: str | None = None
-    style_sha256: tuple[str, ...] = ()
-    failure: Failure | None = None
-    image: bytes | None = None
+def load_engine(run: Run, micro_batch: int | None) -> Engine:
+    """A worker's resident engine. With no settled micro-batch, "auto" is calibrated to the job's image size here."""
+    model, cluster = run.job.model, run.job.cluster
+    engine = Engine.load(
+        model.name,
+        revision=model.revision,
+        dtype=model.dtype,
+        layers=model.layers,
+        threads=cluster.threads,
+        micro_batch=micro_batch or cluster.micro_batch,
+        feature_budget_mb=cluster.feature_budget_mb,
+    )
+    if micro_batch is None and cluster.micro_batch == "auto":
+        engine.calibrate(run.job.image.width_height)
+    return engine
 
 
 def process_shard(
@@ -168,137 +120,6 @@ def process_shard(
 def numerics(engine: Engine) -> dict[str, str | int]:
     """What the bytes of a data file depend on besides the job."""
     return engine.numerics | {"pillow": PIL.__version__, "pyarrow": pa.__version__}
-
-
-def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
-    """Read, decode and fit each unique image of the shard once. A bad image fails its rows, and only them."""
-    refs = {ref.key: ref for item in items for ref in _refs(item.row)}
-    with ThreadPoolExecutor(READERS) as readers:
-        loaded = dict(zip(refs, readers.map(lambda ref: _load(run, ref), refs.values()), strict=True))
-    inputs = {
-        key: InputImage(key, image.pixels if isinstance(image, FittedImage) else None) for key, image in loaded.items()
-    }
-    pairs, read = [], []
-    for item in items:
-        row, size = item.row, run.job.image.width_height
-        pairs.append(
-            Pair(
-                styles=tuple(inputs[style.key] for style in row.styles),
-                size=size,
-                content=inputs[row.content.key] if row.content else None,
-                prompt=row.prompt or "",
-                negative_prompt=row.negative_prompt or "",
-                seed=row.seed,
-                content_weight=row.content_weight,
-            )
-        )
-        problems = [loaded[ref.key] for ref in _refs(row) if isinstance(loaded[ref.key], Failure)]
-        digests = {key: image.sha256 for key, image in loaded.items() if isinstance(image, FittedImage)}
-        read.append(
-            replace(
-                item,
-                content_sha256=digests.get(row.content.key) if row.content else None,
-                style_sha256=tuple(digests.get(style.key, "") for style in row.styles),
-                failure=problems[0] if problems else None,
-            )
-        )
-    return pairs, read
-
-
-def _refs(row: Row) -> Iterator[ImageRef]:
-    if row.content:
-        yield row.content
-    yield from row.styles
-
-
-def _load(run: Run, ref: ImageRef) -> FittedImage | Failure:
-    image = run.job.image
-    try:
-        return load_image(ref.path, ref.data, run.manifest.base, image.width_height, image.fit)
-    except RowError as error:
-        return _failure(error)
-
-
-def _failure(error: RowError) -> Failure:
-    return Failure(error.stage, type(error).__name__, str(error))
-
-
-def note_lost(items: list[Item], state: SampleState) -> list[Item]:
-    """Items with the failures of sampling added; a reason known from reading stands."""
-    lost = state.failures
-    return [
-        replace(item, failure=_failure(SamplingError(lost[place]))) if place in lost and not item.failure else item
-        for place, item in enumerate(items)
-    ]
-
-
-def encoded(run: Run, item: Item, pixels: Pixels | None) -> Item:
-    """The item with its image file's bytes."""
-    if item.failure or pixels is None:
-        return item
-    shards = run.job.shards
-    return replace(item, image=encode_image(pixels, shards.image_format, shards.quality))
-
-
-def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
-    """Write successful rows and failed rows into tmp/; None for a file that would have no row."""
-    good = [place for place, item in enumerate(items) if item.image is not None]
-    data = failures = None
-    if good:
-        table = output_table(run, [items[place] for place in good])
-        rows = run.rows_of(lease.shard)
-        carried = run.manifest.carried_rows(rows.start, rows.stop)
-        for name in carried.column_names:
-            table = table.append_column(carried.schema.field(name), carried[name].take(good))
-        data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)))
-    if len(good) < len(items):
-        lost = [
-            {"pair_id": item.row.pair_id, "row": item.row.row, **asdict(item.failure)} for item in items if item.failure
-        ]
-        failures = write_failures(run.paths, lease.shard, lease.attempt, lost)
-    return data, failures
-
-
-def _schema(run: Run) -> pa.Schema:
-    return output_schema(run.manifest.carried, run.manifest.style_is_list)
-
-
-def output_table(run: Run, items: list[Item]) -> pa.Table:
-    """The columns that stylemill itself makes, without the carried ones."""
-    width, height = run.job.image.width_height
-    schema = _schema(run)
-    rows = [
-        {
-            "pair_id": item.row.pair_id,
-            "row": item.row.row,
-            "image": {"bytes": item.image, "path": f"{item.row.pair_id}.{run.job.shards.image_format}"},
-            "content": item.row.content.reference if item.row.content else None,
-            "style": _one_or_list(run, [style.reference for style in item.row.styles]),
-            "width": width,
-            "height": height,
-            "seed": run.job.sampling.seed if item.row.seed is None else item.row.seed,
-            "settings": json.dumps(_settings(run.job, item.row), sort_keys=True),
-            "content_sha256": item.content_sha256,
-            "style_sha256": _one_or_list(run, list(item.style_sha256)),
-            "sha256": sha256(item.image or b"").hexdigest(),
-            "model": run.model,
-        }
-        for item in items
-    ]
-    own = pa.schema([schema.field(name) for name in rows[0]])
-    return pa.Table.from_pylist(rows, schema=own)
-
-
-def _one_or_list(run: Run, values: list[str]) -> Any:
-    return values if run.manifest.style_is_list else values[0]
-
-
-def _settings(job: Job, row: Row) -> dict[str, Any]:
-    settings = job.sampling.model_dump() | {"fit": job.image.fit}
-    for name in ("content_weight", "prompt", "negative_prompt"):
-        if (value := getattr(row, name)) is not None:
-            settings[name] = value
-    return settings
 
 
 class CheckpointKeeper:

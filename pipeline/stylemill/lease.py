@@ -1,0 +1,66 @@
+"""What travels between the driver and its workers: the run, a lease on a shard, and news of its progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from stylemill.job import Job
+from stylemill.manifest import Manifest
+from stylemill.store.paths import RunPaths
+from stylemill.store.records import Record
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all shards of a run share. Small and picklable: it travels to every worker."""
+
+    job: Job
+    paths: RunPaths
+    manifest: Manifest
+    fingerprint: str
+    pairs_per_shard: int
+    model: str  # the model's name with its commit or digest, as the output's `model` column shows it
+
+    def rows_of(self, shard: int) -> range:
+        first = shard * self.pairs_per_shard
+        return range(first, min(first + self.pairs_per_shard, self.manifest.num_rows))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest."""
+
+    shard: int
+    attempt: str
+    occurrences: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a shard stands; sent after every step."""
+
+    shard: int
+    attempt: str
+    stage: str  # read | sample | write
+    step: int
+    steps: int
+    pairs: int
+
+
+class Listener(Protocol):
+    """Who is told what happens: the driver's side of a run. Called from one thread."""
+
+    micro_batch: int | None  # settled by an earlier start of this run; None: the first worker calibrates
+
+    def settle(self, numerics: dict[str, str | int]) -> None:
+        """The numerics of the first worker that is ready; called once, before any lease."""
+
+    def progress(self, progress: Progress) -> None:
+        """A shard moved on."""
+
+    def committed(self, record: Record) -> None:
+        """A shard is done. May raise to stop the run; workers then write checkpoints and leave."""
+
+    def warn(self, message: str) -> None:
+        """Something went wrong that the run survives."""
