@@ -92,6 +92,7 @@ def test_identity_follows_content_not_place(model, tmp_path):
     before = resolve_model(str(model)).identity()
     shutil.copytree(model, tmp_path / "copy")
     assert resolve_model(str(tmp_path / "copy")).identity() == before
+    assert resolve_model(str(model)).label.startswith("model@")
     _safetensors(model / "unet" / "diffusion_pytorch_model.safetensors", (4, 3))
     changed = resolve_model(str(model)).identity()
     assert [key for key in before if changed[key] != before[key]] == ["model.unet/diffusion_pytorch_model.safetensors"]
@@ -216,6 +217,7 @@ def test_a_hub_id_is_pinned_by_its_commit_and_downloaded_only_when_fetched(hub):
     resolved = resolve_model("org/model", "main")
     assert (resolved.folder, resolved.commit, resolved.digests) == (None, COMMIT, {})
     assert resolved.identity() == {"model.name": "org/model", "model.commit": COMMIT}
+    assert resolved.label == f"org/model@{COMMIT}"
     assert hub.downloads == []
     folder = fetch_model("org/model", COMMIT)
     assert folder.name == COMMIT

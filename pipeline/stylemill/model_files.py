@@ -58,6 +58,14 @@ class ModelFiles:
             return {"model.name": self.name, "model.commit": self.commit}
         return {f"model.{file}": digest for file, digest in self.digests.items()}
 
+    @property
+    def label(self) -> str:
+        """Name and content in one short string; the same wherever a model folder lies."""
+        if self.commit is not None:
+            return f"{self.name}@{self.commit}"
+        content = hashlib.sha256(json.dumps(self.digests, sort_keys=True).encode()).hexdigest()
+        return f"{Path(self.name).name}@{content[:12]}"
+
 
 def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     """Pin a folder by digests or a hub id by its commit, without downloading weights.

@@ -1,0 +1,154 @@
+"""The plan of a run: which rows make which shard, what the run follows from, and what it will cost. Writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stylemill.job import Job
+from stylemill.manifest import Manifest, open_manifest
+from stylemill.model_files import ModelFiles, resolve_model
+from stylemill.plan.cost import Cost, check_against_model, count_cost, read_shape
+from stylemill.plan.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
+from stylemill.store.paths import RunPaths
+
+__all__ = ["Plan", "fingerprint_differences", "fingerprint_sha256", "plan"]
+
+LARGEST_SHARD = 256  # pairs: a 16 × 16 tile
+SHARDS_PER_WORKER = 4  # so that the last shards of a run leave no worker idle for long
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows make which shard: shard i is `rows_of(i)`, for ever. Small and picklable."""
+
+    job: Job
+    manifest: Manifest
+    model: ModelFiles
+    pairs_per_shard: int
+    fingerprint: Fingerprint
+    occurrences: dict[int, int]  # rows that repeat an earlier row -> which repetition; tells their ids apart
+
+    @property
+    def rows(self) -> int:
+        return self.manifest.num_rows
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.pairs_per_shard)
+
+    @property
+    def fingerprint_sha256(self) -> str:
+        return fingerprint_sha256(self.fingerprint)
+
+    def rows_of(self, shard: int) -> range:
+        """The manifest rows of a shard."""
+        if not 0 <= shard < self.shards:
+            raise IndexError(f"shard {shard} of {self.shards}")
+        first = shard * self.pairs_per_shard
+        return range(first, min(first + self.pairs_per_shard, self.rows))
+
+    def occurrences_of(self, shard: int) -> dict[int, int]:
+        """The part of `occurrences` that a worker on this shard needs."""
+        return {row: self.occurrences[row] for row in self.rows_of(shard) if row in self.occurrences}
+
+    def cost(self) -> Cost:
+        """Count passes and estimate memory; streams the whole manifest."""
+        ranges = (self.rows_of(shard) for shard in range(self.shards))
+        rows = (self.manifest.rows(rows.start, rows.stop) for rows in ranges)
+        return count_cost(self.job, rows, read_shape(self.model.folder) if self.model.folder else None)
+
+    def describe(self) -> str:
+        """What `stylemill plan` prints."""
+        cost, job = self.cost(), self.job
+        width, height = job.image.width_height
+        size = f"{self.pairs_per_shard:,} pairs" + (
+            f", the last of {n}" if (n := len(self.rows_of(self.shards - 1))) < self.pairs_per_shard else ""
+        )
+        lines = [
+            ("job", job.name),
+            ("manifest", f"{self.manifest.path}"),
+            ("model", self.model.label + ("" if self.model.folder else " (not on this machine yet)")),
+            ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels"),
+            ("rows", f"{self.rows:,}"),
+            ("unique images", f"{cost.contents:,} contents, {cost.styles:,} styles"),
+            ("shards", f"{self.shards:,} of {size}"),
+            ("blocks a step", f"{cost.blocks} at most" if cost.blocks > 1 else "1: the features of a shard fit"),
+            ("UNet passes", f"{cost.with_sharing:,} with sharing, {cost.without_sharing:,} without"),
+            ("  denoise", f"{cost.denoise:,}"),
+            ("  gradient", f"{cost.gradient:,}"),
+            ("  features", f"{cost.shared_features:,} with sharing, {cost.unshared_features:,} without"),
+            *_memory_lines(cost),
+            ("output", job.output),
+        ]
+        return "\n".join(f"{name:<15} {value}" for name, value in lines)
+
+
+def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_per_shard: int | None = None) -> Plan:
+    """Plan a job, or a YAML job file with `overrides` of dotted keys. Reads the manifest once, writes nothing.
+
+    `pairs_per_shard` is what a run was first cut into, and wins over a job's 'auto' only: that follows from the number
+    of workers, which may change between starts, while shards may not. Raises JobError, ManifestError, ModelError and
+    OutputError for what the user must change.
+    """
+    if not isinstance(job, Job):
+        job = Job.load(job, overrides)
+    elif overrides:
+        raise TypeError("overrides go with a job file, not with a Job")
+    manifest = open_manifest(job.manifest)
+    model = resolve_model(job.model.name, job.model.revision)
+    if model.folder:
+        check_against_model(job, read_shape(model.folder))
+    asked = job.shards.pairs_per_shard
+    if asked == "auto":
+        asked = pairs_per_shard or automatic_shard(manifest.group_starts, _workers(job))
+    made = Plan(
+        job=job,
+        manifest=manifest,
+        model=model,
+        pairs_per_shard=asked,
+        fingerprint=fingerprint(job, model, manifest.sha256(), asked),
+        occurrences=manifest.repeated_rows(),
+    )
+    RunPaths(Path(job.output), made.shards)  # refuses an output that cannot be a run folder
+    return made
+
+
+def automatic_shard(group_starts: Sequence[int], workers: int) -> int:
+    """Pairs in a shard: the largest tile, of at most 256 pairs, that still gives four shards a worker.
+
+    `group_starts` is the first row of each row group, then the number of rows. `manifest build` writes a tile as a row
+    group, so whole groups, or an even part of one, keep the images of a shard few; else the tile is a square.
+    """
+    rows, wanted = group_starts[-1], SHARDS_PER_WORKER * workers
+    most = max(1, min(LARGEST_SHARD, (rows - 1) // (wanted - 1)))  # ceil(rows / most) >= wanted
+    group = group_starts[1] if len(group_starts) > 2 else 0
+    if 0 < group <= most:
+        return most // group * group
+    parts = [size for size in range(most, most // 2, -1) if group and group % size == 0]
+    return parts[0] if parts else max(side * side for side in range(1, 17) if side * side <= most)
+
+
+def _workers(job: Job) -> int:
+    workers = job.cluster.workers
+    return workers if isinstance(workers, int) else max(1, (os.cpu_count() or 1) // job.cluster.threads)
+
+
+def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
+    memory = cost.memory
+    if memory is None:
+        return [("memory", "estimated once the model is on this machine")]
+    return [
+        ("memory", f"about {_size(memory.total)} a worker in {memory.dtype}, an estimate"),
+        ("  weights", _size(memory.weights)),
+        ("  features", _size(memory.features)),
+        ("  latents", _size(memory.state)),
+        ("  activations", f"{_size(memory.activations)} a pair, {memory.micro_batch} pairs in a micro-batch"),
+    ]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,48 @@
+"""The fingerprint of a run: everything that its images follow from, as one flat table of keys and values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from stylemill.job import Job
+from stylemill.model_files import ModelFiles
+
+Value = str | int | float
+Fingerprint = dict[str, Value]
+
+
+def fingerprint(job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_shard: int) -> Fingerprint:
+    """What must not change between two starts of a run.
+
+    Left out is what may: workers, address, retries, checkpoints; and threads, micro-batch and feature budget, which
+    touch low bits only and are recorded as numerics.
+    """
+    width, height = job.image.width_height
+    return {
+        "manifest.sha256": manifest_sha256,
+        **model.identity(),
+        "model.dtype": job.model.dtype,
+        "model.layers": "the last six" if job.model.layers is None else ",".join(map(str, job.model.layers)),
+        **{f"sampling.{name}": value for name, value in job.sampling.model_dump().items()},
+        "image.size": f"{width}x{height}",
+        "image.fit": job.image.fit,
+        "shards.pairs_per_shard": pairs_per_shard,
+        "shards.image_format": job.shards.image_format,
+        **({} if job.shards.image_format == "png" else {"shards.quality": job.shards.quality}),
+    }
+
+
+def fingerprint_sha256(values: Mapping[str, Value]) -> str:
+    """One digest of a whole fingerprint; records and checkpoints carry it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint_differences(old: Mapping[str, Value], new: Mapping[str, Value]) -> list[str]:
+    """A line for each key on which a run folder (`old`) and a job (`new`) differ; empty when they are the same."""
+    return [
+        f"{key}: run has {old.get(key, 'nothing')}, job has {new.get(key, 'nothing')}"
+        for key in dict.fromkeys([*old, *new])
+        if old.get(key) != new.get(key)
+    ]

@@ -1,0 +1,347 @@
+"""Plans: fixed shards, the fingerprint, and costs counted as the engine counts them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stylemill.errors import JobError, ManifestError, ModelError, OutputError
+from stylemill.job import Job
+from stylemill.manifest import ImageRef, Row
+from stylemill.plan import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
+from stylemill.plan.cost import ModelShape, _self_attention, count_cost, read_shape
+
+# The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
+SD15 = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+}
+SDXL = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+}
+
+
+def _shape(unet: dict, parameters: int = 0) -> ModelShape:
+    channels = unet["block_out_channels"]
+    return ModelShape(tuple(_self_attention(unet)), channels[0], len(channels), 4, 8, parameters)
+
+
+def _weights(path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> Path:
+    """A model folder of SD 1.5's shape; only its headers are real."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text("{}")
+    (folder / "unet" / "config.json").write_text(json.dumps({**SD15, "in_channels": 4}))
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [128, 256, 512, 512]}))
+    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
+        (folder / name).write_text("{}")
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        _weights(folder / f"{name}.safetensors")
+    return folder
+
+
+def _write_manifest(path: Path, contents: int, styles: int, tile: int | None = None) -> Path:
+    pairs = [(f"c{c}.png", f"s{s}.png") for c in range(contents) for s in range(styles)]
+    table = pa.table({"content": [c for c, _ in pairs], "style": [s for _, s in pairs]})
+    pq.write_table(table, path, row_group_size=tile)
+    return path
+
+
+@pytest.fixture
+def job(tmp_path, model) -> Job:
+    return Job.parse(
+        {
+            "name": "test",
+            "manifest": str(_write_manifest(tmp_path / "pairs.parquet", 6, 4)),
+            "output": str(tmp_path / "run"),
+            "model": str(model),
+            "cluster": {"workers": 1, "gpus_per_worker": 0.0},
+            "shards": {"pairs_per_shard": 8},
+        }
+    )
+
+
+def _with(job: Job, **changes) -> Job:
+    values = job.model_dump()
+    for key, value in changes.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    return Job.parse(values)
+
+
+def test_every_row_is_in_one_shard(job):
+    made = plan(_with(job, shards={"pairs_per_shard": 7}))
+    assert (made.rows, made.shards) == (24, 4)
+    assert [row for shard in range(made.shards) for row in made.rows_of(shard)] == list(range(24))
+    assert made.rows_of(3) == range(21, 24)
+    with pytest.raises(IndexError):
+        made.rows_of(4)
+
+
+def test_a_plan_is_small_and_writes_nothing(job, tmp_path):
+    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    made = plan(job)
+    made.describe()
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+    sent = pickle.dumps(made)
+    assert len(sent) < 10_000
+    assert pickle.loads(sent) == made
+
+
+def test_planned_from_a_file_with_overrides(job, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps({"manifest": "pairs.parquet", "output": "run", "model": "./model"}))
+    made = plan(path, {"sampling.steps": 3, "shards.pairs_per_shard": 5})
+    assert (made.job.sampling.steps, made.shards) == (3, 5)
+    with pytest.raises(TypeError):
+        plan(job, {"sampling.steps": 3})
+
+
+def test_an_automatic_size_is_settled_by_the_first_start(job):
+    one = plan(_with(job, shards={"pairs_per_shard": "auto"}))
+    assert one.pairs_per_shard == 4  # six shards of a 2 × 2 tile: at least four for one worker
+    wide = _with(job, shards={"pairs_per_shard": "auto"}, cluster={"workers": 6})
+    assert plan(wide).pairs_per_shard == 1
+    again = plan(wide, pairs_per_shard=one.pairs_per_shard)
+    assert again.fingerprint == one.fingerprint
+    assert plan(job, pairs_per_shard=3).pairs_per_shard == 8  # what the job says stands, to be refused by name
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "workers", "expected"),
+    [
+        (100_000, 0, 4, 256),
+        (100_000, 64, 4, 256),  # whole tiles
+        (100_000, 100, 4, 200),
+        (100_000, 512, 4, 256),  # half a tile
+        (100_000, 100_000, 4, 256),  # one group tells nothing
+        (100_000, 1009, 4, 256),  # no even part
+        (2000, 256, 4, 128),
+        (36, 0, 2, 4),
+        (3, 0, 8, 1),
+        (1, 0, 1, 1),
+    ],
+)
+def test_automatic_shards(rows, group, workers, expected):
+    starts = [*range(0, rows, group or rows), rows]
+    assert automatic_shard(starts, workers) == expected
+
+
+@given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 64))
+def test_automatic_shards_always_leave_enough_for_each_worker(rows, group, workers):
+    size = automatic_shard([*range(0, rows, max(group, rows // 1000)), rows], workers)
+    assert 1 <= size <= 256
+    assert -(-rows // size) >= min(rows, 4 * workers)
+
+
+def test_fingerprint_holds_what_images_follow_from(job, model):
+    base = plan(job).fingerprint
+    assert json.loads(json.dumps(base)) == base
+    free = _with(
+        job,
+        cluster={"workers": 7, "threads": 2, "micro_batch": 2, "feature_budget_mb": 9},
+        checkpoint={"every_steps": 1},
+        retries=9,
+        max_failed_fraction=1.0,
+        output=job.output + "-elsewhere",
+        name="other",
+    )
+    assert plan(free).fingerprint == base
+
+    bound = _with(
+        job,
+        sampling={"steps": 30, "content_weight": 0.3},
+        image={"size": (512, 576), "fit": "pad"},
+        shards={"pairs_per_shard": 4, "image_format": "jpeg"},
+        model={"layers": [10, 11], "dtype": "float16"},
+    )
+    assert fingerprint_differences(base, plan(bound).fingerprint) == [
+        "model.dtype: run has auto, job has float16",
+        "model.layers: run has the last six, job has 10,11",
+        "sampling.steps: run has 50, job has 30",
+        "sampling.content_weight: run has 0.25, job has 0.3",
+        "image.size: run has 512x512, job has 512x576",
+        "image.fit: run has crop, job has pad",
+        "shards.pairs_per_shard: run has 8, job has 4",
+        "shards.image_format: run has png, job has jpeg",
+        "shards.quality: run has nothing, job has 95",
+    ]
+    assert fingerprint_sha256(base) == plan(job).fingerprint_sha256
+    assert fingerprint_sha256(dict(reversed(base.items()))) == fingerprint_sha256(base)
+    assert fingerprint_differences(base, dict(base)) == []
+
+    (model / "scheduler" / "scheduler_config.json").write_text('{"steps_offset": 1}')
+    (difference,) = fingerprint_differences(base, plan(job).fingerprint)
+    assert difference.startswith("model.scheduler/scheduler_config.json: run has 44136fa355b3")
+
+
+def test_passes_are_counted_as_the_method_counts_them(job):
+    cost = plan(job).cost()  # three shards of 2 contents × 4 styles
+    assert (cost.contents, cost.styles, cost.blocks) == (6, 4, 1)
+    assert (cost.denoise, cost.gradient) == (24 * 50, 24 * 50)
+    assert (cost.shared_features, cost.unshared_features) == (3 * (2 + 4) * 50, 24 * 2 * 50)
+    assert cost.with_sharing == 24 * 100 + 900
+
+    cost = plan(_with(job, sampling={"guidance_scale": 7.5, "iterations": 3, "start_step": 10})).cost()
+    assert (cost.denoise, cost.gradient, cost.shared_features) == (24 * 100, 24 * 3 * 40, 3 * 6 * 40)
+
+    cost = plan(_with(job, sampling={"iterations": 0})).cost()
+    assert (cost.denoise, cost.gradient, cost.shared_features) == (24 * 50, 0, 0)
+
+    cost = plan(_with(job, sampling={"content_weight": 0.0})).cost()
+    assert (cost.shared_features, cost.unshared_features) == (3 * 4 * 50, 24 * 50)  # no content features for λ = 0
+
+    cost = plan(_with(job, preset="style-transfer", sampling={"method": "optimization", "steps": 200})).cost()
+    assert (cost.denoise, cost.gradient, cost.shared_features) == (0, 24 * 200, 3 * 6 * 200)
+
+
+@pytest.mark.parametrize("method", ["guided", "optimization"])
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, method, budget):
+    from stylemill.engine import Engine, InputImage, Pair
+    from stylemill.engine.demo_model import write_demo_model
+
+    settings = {"method": method, "steps": 2, "iterations": 2, "start_step": 1, "guidance_scale": 3.0}
+    cluster = {"micro_batch": 2, "feature_budget_mb": budget}
+    model = {"name": str(write_demo_model(tmp_path / "demo"))}
+    made = plan(_with(job, model=model, sampling=settings, cluster=cluster, image={"size": 128}))
+    cost = made.cost()
+    assert cost.blocks > 1 if budget == 1 else cost.blocks == 1
+
+    engine = Engine.load(made.model.folder, micro_batch=2, feature_budget_mb=budget)
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    for shard in range(made.shards):
+        rows = made.rows_of(shard)
+        pairs = [
+            Pair((InputImage(row.styles[0].key, pixels),), (128, 128), content=InputImage(row.content.key, pixels))
+            for row in made.manifest.rows(rows.start, rows.stop)
+        ]
+        for _ in engine.sample(pairs, made.job.sampling):
+            pass
+    assert engine.passes == {
+        **({"denoise": cost.denoise} if method == "guided" else {}),
+        "gradient": cost.gradient,
+        "feature": cost.shared_features,
+    }
+
+
+def test_features_above_the_budget_are_worked_in_blocks(job):
+    rows = [Row(i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # zip: nothing to share
+    shape = _shape(SD15)
+    image = shape.feature_elements(None, (64, 64)) * 4  # 16.9 million scalars in float32
+    budget = 4 * image // 2**20 + 1  # room for the four images of two pairs
+    blocked = _with(job, cluster={"feature_budget_mb": budget, "micro_batch": 2})
+    cost = count_cost(blocked, [rows], shape)
+    assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 16 * 50, 16 * 50)
+    assert cost.memory.features == 4 * image
+
+    tile = [Row(i, str(i), ImageRef(f"c{i // 4}"), (ImageRef(f"s{i % 4}"),)) for i in range(8)]
+    cost = count_cost(blocked, [tile], shape)
+    assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 4 * 3 * 50, 16 * 50)
+
+
+def test_layers_and_their_sizes():
+    sd15, sdxl = _shape(SD15), _shape(SDXL)
+    assert (len(sd15.attention), len(sdxl.attention)) == (16, 70)
+    assert sd15.attention[6] == (3, 1280)
+    assert sd15.attention[10:] == ((1, 640),) * 3 + ((0, 320),) * 3
+    assert sd15.feature_elements(None, (64, 64)) == 3 * (3 * 1024 * 640 + 3 * 4096 * 320)
+    assert sd15.feature_elements((6,), (64, 32)) == 3 * 8 * 4 * 1280
+    # 16 × 16 tile in fp16: K, V of styles and Q of contents are half of this, 0.5 GiB
+    assert 32 * sd15.feature_elements(None, (64, 64)) * 2 / 2**30 == pytest.approx(1.05, abs=0.01)
+
+
+def test_memory_is_estimated_from_headers(job):
+    memory = plan(job).cost().memory
+    assert memory.dtype == "float32"
+    assert memory.weights == 3 * 1_000_000 * 4
+    assert memory.state == (8 + 6) * 4 * 64 * 64 * 4
+    assert memory.features == 6 * 3 * (3 * 1024 * 640 + 3 * 4096 * 320) * 4
+    assert memory.activations / 2**30 == pytest.approx(4.4, abs=0.1)
+    halved = plan(_with(job, model={"dtype": "float16"}, cluster={"micro_batch": 1})).cost().memory
+    assert halved.weights * 2 == memory.weights
+    assert halved.total < memory.total / 4
+
+
+def test_the_page_that_plan_prints(job, tmp_path):
+    text = plan(_with(job, shards={"pairs_per_shard": 7})).describe()
+    for expected in (
+        "rows            24\n",
+        "unique images   6 contents, 4 styles\n",
+        "shards          4 of 7 pairs, the last of 3\n",
+        "UNet passes     3,600 with sharing, 4,800 without\n",
+        "an estimate\n",
+        f"output          {tmp_path / 'run'}",
+    ):
+        assert expected in text, text
+
+
+def test_a_model_that_is_not_here_yet(job, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def absent(*_, **__):
+        raise LocalEntryNotFoundError("not cached")
+
+    class Hub:
+        def model_info(self, repo_id, *, revision=None):
+            return huggingface_hub.ModelInfo(id=repo_id, sha="f" * 40)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    made = plan(_with(job, model={"name": "org/model"}))
+    assert made.fingerprint["model.commit"] == "f" * 40
+    assert "org/model@ffff" in made.describe()
+    assert "once the model is on this machine" in made.describe()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"image": {"size": 500}}, JobError, "500×500: sides must be multiples of 64 for this model, such as 512×512"),
+        ({"model": {"layers": [10, 16]}}, JobError, r"layers \[10, 16\]: choose distinct .* from 0 to 15"),
+        ({"model": {"name": "/no/model"}}, ModelError, "no such folder"),
+        ({"manifest": "/no/pairs.parquet"}, ManifestError, "no such manifest"),
+        ({"output": "s3://bucket/run"}, OutputError, "only local folders"),
+    ],
+)
+def test_what_cannot_be_planned(job, changes, error, message):
+    with pytest.raises(error, match=message):
+        plan(_with(job, **changes))
+
+
+def test_a_broken_configuration_is_named(model):
+    (model / "unet" / "config.json").write_text('{"block_out_channels": 3}')
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_shape(model)
+    (model / "vae" / "config.json").write_text("[")
+    with pytest.raises(ModelError, match=r"vae/config\.json: cannot be read"):
+        read_shape(model)
+
+
+def test_repeated_rows_travel_with_their_shard(job, tmp_path):
+    pq.write_table(pa.table({"style": ["a.png", "b.png", "a.png", "a.png"]}), tmp_path / "pairs.parquet")
+    made: Plan = plan(_with(job, shards={"pairs_per_shard": 2}))
+    assert made.occurrences == {2: 2, 3: 3}
+    assert (made.occurrences_of(0), made.occurrences_of(1)) == ({}, {2: 2, 3: 3})
