@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
-    from stylemill.plan import plan
+    from stylemill.planning import plan
     from stylemill.report.status import status
-    from stylemill.run import run
+    from stylemill.runner import run
     from stylemill.store.verify import verify
 
 __version__ = "0.1.0"
@@ -23,8 +23,8 @@ __all__ = ["Engine", "plan", "run", "status", "verify"]
 
 _HOMES = {
     "Engine": "stylemill.engine",
-    "plan": "stylemill.plan",
-    "run": "stylemill.run",
+    "plan": "stylemill.planning",
+    "run": "stylemill.runner",
     "status": "stylemill.report.status",
     "verify": "stylemill.store.verify",
 }

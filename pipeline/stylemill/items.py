@@ -17,14 +17,14 @@ from stylemill.images import FittedImage, encode_image, load_image
 from stylemill.job import Job
 from stylemill.lease import Lease, Run
 from stylemill.manifest import ImageRef, Row
-from stylemill.store.writer import output_schema, write_failures, write_shard
+from stylemill.store.writer import Failure, output_schema, write_failures, write_shard
 
 READERS = 4  # images decoded at a time; Pillow lets go of the GIL
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a row is lost: where, by which error and in which words."""
+class Reason:
+    """Why a row is lost: at which stage, by which error and in which words."""
 
     stage: str
     error: str
@@ -38,7 +38,7 @@ class Item:
     row: Row
     content_sha256: str | None = None
     style_sha256: tuple[str, ...] = ()
-    failure: Failure | None = None
+    failure: Reason | None = None
     image: bytes | None = None
 
 
@@ -64,7 +64,7 @@ def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
                 content_weight=row.content_weight,
             )
         )
-        problems = [loaded[ref.key] for ref in _refs(row) if isinstance(loaded[ref.key], Failure)]
+        problems = [problem for ref in _refs(row) if isinstance(problem := loaded[ref.key], Reason)]
         digests = {key: image.sha256 for key, image in loaded.items() if isinstance(image, FittedImage)}
         read.append(
             replace(
@@ -83,23 +83,23 @@ def _refs(row: Row) -> Iterator[ImageRef]:
     yield from row.styles
 
 
-def _load(run: Run, ref: ImageRef) -> FittedImage | Failure:
+def _load(run: Run, ref: ImageRef) -> FittedImage | Reason:
     image = run.job.image
     try:
         return load_image(ref.path, ref.data, run.manifest.base, image.width_height, image.fit)
     except RowError as error:
-        return _failure(error)
+        return _reason(error)
 
 
-def _failure(error: RowError) -> Failure:
-    return Failure(error.stage, type(error).__name__, str(error))
+def _reason(error: RowError) -> Reason:
+    return Reason(error.stage, type(error).__name__, str(error))
 
 
 def note_lost(items: list[Item], state: SampleState) -> list[Item]:
     """Items with the failures of sampling added; a reason known from reading stands."""
     lost = state.failures
     return [
-        replace(item, failure=_failure(SamplingError(lost[place]))) if place in lost and not item.failure else item
+        replace(item, failure=_reason(SamplingError(lost[place]))) if place in lost and not item.failure else item
         for place, item in enumerate(items)
     ]
 
@@ -124,15 +124,13 @@ def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
             table = table.append_column(carried.schema.field(name), carried[name].take(good))
         data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)))
     if len(good) < len(items):
-        lost = [
-            {"pair_id": item.row.pair_id, "row": item.row.row, **asdict(item.failure)} for item in items if item.failure
-        ]
-        failures = write_failures(run.paths, lease.shard, lease.attempt, lost)
+        lost = [Failure(item.row.row, item.row.pair_id, **asdict(item.failure)) for item in items if item.failure]
+        failures = write_failures(run.paths, lease.shard, lease.attempt, lost, run.fingerprint)
     return data, failures
 
 
 def _schema(run: Run) -> pa.Schema:
-    return output_schema(run.manifest.carried, run.manifest.style_is_list)
+    return output_schema(run.manifest.carried, run.manifest.style_is_list, run.fingerprint)
 
 
 def output_table(run: Run, items: list[Item]) -> pa.Table:

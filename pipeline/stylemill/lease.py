@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
+from uuid import uuid4
 
 from stylemill.job import Job
 from stylemill.manifest import Manifest
@@ -25,6 +27,12 @@ class Run:
     def rows_of(self, shard: int) -> range:
         first = shard * self.pairs_per_shard
         return range(first, min(first + self.pairs_per_shard, self.manifest.num_rows))
+
+    def lease(self, shard: int, occurrences: Mapping[int, int]) -> Lease:
+        """A new attempt at `shard`, under a name that no other attempt has."""
+        rows = self.rows_of(shard)
+        own = {row: count for row, count in occurrences.items() if row in rows}
+        return Lease(shard, uuid4().hex[:12], own)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ is valid, and the next attempt goes on from the newest checkpoint.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -18,9 +17,9 @@ import PIL
 import pyarrow as pa
 
 from stylemill.engine import Engine, Pair, SampleState
-from stylemill.items import Failure, Item, encoded, note_lost, read_pairs, write_tables
+from stylemill.items import Item, Reason, encoded, note_lost, read_pairs, write_tables
 from stylemill.lease import Lease, Progress, Run
-from stylemill.store.checkpoints import Checkpoint, clear, load, save_inputs, save_progress
+from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
 from stylemill.store.commit import commit
 from stylemill.store.records import Ledger, Record
 
@@ -67,24 +66,24 @@ def process_shard(
     with clock.measure("read"):
         items = [Item(row) for row in run.manifest.rows(rows.start, rows.stop, lease.occurrences)]
         keeper = CheckpointKeeper(run, lease, items, engine.numerics)
-        checkpoint = keeper.load()
-        if checkpoint:
-            state, items = keeper.restore(checkpoint, items)
-            pairs: list[Pair] = []
+        pairs: list[Pair] = []
+        resumed: SampleState | None = None
+        if checkpoint := keeper.load():
+            resumed, items = keeper.restore(checkpoint, items)
         else:
-            state = None
             pairs, items = read_pairs(run, items)
 
     with device:
+        state = resumed
         with clock.measure("sample"):
-            for state in engine.sample(pairs, run.job.sampling, state):
+            for state in engine.sample(pairs, run.job.sampling, resumed):
                 tell("sample", state.step)
                 due = state.step % run.job.checkpoint.every_steps == 0 or state.step == steps
                 if due or stopping():
                     keeper.save(state, items)
                 if stopping() and state.step < steps:
                     return None
-        assert state is not None  # settings allow no run of zero steps
+        assert state is not None  # it took a step now, or before the checkpoint that it was restored from
         with clock.measure("decode"):
             images = engine.decode(state)
 
@@ -92,29 +91,16 @@ def process_shard(
     with clock.measure("write"):
         items = [encoded(run, item, image) for item, image in zip(note_lost(items, state), images, strict=True)]
         data, failures = write_tables(run, lease, items)
-        failed = [item.failure for item in items if item.failure]
-        record = commit(
-            run.paths,
-            Record(
-                shard=lease.shard,
-                generation=0,
-                fingerprint=run.fingerprint,
-                first_row=rows.start,
-                stop_row=rows.stop,
-                rows_ok=len(items) - len(failed),
-                rows_failed=len(failed),
-                data=None,
-                failures=None,
-                attempt=lease.attempt,
-                numerics=numerics(engine),
-                timings=clock.seconds,
-                failed_by_class=dict(Counter(failure.error for failure in failed)),
-            ),
-            data,
-            failures,
+        draft = Record(
+            shard=lease.shard,
+            fingerprint=run.fingerprint,
+            first_row=rows.start,
+            stop_row=rows.stop,
+            attempt=lease.attempt,
+            numerics=numerics(engine),
+            timings=clock.seconds,
         )
-    clear(run.paths, lease.shard)
-    return record
+    return commit(run.paths, draft, data, failures)  # counts, names and digests are those of what gets published
 
 
 def numerics(engine: Engine) -> dict[str, str | int]:
@@ -135,13 +121,13 @@ class CheckpointKeeper:
             "shard": lease.shard,
             "order": sha256(ids.encode()).hexdigest(),
         }
-        self.inputs_saved = False
+        self.inputs_name = ""
 
     def load(self) -> Checkpoint | None:
         return load(self.run.paths, self.lease.shard, self.identity)
 
     def restore(self, checkpoint: Checkpoint, items: list[Item]) -> tuple[SampleState, list[Item]]:
-        self.inputs_saved = True
+        self.inputs_name = checkpoint.inputs_name
         facts = checkpoint.inputs_meta["items"]
         state = SampleState.restore(
             checkpoint.inputs, checkpoint.inputs_meta["engine"], checkpoint.arrays, checkpoint.meta["engine"]
@@ -151,13 +137,13 @@ class CheckpointKeeper:
                 item,
                 content_sha256=fact["content_sha256"],
                 style_sha256=tuple(fact["style_sha256"]),
-                failure=Failure(**fact["failure"]) if fact["failure"] else None,
+                failure=Reason(**fact["failure"]) if fact["failure"] else None,
             )
             for item, fact in zip(items, facts, strict=True)
         ]
 
     def save(self, state: SampleState, items: list[Item]) -> None:
-        if not self.inputs_saved:
+        if not self.inputs_name:
             arrays, facts = state.export_inputs()
             learned = [
                 {
@@ -168,11 +154,10 @@ class CheckpointKeeper:
                 for item in items
             ]
             meta = self.identity | {"engine": facts, "items": learned}
-            save_inputs(self.run.paths, self.lease.shard, self.lease.attempt, arrays, meta)
-            self.inputs_saved = True
+            self.inputs_name = save_inputs(self.run.paths, self.lease.shard, self.lease.attempt, arrays, meta)
         arrays, facts = state.export_progress()
         meta = self.identity | {"engine": facts, "numerics": self.numerics}
-        save_progress(self.run.paths, self.lease.shard, state.step, self.lease.attempt, arrays, meta)
+        save_progress(self.run.paths, self.lease.shard, state.step, self.lease.attempt, arrays, meta, self.inputs_name)
 
 
 class Clock:

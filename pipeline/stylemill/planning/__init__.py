@@ -11,8 +11,8 @@ from typing import Any
 from stylemill.job import Job
 from stylemill.manifest import Manifest, open_manifest
 from stylemill.model_files import ModelFiles, resolve_model
-from stylemill.plan.cost import Cost, check_against_model, count_cost, read_shape
-from stylemill.plan.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
+from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
+from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.store.paths import RunPaths
 
 __all__ = ["Plan", "fingerprint_differences", "fingerprint_sha256", "plan"]

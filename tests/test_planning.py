@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
 from stylemill.job import Job
 from stylemill.manifest import ImageRef, Row
-from stylemill.plan import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
-from stylemill.plan.cost import ModelShape, _self_attention, count_cost, read_shape
+from stylemill.planning import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
+from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
 SD15 = {

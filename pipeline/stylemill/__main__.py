@@ -1,0 +1,7 @@
+"""`python -m stylemill` is the `stylemill` command."""
+
+import sys
+
+from stylemill.cli import main
+
+sys.exit(main())

@@ -1,0 +1,45 @@
+"""`stylemill status`: how far a run is, read from its folder while it runs or after. Needs neither Ray nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stylemill.report.summary import Summary, summarize
+from stylemill.store.lock import holder
+from stylemill.store.records import Ledger
+from stylemill.store.run_file import RunFile
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run's totals, who works on it now (None: nobody), and the shards that have a checkpoint."""
+
+    summary: Summary
+    worked_on_by: str | None
+    in_flight: list[str]
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.open_shards == 0
+
+    def describe(self) -> str:
+        if self.finished:
+            state = "finished"
+        elif self.worked_on_by:
+            state = f"running: {self.worked_on_by}"
+        else:
+            state = "stopped; the command that started it resumes it"
+        flight = f"\nin flight {len(self.in_flight)} shards have checkpoints" if self.in_flight else ""
+        return f"{self.summary.paths.output}: {state}\n{self.summary.describe()}{flight}"
+
+
+def status(output: str | Path) -> Status:
+    """Look at a run folder. Changes nothing. Raises OutputError where `output` is no run folder."""
+    file, paths = RunFile.open(output)
+    folder = paths.checkpoints_folder
+    return Status(
+        summary=summarize(paths, Ledger(paths, read_only=True), file.rows),
+        worked_on_by=holder(paths),
+        in_flight=sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.exists() else [],
+    )

@@ -1,0 +1,76 @@
+"""What a run has reached, from its records alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+
+from stylemill.store.paths import RunPaths
+from stylemill.store.records import Ledger, Record
+
+EXAMPLES = 3  # messages shown of each error class
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Totals of a run. `examples` has a few 'pair_id: message' lines of each error class."""
+
+    paths: RunPaths
+    rows: int
+    rows_ok: int
+    rows_failed: int
+    open_shards: int
+    failed_by_class: dict[str, int]
+    examples: dict[str, list[str]]
+    sampling_seconds: float
+
+    @property
+    def rows_open(self) -> int:
+        return self.rows - self.rows_ok - self.rows_failed
+
+    def describe(self) -> str:
+        """The closing words of a run and the body of `stylemill status`."""
+        lines = [f"{self.rows_ok:,} of {self.rows:,} images done, {self.rows_failed:,} failed, {self.rows_open:,} open"]
+        for name, count in sorted(self.failed_by_class.items()):
+            lines.append(f"  {count:,} × {name}")
+            lines += [f"    {example}" for example in self.examples.get(name, [])]
+            if count > len(self.examples.get(name, [])):
+                lines.append(f"    … all of them in {self.paths.failures_folder}")
+        lines.append(f"data     {self.paths.data_folder}")
+        if self.rows_ok:
+            lines.append(
+                f'load it  datasets.load_dataset("parquet", data_dir="{self.paths.data_folder}", split="train")'
+            )
+        if self.paths.contact_sheet.exists():
+            lines.append(f"look     {self.paths.contact_sheet}")
+        return "\n".join(lines)
+
+
+def summarize(paths: RunPaths, ledger: Ledger, rows: int) -> Summary:
+    """Sum up all records; opens failure files only until every error class has its examples."""
+    records = ledger.refresh().values()
+    totals = ledger.totals()
+    return Summary(
+        paths=paths,
+        rows=rows,
+        rows_ok=totals.rows_ok,
+        rows_failed=totals.rows_failed,
+        open_shards=paths.shards - totals.shards,
+        failed_by_class=totals.failed_by_class,
+        examples=_examples(paths, list(records)),
+        sampling_seconds=sum(record.timings.get("sample", 0.0) for record in records),
+    )
+
+
+def _examples(paths: RunPaths, records: list[Record]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for record in records:
+        wanted = [name for name in record.failed_by_class if len(found.get(name, [])) < EXAMPLES]
+        if not wanted or record.failures is None:
+            continue
+        for row in pq.read_table(paths.output / record.failures.name).to_pylist():
+            examples = found.setdefault(row["error"], [])
+            if len(examples) < EXAMPLES:
+                examples.append(f"{row['pair_id']}: {row['message']}")
+    return found

@@ -1,0 +1,67 @@
+"""job.json: what a run folder is. Written once, before any work, and never replaced."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from stylemill.errors import OutputError
+from stylemill.store.paths import RunPaths
+
+_RECORDED = ("stylemill", "torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A run's resolved job, its fingerprint, and how its rows are cut into shards."""
+
+    fingerprint: dict[str, Any]
+    fingerprint_sha256: str
+    rows: int
+    shards: int
+    pairs_per_shard: int
+    job: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    @property
+    def manifest(self) -> Path:
+        return Path(self.job["manifest"])
+
+    @classmethod
+    def find(cls, output: str | Path) -> RunFile | None:
+        """The run that stands in `output`; None where there is none. Raises OutputError for a damaged job.json."""
+        path = RunPaths(Path(output), 1).job
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise OutputError(
+                f"{path}: cannot be read ({error}). What is committed stands beside it; put job.json back from a copy, "
+                "or choose another folder with --output"
+            ) from error
+
+    @classmethod
+    def open(cls, output: str | Path) -> tuple[RunFile, RunPaths]:
+        """The run in `output` and its paths. Raises OutputError where there is none."""
+        file = cls.find(output)
+        if file is None:
+            raise OutputError(f"{output}: is not a run folder (it has no job.json); name the folder a run writes to")
+        return file, RunPaths(Path(output), file.shards)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    found = {}
+    for name in _RECORDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
