@@ -1,0 +1,116 @@
+"""The Ray calls: workers are hired, asked and dismissed, and their answers collected."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from stylemill.cluster.leases import LEASES
+from stylemill.cluster.room import Ask, Resources
+from stylemill.cluster.worker import Home, Worker
+from stylemill.lease import Lease, Run
+
+THREADS = LEASES + 2  # of an actor: its leases, and two short calls beside them
+
+
+@dataclass(eq=False)
+class Member:
+    """A worker as the driver sees it: asked for, placed (`home`), loading, ready."""
+
+    number: int
+    actor: Any
+    since: float = field(default_factory=time.monotonic)
+    home: Home | None = None
+    loading: bool = False
+    ready: bool = False
+    retiring: bool = False  # its process can no longer be trusted: it gets no more leases
+    asked: float = 0.0  # when it was last asked for a beat
+    heard: float = 0.0  # when it last answered
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" + (f" ({self.home})" if self.home else "")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of a worker whose answer is awaited."""
+
+    member: Member
+    method: str
+    lease: Lease | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a call ended: with an answer, with what its method raised (and the trace), or with its worker's death."""
+
+    call: Call
+    answer: Any = None
+    raised: BaseException | None = None
+    trace: str = ""
+    died: str | None = None
+
+
+class Crew:
+    """All workers of a pool, by number, and the calls they have not answered yet."""
+
+    def __init__(self, run: Run, ask: Ask) -> None:
+        self.members: dict[int, Member] = {}
+        self._numbers = count(1)
+        self._calls: dict[Any, Call] = {}
+        self._run = run
+        self._actor = ray.remote(Worker).options(
+            num_cpus=ask.cpus, num_gpus=ask.gpus, max_restarts=0, max_task_retries=0, max_concurrency=THREADS
+        )
+
+    def hire(self) -> None:
+        """Ask Ray for one more worker; where there is no room for it yet, it comes when there is."""
+        member = Member(next(self._numbers), self._actor.remote(self._run))
+        self.members[member.number] = member
+        self.call(member, "hello")
+
+    def dismiss(self, member: Member) -> None:
+        """Kill a worker. Nothing that it still had to say is heard."""
+        del self.members[member.number]
+        self._calls = {reference: call for reference, call in self._calls.items() if call.member is not member}
+        ray.kill(member.actor, no_restart=True)
+
+    def call(self, member: Member, method: str, *arguments: Any) -> None:
+        lease = arguments[0] if method == "work" else None
+        self._calls[getattr(member.actor, method).remote(*arguments)] = Call(member, method, lease)
+
+    def replies(self, timeout: float) -> list[Reply]:
+        """Every reply that is there, after waiting for the first one for at most `timeout` seconds."""
+        if not self._calls:
+            time.sleep(timeout)
+            return []
+        ray.wait(list(self._calls), num_returns=1, timeout=timeout)
+        there, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        return [_reply(self._calls.pop(reference), reference) for reference in there]
+
+
+def _reply(call: Call, reference: Any) -> Reply:
+    try:
+        return Reply(call, answer=ray.get(reference))
+    except RayTaskError as error:
+        return Reply(call, raised=error.cause, trace=re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
+    except RayError as error:
+        return Reply(call, died=_cause_of_death(error))
+
+
+def _cause_of_death(error: RayError) -> str:
+    """The one line of Ray's long message that tells something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "exit detail" in line or "exit type" in line or "Error:" in line]
+    return (telling or lines or ["no reason known"])[-1]
+
+
+def machines() -> list[Resources]:
+    """What each live machine of the cluster has in all, free or not."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

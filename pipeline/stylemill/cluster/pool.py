@@ -1,0 +1,268 @@
+"""The driver's side: sizes the pool, leases shards to workers, listens, and replaces workers that die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from threading import Event
+from typing import Any
+
+import stylemill
+from stylemill.cluster.crew import Call, Crew, Member, Reply, machines
+from stylemill.cluster.leases import LeaseBook
+from stylemill.cluster.patience import Patience, backoff
+from stylemill.cluster.room import ask, room
+from stylemill.cluster.worker import Home, Loaded
+from stylemill.errors import ClusterError, InputError, StylemillError, TransientError
+from stylemill.lease import Lease, Listener, Run
+from stylemill.store.records import Ledger
+
+TICK = 0.25  # seconds between two looks at `stopping`
+STARTS = 3  # workers that may die one after another before any of them has loaded the model
+
+
+class Pool:
+    """Supervised workers. What is done is read from the ledger; who does what is the lease book's decision."""
+
+    def __init__(
+        self,
+        run: Run,
+        shards: Sequence[int],
+        occurrences: Mapping[int, int],
+        listener: Listener,
+        stopping: Event,
+        embedded: bool,
+        patience: Patience,
+    ) -> None:
+        self._run = run
+        self._job = run.job.cluster
+        self._occurrences = occurrences
+        self._listener = listener
+        self._stopping = stopping
+        self._patience = patience
+        self._book = LeaseBook(shards, 1 + run.job.retries)
+        self._ledger = Ledger(run.paths)
+        self._machines, self._surveyed = machines(), time.monotonic()
+        self._ask = ask(self._job, self._machines)
+        self._crew = Crew(run, self._ask)
+        self._first: Loaded | None = None  # by the first worker that was ready
+        given = self._job.micro_batch
+        self._micro_batch = listener.micro_batch or (given if isinstance(given, int) else None)
+        self._deaths = 0  # since the last sign of health
+        self._hire_after = 0.0
+        self._told: set[str] = set()
+        if embedded and not any(self._ask.fits(machine) for machine in self._machines):
+            raise self._no_room()  # nor will there ever be
+
+    def work(self) -> dict[int, str]:
+        """See `run_on_ray`."""
+        try:
+            while self._book.open and not self._stopping.is_set():
+                self._resize()
+                self._load()
+                self._lease()
+                self._ask_for_beats()
+                self._listen()
+            self._leave()
+        except Exception:
+            with suppress(Exception):  # the first one counts
+                self._leave()
+            raise
+        finally:
+            for member in list(self._crew.members.values()):
+                self._crew.dismiss(member)
+        return self._book.unfinished()
+
+    # --- the size of the pool -----------------------------------------------------------------------------------------
+
+    def _resize(self) -> None:
+        """As many workers as there is room for, and never more than open shards."""
+        now, members = time.monotonic(), self._crew.members
+        if now - self._surveyed > self._patience.survey:
+            self._machines, self._surveyed = machines(), now
+        resident = self._first.resident if self._first else 0
+        wanted = min(room(self._job, self._ask, self._machines, resident), self._book.open)
+        idle = [member for member in members.values() if not self._book.held_by(member.number)]
+        idle.sort(key=lambda member: (member.ready, member.loading, member.home is not None))
+        for member in idle[: max(len(members) - wanted, 0)]:
+            self._crew.dismiss(member)
+        if now >= self._hire_after:
+            for _ in range(wanted - len(members)):
+                self._crew.hire()
+        self._check_placing(now)
+
+    def _check_placing(self, now: float) -> None:
+        """A pool goes on with the workers it has; with none at all it waits only so long."""
+        members = self._crew.members.values()
+        waiting = [member for member in members if not member.home]
+        longest = now - min((member.since for member in waiting), default=now)
+        if longest > self._patience.place and len(waiting) == len(members):
+            raise self._no_room()
+        if longest > self._patience.remark:
+            self._tell(f"waiting for room in the cluster for more workers; each asks for {self._ask}")
+
+    def _no_room(self) -> ClusterError:
+        has = [f"{sum(machine.get(name, 0) for machine in self._machines):g} {name}s" for name in ("GPU", "CPU")]
+        return ClusterError(
+            f"Ray has no room for a worker: each asks for {self._ask}, and the cluster has {' and '.join(has)} in all, "
+            f"free or not, on {len(self._machines)} machines; change cluster.gpus_per_worker or cluster.threads, or "
+            "free some"
+        )
+
+    # --- workers at work ----------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        """Placed workers load the model; the first one alone where it settles the micro-batch, or shows how much
+        memory the others need."""
+        members = self._crew.members.values()
+        alone = self._first is None and (
+            self._micro_batch is None or (self._job.workers == "auto" and not self._ask.gpus)
+        )
+        for member in members:
+            if alone and any(other.loading for other in members):
+                return
+            if member.home and not member.loading and not member.ready:
+                member.loading = True
+                self._crew.call(member, "load", self._micro_batch)
+
+    def _lease(self) -> None:
+        members = self._crew.members
+        able = [member.number for member in members.values() if member.ready and not member.retiring]
+        coming = sum(member.home is not None and not member.ready for member in members.values())
+        while choice := self._book.choose(able, coming):
+            number, shard = choice
+            lease = self._run.lease(shard, self._occurrences)
+            self._book.grant(number, lease)
+            try:
+                record = self._ledger.read(shard)
+            except TransientError as error:
+                self._failed(lease, str(error))
+                continue
+            if record is None:
+                self._crew.call(members[number], "work", lease)
+            else:  # by an attempt whose worker died just afterwards
+                self._book.done(lease)
+                self._listener.committed(record)
+
+    def _ask_for_beats(self) -> None:
+        now = time.monotonic()
+        for member in self._crew.members.values():
+            if member.ready and member.asked <= member.heard and now - member.asked > self._patience.beat:
+                member.asked = now
+                self._crew.call(member, "beat")
+
+    def _leave(self) -> None:
+        """Workers in the middle of a shard write its checkpoint; the others have nothing to lose."""
+        for member in list(self._crew.members.values()):
+            if self._book.held_by(member.number):
+                self._crew.call(member, "stop")
+            else:
+                self._crew.dismiss(member)
+        deadline = time.monotonic() + self._patience.leave
+        while self._book.held and time.monotonic() < deadline:
+            self._listen()
+
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        for reply in self._crew.replies(TICK):
+            member = reply.call.member
+            if member.number not in self._crew.members:
+                continue  # dismissed because of another reply
+            if reply.died is not None:
+                self._lost(member, reply.died)
+            elif reply.raised is not None:
+                self._raised(reply, reply.raised)
+            else:
+                self._answered(reply.call, reply.answer)
+            if member.retiring and not self._book.held_by(member.number):
+                self._crew.dismiss(member)
+
+    def _answered(self, call: Call, answer: Any) -> None:
+        member = call.member
+        if call.lease:
+            self._finished(call.lease, answer)
+        elif call.method == "hello":
+            self._greet(member, answer)
+        elif call.method == "load":
+            self._ready(member, answer)
+        elif call.method == "beat":
+            member.heard = time.monotonic()
+            for progress in answer:
+                self._book.note(progress)
+                self._listener.progress(progress)
+
+    def _finished(self, lease: Lease, record: Any) -> None:
+        if record is None:
+            self._book.returned(lease)
+            return
+        self._book.done(lease)
+        self._deaths = 0
+        self._listener.committed(record)
+
+    def _greet(self, member: Member, home: Home) -> None:
+        if home.version != stylemill.__version__:
+            raise ClusterError(
+                f"{home.host} has stylemill {home.version}, this machine {stylemill.__version__}; install the same "
+                "version on both"
+            )
+        member.home = home
+
+    def _ready(self, member: Member, loaded: Loaded) -> None:
+        member.loading, member.ready, member.heard = False, True, time.monotonic()
+        if self._first is None:
+            self._first = loaded
+            self._micro_batch = int(loaded.numerics["micro_batch"])
+            self._deaths = 0
+            self._listener.settle(loaded.numerics)
+            return
+        first = self._first.numerics
+        if differing := [
+            f"{key} {value}, not {first[key]}" for key, value in loaded.numerics.items() if value != first[key]
+        ]:
+            self._tell(f"a worker differs from the first ({'; '.join(differing)}): its images may differ in low bits")
+
+    # --- what goes wrong ----------------------------------------------------------------------------------------------
+
+    def _raised(self, reply: Reply, error: BaseException) -> None:
+        """A method raised and its worker lives. Only our own errors leave a worker that can be trusted."""
+        member, lease, ours = reply.call.member, reply.call.lease, isinstance(error, StylemillError)
+        if isinstance(error, InputError):
+            raise error
+        if reply.call.method == "hello":
+            raise ClusterError(
+                f"a worker cannot import stylemill: {error}; install the same stylemill on every machine of the cluster"
+            )
+        why = str(error) if ours else f"{type(error).__name__}: {error}"
+        if not ours:
+            self._tell(reply.trace)
+        if lease is None:
+            self._lost(member, why)
+            return
+        # What else that worker was doing may fail for the same reason: a CUDA error stays until its process ends.
+        self._failed(lease, why, charged=not member.retiring)
+        member.retiring |= not ours
+
+    def _failed(self, lease: Lease, why: str, charged: bool = True) -> None:
+        again = self._book.failed(lease, why, charged)
+        then = "it is tried again" if again else "its attempts are used up; the next start tries again"
+        self._listener.warn(f"shard {lease.shard}: {why}; {then}")
+
+    def _lost(self, member: Member, why: str) -> None:
+        """A worker is gone: its shards go back, and another takes its place after a while."""
+        held = [str(lease.shard) for lease in self._book.held_by(member.number)]
+        self._book.lost(member.number, f"{member} died: {why}")
+        self._crew.dismiss(member)
+        self._deaths += 1
+        self._hire_after = time.monotonic() + backoff(self._deaths)
+        if self._deaths >= STARTS and not any(other.ready for other in [member, *self._crew.members.values()]):
+            raise StylemillError(f"{self._deaths} workers in a row died before they were ready, the last one: {why}")
+        doing = f"with shard {' and '.join(held)} in work" if held else "idle" if member.ready else "while starting"
+        self._listener.warn(f"{member} died {doing}: {why}; another takes its place")
+
+    def _tell(self, message: str) -> None:
+        """Warn once."""
+        if message not in self._told:
+            self._told.add(message)
+            self._listener.warn(message)

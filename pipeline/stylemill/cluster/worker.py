@@ -1,0 +1,87 @@
+"""A worker: a process with a resident engine that brings one shard after the other to its record."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stylemill import __version__
+from stylemill.lease import Lease, Progress, Run
+from stylemill.store.records import Record
+
+if TYPE_CHECKING:
+    from stylemill.engine import Engine
+
+# torch comes with stylemill.shard, which is imported inside the methods: the driver imports this module too and has no
+# use for the memory and the seconds.
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a worker runs, and with which stylemill."""
+
+    host: str
+    pid: int
+    version: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is known once the model is there."""
+
+    numerics: dict[str, str | int]
+    resident: int  # bytes of memory
+
+
+class Worker:
+    """Runs as a Ray actor whose methods are called from several threads; knows nothing of Ray itself."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._engine: Engine | None = None
+        self._device = threading.Lock()
+        self._stopping = threading.Event()
+        self._progress: dict[str, Progress] = {}
+
+    def hello(self) -> Home:
+        """Import all that work needs, long before the model is loaded. Raises ImportError."""
+        import stylemill.shard  # noqa: F401
+
+        return Home(socket.gethostname(), os.getpid(), __version__)
+
+    def load(self, micro_batch: int | None) -> Loaded:
+        """Load the model. Raises ModelError when it cannot be."""
+        from stylemill.shard import load_engine, numerics
+
+        self._engine = load_engine(self._run, micro_batch)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+        return Loaded(numerics(self._engine), peak * 1024)
+
+    def work(self, lease: Lease) -> Record | None:
+        """Bring a shard to its record; None once `stop` was called. Raises what `process_shard` raises."""
+        from stylemill.shard import process_shard
+
+        if self._engine is None:
+            raise RuntimeError("a lease came before the model was loaded")
+        try:
+            return process_shard(self._run, lease, self._engine, self._device, self._watch, self._stopping.is_set)
+        finally:
+            self._progress.pop(lease.attempt, None)
+
+    def beat(self) -> list[Progress]:
+        """A sign of life: the latest of each shard in work."""
+        return list(self._progress.copy().values())
+
+    def stop(self) -> None:
+        """Shards in work end with a checkpoint after their current step."""
+        self._stopping.set()
+
+    def _watch(self, progress: Progress) -> None:
+        self._progress[progress.attempt] = progress
