@@ -43,12 +43,16 @@ class TileOrder:
     contents: int
     styles: int
     width: int  # styles of a band, at most
+    by_style: bool = False  # contents are too few for a tile: no bands, all contents of one style after the other
 
     def __len__(self) -> int:
         return self.contents * self.styles
 
     def pair(self, position: int) -> tuple[int, int]:
         """(content, style) at a position of the order, 0 <= position < len."""
+        if self.by_style:
+            style, content = divmod(position, self.contents)
+            return content, style
         band = bisect_right(self._edges, position // self.contents) - 1
         first, stop = self._edges[band], self._edges[band + 1]
         content, style = divmod(position - first * self.contents, stop - first)
@@ -65,7 +69,7 @@ class TileOrder:
         if tile is not None:
             return cls(contents, styles, tile[1])
         side = max(1, math.isqrt(rows))
-        return cls(contents, styles, side if contents >= side else math.ceil(rows / contents))
+        return cls(contents, styles, side, by_style=contents < side)
 
 
 def build_manifest(

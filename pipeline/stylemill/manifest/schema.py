@@ -76,7 +76,7 @@ class Problem:
 def _is_string(kind: pa.DataType) -> bool:
     if pt.is_dictionary(kind):
         return _is_string(kind.value_type)
-    return pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -94,7 +94,7 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind)
+    return bool(pt.is_binary(kind) or pt.is_large_binary(kind) or pt.is_binary_view(kind))
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -102,7 +102,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    return pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind)
+    return bool(pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind))
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ _COLUMNS = (
     Column("pair_id", "string", "names the pair; unique; made from the row's content when absent or null", _is_string),
     Column(
         "content",
-        "string, or struct `{bytes, path}`",
+        "string or struct `{bytes, path}`",
         "the image whose layout is kept: a path or URI, or the encoded image; null for none (texture, text to image)",
         _is_image,
     ),
     Column(
         "style",
-        "as `content`, or a list of them",
+        "string, struct `{bytes, path}`, or a list of either",
         "the image or images whose look is taken; never null or empty",
         lambda kind: _is_image(kind.value_type) if is_list(kind) else _is_image(kind),
         required=True,
@@ -144,7 +144,7 @@ _COLUMNS = (
         "style_mask",
         "string, or a list of them",
         "path of the label image of the style; one for each style",
-        lambda kind: _is_string(kind.value_type) if is_list(kind) else _is_string(kind),
+        lambda kind: _is_text(kind.value_type) if is_list(kind) else _is_string(kind),
     ),
 )
 KNOWN: dict[str, Column] = {column.name: column for column in _COLUMNS}

@@ -1,0 +1,308 @@
+"""Building manifests: sources, pairings, tile order, names and paths, and what happens when it fails midway."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from stylemill.errors import ManifestError
+from stylemill.manifest import build_manifest, open_manifest, validate_manifest
+from stylemill.manifest.build import TileOrder
+from stylemill.manifest.sources import IMAGE_EXTENSIONS, find_images, labels
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Makes a folder of empty files: building opens no image."""
+
+    def make(name: str, *files: str) -> Path:
+        for file in files:
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return tmp_path / name
+
+    return make
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    return [(Path(row["content"]).stem, Path(row["style"]).stem) for row in table(path)]
+
+
+@given(
+    contents=st.integers(1, 40),
+    styles=st.integers(1, 40),
+    rows=st.integers(1, 100),
+    tile=st.none() | st.tuples(st.integers(1, 12), st.integers(1, 12)),
+)
+def test_a_product_holds_each_pair_once_in_any_tile(
+    contents: int, styles: int, rows: int, tile: tuple[int, int] | None
+) -> None:
+    order = TileOrder.of(contents, styles, rows, tile)
+    found = [order.pair(position) for position in range(len(order))]
+    assert sorted(found) == [(content, style) for content in range(contents) for style in range(styles)]
+
+
+@given(contents=st.integers(1, 60), styles=st.integers(1, 60), start=st.integers(0, 3600))
+def test_any_64_neighbours_share_images(contents: int, styles: int, start: int) -> None:
+    order = TileOrder.of(contents, styles, 64)
+    stop = min(start + 64, len(order))
+    found = [order.pair(position) for position in range(start, stop)]
+    images = len({content for content, _ in found}) + len({style for _, style in found})
+    # The best tile of 64 needs 16 images, or as long a strip as the shorter side allows. Being cut anywhere, bands
+    # narrower than 8 and their borders cost some more; a plain double loop needs 65 for 64 styles.
+    short = min(contents, styles, 8)
+    assert images <= short + math.ceil(64 / short) + 12
+
+
+def test_blocks_are_tiles_where_they_fit(folder: Folder, tmp_path: Path) -> None:
+    contents = folder("contents", *(f"c{index}.png" for index in range(8)))
+    styles = folder("styles", *(f"s{index}.png" for index in range(6)))
+    out = tmp_path / "pairs.parquet"
+    assert build_manifest(out, contents, styles, tile=(4, 2)) == 48
+    found = pairs(out)
+    starts = open_manifest(out).group_starts
+    assert starts == (0, 8, 16, 24, 32, 40, 48)
+    for start, stop in pairwise(starts):
+        block = found[start:stop]
+        assert len({content for content, _ in block}) == 4
+        assert len({style for _, style in block}) == 2
+    assert len(set(found)) == 48
+
+
+def test_the_default_row_group_is_a_tile_of_64(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", *(f"{index}.png" for index in range(10)))
+    out = tmp_path / "pairs.parquet"
+    assert build_manifest(out, images, images) == 100
+    assert open_manifest(out).group_starts == (0, 64, 100)
+    build_manifest(out, images, images, rows_per_group=30)
+    assert open_manifest(out).group_starts == (0, 30, 60, 90, 100)
+
+
+def test_the_same_sources_give_the_same_bytes(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", *(f"{index}.png" for index in range(5)))
+    digests = set()
+    for name in ("one.parquet", "two.parquet"):
+        build_manifest(tmp_path / name, images, images, pairing="sample", samples=7)
+        digests.add(open_manifest(tmp_path / name).sha256())
+    assert len(digests) == 1
+
+
+def test_zip_keeps_the_order_of_lists_and_names_repeated_pairs(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", "a.png", "b.png", "x.png")
+    out = tmp_path / "pairs.parquet"
+    contents = [images / name for name in ("b.png", "a.png", "b.png")]
+    build_manifest(out, contents, [images / "x.png"] * 3, pairing="zip")
+    assert [row["pair_id"] for row in table(out)] == ["b__x", "a__x", "b__x__2"]
+    with pytest.raises(ManifestError, match="3 contents and 1 styles"):
+        build_manifest(out, contents, images / "x.png", pairing="zip")
+
+
+def test_samples_are_distinct_and_depend_on_the_seed(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", *(f"{index}.png" for index in range(9)))
+    drawn = []
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.parquet"
+        assert build_manifest(out, images, images, pairing="sample", samples=20, sample_seed=seed) == 20
+        drawn.append(pairs(out))
+        assert len(set(drawn[-1])) == 20
+    assert drawn[0] != drawn[1]
+    build_manifest(out, images, images, pairing="sample", samples=81)
+    assert len(set(pairs(out))) == 81
+    for samples in (0, 82, None):
+        with pytest.raises(ManifestError, match="samples"):
+            build_manifest(out, images, images, pairing="sample", samples=samples)
+
+
+def test_styles_alone_make_rows_without_content(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "textures.parquet"
+    build_manifest(out, styles=folder("styles", "wood.png", "stone.png"), prompt="p", seed=3, content_weight=0.5)
+    assert pq.read_schema(out).names == ["pair_id", "style", "prompt", "seed", "content_weight"]
+    assert [row.pair_id for row in open_manifest(out).rows()] == ["stone", "wood"]
+    assert table(out)[0] == {
+        "pair_id": "stone",
+        "style": "styles/stone.png",
+        "prompt": "p",
+        "seed": 3,
+        "content_weight": 0.5,
+    }
+
+
+def test_folders_are_searched_deeply_in_natural_order(folder: Folder) -> None:
+    images = folder(
+        "images", "10.PNG", "9.jpg", "sub/2.webp", "sub/10.webp", "notes.txt", "v.svg", "._9.jpg", ".x/1.png"
+    )
+    names = [os.path.relpath(path, os.path.realpath(images)) for path in find_images(images, "content")]
+    assert names == ["9.jpg", "10.PNG", "sub/2.webp", "sub/10.webp"]
+    assert [Path(path).name for path in find_images(f"{images}/**/*.webp", "content")] == ["2.webp", "10.webp"]
+
+
+def test_lists_of_images(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", "a.png", "b.png")
+    (tmp_path / "list.txt").write_text("images/b.png\n\ns3://bucket/c.png\n")
+    (tmp_path / "list.csv").write_text("\ufeffpath,note\nimages/b.png,x\nimages/a.png,y\n", encoding="utf-8")
+    real = os.path.realpath(images)
+    assert find_images(tmp_path / "list.txt", "style") == [f"{real}/b.png", "s3://bucket/c.png"]
+    assert find_images([tmp_path / "list.csv", images / "a.png"], "style") == [f"{real}/{n}.png" for n in "baa"]
+    (tmp_path / "list.csv").write_text("file\nx\n")
+    with pytest.raises(ManifestError, match=r"needs a column 'style' or 'path', has: file"):
+        find_images(tmp_path / "list.csv", "style")
+
+
+def test_sources_without_images_say_what_was_looked_for(folder: Folder, tmp_path: Path) -> None:
+    empty = folder("empty", "readme.md")
+    for source, message in [
+        (empty, r"empty: no style images there; looked for files ending in .*\.jpg"),
+        (f"{empty}/*.png", "no style images there"),
+        (empty / "readme.md", "no style images there"),
+        (tmp_path / "absent", "absent: no such file or folder of style images"),
+        ([], "the list of style images is empty"),
+    ]:
+        with pytest.raises(ManifestError, match=message):
+            build_manifest(tmp_path / "out.parquet", styles=source)
+    with pytest.raises(ManifestError, match="no style images named"):
+        build_manifest(tmp_path / "out.parquet", contents=empty)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_paths_are_relative_where_the_manifest_lies_near(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", "a.png")
+    far = tmp_path / "one" / "two" / "three"
+    for out, written in [
+        (tmp_path / "near.parquet", "images/a.png"),
+        (tmp_path / "one" / "two" / "near.parquet", "../../images/a.png"),
+        (far / "far.parquet", os.path.realpath(images / "a.png")),
+    ]:
+        build_manifest(out, styles=images)
+        assert [row["style"] for row in table(out)] == [written]
+        assert validate_manifest(out).ok
+
+
+def test_labels_stay_readable_unique_and_safe() -> None:
+    found = labels(
+        ["/p/cat.jpg", "/p/dog.png", "/q/dog.png", "/q/r/Dog.jpg", "/q/r/dog.gif", "/p/a__b_.png", "/p/é" * 60]
+    )
+    assert found["/p/cat.jpg"] == "cat"
+    assert found["/p/dog.png"] == "p-dog"
+    assert found["/q/dog.png"] == "q-dog"
+    assert found["/q/r/Dog.jpg"].startswith("Dog-")
+    assert found["/p/a__b_.png"] == "a_b"
+    assert len(set(found.values())) == len(found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.sampled_from("ab_-. é\t\\"), min_size=1, max_size=4), min_size=1, max_size=12, unique=True))
+def test_pair_ids_never_collide(names: list[str]) -> None:
+    found = labels(f"/f/{name}.png" for name in names)
+    joined = {f"{one}__{two}" for one in found.values() for two in found.values()}
+    assert len(joined) == len(names) ** 2
+
+
+def test_long_stems_give_valid_ids(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", "é" * 110 + "1.png", "é" * 110 + "2.png")
+    out = tmp_path / "pairs.parquet"
+    build_manifest(out, images, images)
+    assert validate_manifest(out).ok
+
+
+def test_a_csv_of_pairs_becomes_typed_columns(folder: Folder, tmp_path: Path) -> None:
+    folder("images", "a.png", "b.png")
+    csv = tmp_path / "pairs.csv"
+    csv.write_text(
+        "pair_id,content,style,seed,content_weight,label\nx,images/a.png,images/b.png,7,0.5,1\n,,images/b.png,,,\n"
+    )
+    out = tmp_path / "out" / "pairs.parquet"
+    assert build_manifest(out, pairs=csv, prompt="all") == 2
+    first, second = table(out)
+    assert first == {
+        "pair_id": "x",
+        "content": "../images/a.png",
+        "style": "../images/b.png",
+        "seed": 7,
+        "content_weight": 0.5,
+        "label": "1",
+        "prompt": "all",
+    }
+    assert second["content"] is second["seed"] is second["pair_id"] is None
+    assert open_manifest(out).carried.names == ["label"]
+    assert validate_manifest(out).ok
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("style,seed\nx.png,abc\n", r"line 2, column 'seed': 'abc', expected integer"),
+        ("style,content_weight\nx.png,1\ny.png,nan\n", "row 1, column 'content_weight': is nan"),
+        ("style,pair_id\nx.png,a\ny.png,a\n", "row 1, column 'pair_id': 'a' is already the id of row 0"),
+        ("style,pair_id\nx.png,../a\n", "could be a path"),
+        ("style,prompt\n,p\n", "row 0, column 'style': is null"),
+        ("style,prompt\nx.png\n", "line 2: has another number of values"),
+        ("content\nx.png\n", "no column 'style' in the header"),
+        ("style,image\nx.png,y\n", "column 'image' has the name of an output column"),
+        ("style,style\nx.png,y\n", "repeated"),
+        ("style,seed\nx.png,99999999999999999999\n", r"pairs\.csv"),
+        ("style\n", "no rows"),
+        ("", "no column 'style'"),
+    ],
+)
+def test_a_bad_csv_names_its_place_and_leaves_nothing(tmp_path: Path, text: str, message: str) -> None:
+    csv = tmp_path / "pairs.csv"
+    csv.write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        build_manifest(tmp_path / "out.parquet", pairs=csv)
+    assert os.listdir(tmp_path) == ["pairs.csv"]
+
+
+def test_a_failed_build_keeps_the_old_manifest(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "pairs.parquet"
+    build_manifest(out, styles=folder("styles", "x.png"))
+    before = out.read_bytes()
+    csv = tmp_path / "pairs.csv"
+    # The first row group is complete and written when the bad line is met.
+    csv.write_text("style,seed\n" + "x.png,1\n" * 200 + "x.png,bad\n")
+    with pytest.raises(ManifestError, match="line 202"):
+        build_manifest(out, pairs=csv)
+    assert out.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["pairs.csv", "pairs.parquet", "styles"]
+
+
+def test_bad_arguments_are_refused(folder: Folder, tmp_path: Path) -> None:
+    images = folder("images", "x.png")
+    (tmp_path / "file").touch()
+    out = tmp_path / "out.parquet"
+    for path, options, message in [
+        (tmp_path / "out.csv", {}, r"ends in \.parquet"),
+        (tmp_path / "file" / "out.parquet", {}, "cannot be written"),
+        (out, {"tile": (0, 4)}, "both sides must be 1 or more"),
+        (out, {"rows_per_group": 0}, "must be 1 or more"),
+        (out, {"pairing": "all"}, "not one of: product, zip, sample"),
+        (out, {"samples": 3}, "belongs to the pairing 'sample'"),
+        (out, {"seed": -1}, "column 'seed': is -1"),
+        (out, {"content_weight": math.nan}, "column 'content_weight': is nan"),
+        (out, {"pairs": "pairs.csv"}, "taken as it is"),
+    ]:
+        with pytest.raises(ManifestError, match=message):
+            build_manifest(path, styles=images, **options)
+    assert not out.exists()
+
+
+def test_pillow_reads_every_extension_looked_for() -> None:
+    known = Image.registered_extensions()
+    assert {extension for extension in IMAGE_EXTENSIONS if known.get(extension) not in Image.OPEN} == set()
