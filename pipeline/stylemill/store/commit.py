@@ -1,0 +1,165 @@
+"""Commit a shard: its files get their names, then its record, and nothing committed is ever replaced.
+
+Every step either has no effect or is durable, so a kill between any two leaves a state from which the same commit, by
+anyone, goes on: files that stand without a record prove nothing, are looked at, and are adopted or moved away.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from stylemill.errors import DamagedError, StorageError
+from stylemill.store import checkpoints
+from stylemill.store.lock import exclusive
+from stylemill.store.paths import RunPaths
+from stylemill.store.publish import digest, discard, persist, publish, publish_bytes, quarantine, storage_errors
+from stylemill.store.records import FileEntry, Ledger, Record, standing_record
+from stylemill.store.writer import check_file, write_again
+
+
+def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:
+    """Publish the files of a shard and then its record; returns the record that stands.
+
+    `data_tmp` and `failures_tmp` come from `writer`, None where no row succeeded or failed. `record` needs neither
+    files nor counts: they are taken from what is committed, which may be another attempt's work. Its own files leave
+    tmp/ in any case but a kill. The shard's checkpoints are removed. Raises StorageError, and DamagedError, committing
+    nothing, if the files do not hold every row of the shard once.
+    """
+    try:
+        _check_complete(record, data_tmp, failures_tmp)
+        # The lock keeps two attempts from judging each other's half-published work; create-if-absent would do without
+        # it as long as both give the same rows.
+        with exclusive(paths.commit_lock(record.shard)):
+            standing = _standing(paths, record)
+            if standing is None:
+                data = _settle(paths, data_tmp, paths.data(record.shard, record.generation))
+                failures = _settle(paths, failures_tmp, paths.failures(record.shard, record.generation))
+                standing = _publish_record(paths, _complete(paths, record, data, failures))
+    finally:
+        discard(data_tmp)
+        discard(failures_tmp)
+    checkpoints.clear(paths, record.shard)
+    return standing
+
+
+def clean(paths: RunPaths) -> None:
+    """Empty tmp/ and remove the checkpoints of committed shards; a finished run keeps neither folder.
+
+    The caller holds the RunLock and has no worker at work. Raises StorageError.
+    """
+    committed = Ledger(paths).refresh()
+    for shard in committed:
+        checkpoints.clear(paths, shard)
+        discard(paths.commit_lock(shard))
+    finished = len(committed) == paths.shards
+    with storage_errors(paths.output):
+        for folder in (paths.tmp, paths.checkpoints_folder) if finished else (paths.tmp,):
+            if folder.exists():
+                shutil.rmtree(folder)
+        if not finished:
+            paths.tmp.mkdir()
+
+
+def _check_complete(record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> None:
+    rows: list[int] = []
+    for tmp in (data_tmp, failures_tmp):
+        if tmp is not None:
+            found = check_file(tmp, fingerprint=record.fingerprint).rows
+            if list(found) != sorted(found):
+                raise DamagedError(f"{tmp}: rows are not in the order of the manifest; nothing was committed")
+            rows += found
+    expected = range(record.first_row, record.stop_row)
+    # A later generation holds rows that failed before, and no others.
+    complete = sorted(rows) == list(expected) if record.generation == 0 else set(rows) <= set(expected)
+    if not complete or len(set(rows)) != len(rows):
+        raise DamagedError(
+            f"shard {record.shard}: the {len(rows)} rows of attempt {record.attempt} are not rows "
+            f"{record.first_row} to {record.stop_row - 1} once each; nothing was committed"
+        )
+
+
+def _standing(paths: RunPaths, record: Record) -> Record | None:
+    try:
+        standing = standing_record(paths, record.shard, record.generation)
+        if standing is not None and standing.fingerprint != record.fingerprint:
+            raise DamagedError("the record is that of another job")
+    except DamagedError as error:
+        quarantine(paths, paths.record(record.shard, record.generation), str(error))
+        return None
+    return standing
+
+
+def _settle(paths: RunPaths, tmp: Path | None, final: Path) -> Path | None:
+    """Let `final` be `tmp`, or a valid file with the same rows that stands there already."""
+    if tmp is None:
+        if final.exists():
+            quarantine(paths, final, "no record names it, and the shard has no such rows")
+        return None
+    while not publish(tmp, final):
+        why = _unlike(final, tmp)
+        if why is None:
+            persist(final)
+            break
+        quarantine(paths, final, why)
+    return final
+
+
+def _unlike(final: Path, tmp: Path) -> str | None:
+    """Why the file at `final` cannot stand for `tmp`, or None: it is whole and has the same columns, job and rows."""
+    if digest(final) == digest(tmp):
+        return None
+    with storage_errors(tmp):
+        schema = pq.read_schema(tmp)
+    again = tmp.with_name(f"{tmp.name}.again")
+    try:
+        if check_file(final, schema) != check_file(tmp):
+            return "no record names it, and it has other rows than the attempt that was committed"
+        # Pages have checksums, the footer has none: whole is what our writer would write for these rows.
+        same = digest(write_again(final, again)) == digest(final)
+    except DamagedError as error:
+        return str(error)
+    finally:
+        discard(again)
+    return None if same else "it is not as it was written"
+
+
+def _complete(paths: RunPaths, record: Record, data: Path | None, failures: Path | None) -> Record:
+    entries = {name: _entry(paths, path) for name, path in (("data", data), ("failures", failures)) if path is not None}
+    classes: Counter[str] = Counter()
+    if failures is not None:
+        with storage_errors(failures):
+            errors: list[Any] = pq.ParquetFile(failures).read(["error"], use_threads=False).column("error").to_pylist()
+        classes.update(errors)
+    ok, failed = (entries[name].rows if name in entries else 0 for name in ("data", "failures"))
+    return replace(
+        record,
+        rows_ok=ok,
+        rows_failed=failed,
+        data=entries.get("data"),
+        failures=entries.get("failures"),
+        failed_by_class=dict(classes),
+    )
+
+
+def _entry(paths: RunPaths, path: Path) -> FileEntry:
+    with storage_errors(path):
+        rows = pq.read_metadata(path).num_rows
+        size = path.stat().st_size
+    return FileEntry(name=paths.relative(path), rows=rows, bytes=size, sha256=digest(path))
+
+
+def _publish_record(paths: RunPaths, record: Record) -> Record:
+    final = paths.record(record.shard, record.generation)
+    if publish_bytes(paths, final, record.to_bytes(), record.attempt):
+        return record
+    standing = standing_record(paths, record.shard, record.generation)
+    if standing is None:
+        raise StorageError(f"{final}: changed while shard {record.shard} was committed; the same command resumes")
+    persist(final)
+    return standing

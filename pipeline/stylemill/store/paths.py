@@ -1,0 +1,136 @@
+"""Every path of a run folder comes from one object.
+
+<output>/job.json                                  resolved job, fingerprint, row and shard count, versions
+<output>/data/train-00000-of-00042.parquet         successful rows only
+<output>/failures/00000.parquet                    rows that failed for good
+<output>/records/00000.json                        published last: what makes a shard done
+<output>/checkpoints/00000/  00000.lock            shards in flight only
+<output>/tmp/                                      everything unfinished, on the same filesystem as the rest
+<output>/quarantine/                               damaged files, moved out of the way with the reason
+<output>/lock                                      held by the run that works here
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from stylemill.errors import OutputError, StorageError
+from stylemill.store.publish import discard, publish, sync
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The run folder at `output`, cut into `shards` shards. Numbers are as wide as the shard count, at least 5."""
+
+    output: Path
+    shards: int
+
+    def __post_init__(self) -> None:
+        text = os.fspath(self.output)
+        if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:/", text):  # pathlib makes one slash of a URI's two
+            raise OutputError(
+                f"output {text}: only local folders can be written so far; give a path such as runs/first"
+            )
+        object.__setattr__(self, "output", Path(text))
+
+    def number(self, shard: int) -> str:
+        return f"{shard:0{self._width}d}"
+
+    @property
+    def _width(self) -> int:
+        return max(5, len(str(self.shards)))
+
+    def data(self, shard: int, generation: int = 0) -> Path:
+        total = self.number(self.shards)
+        return self.data_folder / f"train-{self.number(shard)}-of-{total}{_suffix('-r', generation)}.parquet"
+
+    def failures(self, shard: int, generation: int = 0) -> Path:
+        return self.failures_folder / f"{self.number(shard)}{_suffix('-r', generation)}.parquet"
+
+    def record(self, shard: int, generation: int = 0) -> Path:
+        return self.records_folder / f"{self.number(shard)}{_suffix('.r', generation)}.json"
+
+    def checkpoints(self, shard: int) -> Path:
+        """The folder of one shard's checkpoints."""
+        return self.checkpoints_folder / self.number(shard)
+
+    def commit_lock(self, shard: int) -> Path:
+        return self.checkpoints_folder / f"{self.number(shard)}.lock"
+
+    def tmp_name(self, final: Path, attempt: str) -> Path:
+        """Where `attempt` writes what becomes `final`; no other attempt and no other final name gets the same."""
+        return self.tmp / f"{self.relative(final).replace('/', '-')}.{attempt}"
+
+    def relative(self, path: Path) -> str:
+        """`path` as records and messages write it: below the run folder, with forward slashes."""
+        return path.relative_to(self.output).as_posix()
+
+    @property
+    def data_folder(self) -> Path:
+        return self.output / "data"
+
+    @property
+    def failures_folder(self) -> Path:
+        return self.output / "failures"
+
+    @property
+    def records_folder(self) -> Path:
+        return self.output / "records"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.output / "checkpoints"
+
+    @property
+    def tmp(self) -> Path:
+        return self.output / "tmp"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.output / "quarantine"
+
+    @property
+    def job(self) -> Path:
+        return self.output / "job.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.output / "lock"
+
+    @property
+    def contact_sheet(self) -> Path:
+        return self.output / "contact-sheet.jpg"
+
+    def create(self) -> None:
+        """Make the folders and try out what a commit does, so that a run fails now and not after hours of sampling.
+
+        Raises OutputError where the folder cannot be written or its filesystem has no hard links.
+        """
+        folders = (self.data_folder, self.failures_folder, self.records_folder, self.checkpoints_folder, self.tmp)
+        grown = {self.output, *(folder.parent for folder in (self.output, *self.output.parents) if not folder.exists())}
+        unique = uuid4().hex[:12]
+        probe, linked = (self.tmp / f"probe.{unique}.{name}" for name in ("tmp", "final"))
+        try:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            for folder in grown:
+                sync(folder)
+            probe.write_bytes(b"stylemill")
+            publish(probe, linked)
+        except (OSError, StorageError) as error:
+            cause = error.__cause__ or error
+            raise OutputError(
+                f"{self.output}: cannot be written ({getattr(cause, 'strerror', None) or cause}); make room or rights "
+                "there, or choose another folder with --output"
+            ) from error
+        finally:
+            discard(probe)
+            discard(linked)
+
+
+def _suffix(mark: str, generation: int) -> str:
+    return f"{mark}{generation}" if generation else ""
