@@ -55,7 +55,8 @@ def output_schema(carried: pa.Schema, style_is_list: bool, fingerprint: str) -> 
     The schema metadata names `image` a Hugging Face Image, keeps the features the manifest has for carried columns,
     and holds the run's `fingerprint`, without which a file of another job could be taken for one of this.
     """
-    references = pa.list_(pa.string()) if style_is_list else pa.string()
+    # "element" is what Parquet calls it, so that reading and writing again changes no byte.
+    references = pa.list_(pa.field("element", pa.string())) if style_is_list else pa.string()
     own = [
         pa.field("pair_id", pa.string()),
         pa.field("row", pa.int64()),
@@ -104,7 +105,7 @@ def write_failures(
 
 
 def write_again(path: Path, tmp: Path) -> Path:
-    """Write the rows of the valid file at `path` to `tmp`: other bytes mean that `path` was changed after its writing."""
+    """Write the rows of the valid file at `path` to `tmp`: other bytes mean that `path` was changed since."""
     with storage_errors(path):
         table = pq.ParquetFile(path).read(use_threads=False)
     return _write(table, tmp)

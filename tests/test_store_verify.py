@@ -1,0 +1,131 @@
+"""`verify` names whatever is wrong in a run folder, and changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from store_shards import attempt, files, run_folder, table
+from stylemill.errors import OutputError
+from stylemill.store.commit import clean, commit
+from stylemill.store.paths import RunPaths
+from stylemill.store.publish import digest
+from stylemill.store.records import Record
+from stylemill.store.verify import verify
+from stylemill.store.writer import write_shard
+
+
+def finished(folder: Path) -> RunPaths:
+    paths = run_folder(folder, shards=2)
+    for shard in range(2):
+        commit(paths, *attempt(paths, f"a{shard}", shard, failed=[5] if shard else []))
+    clean(paths)
+    return paths
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    paths = finished(tmp_path)
+    report = verify(str(paths.output), deep=True)
+    assert report.ok
+    assert (report.shards, report.rows_ok, report.rows_failed) == (2, 7, 1)
+    assert "2 shards, 7 images, 1 recorded failures" in report.describe()
+
+
+def forge(paths: RunPaths, shard: int, **changes: object) -> None:
+    """A record that is consistent in itself, as no accident makes it."""
+    record = Record.from_bytes(paths.record(shard).read_bytes())
+    paths.record(shard).write_bytes(replace(record, **changes).to_bytes())  # type: ignore[arg-type]
+
+
+def other_data(paths: RunPaths, **columns: list[object]) -> None:
+    """Shard 0 with other values in some columns, and a record that agrees."""
+    rows = table(range(4))
+    for name, values in columns.items():
+        field = rows.schema.field(name)
+        rows = rows.set_column(rows.column_names.index(name), field, pa.array(values, field.type))
+    paths.tmp.mkdir()
+    write_shard(paths, 0, "forged", rows).replace(paths.data(0))
+    paths.tmp.rmdir()
+    entry = Record.from_bytes(paths.record(0).read_bytes()).data
+    assert entry is not None
+    size = paths.data(0).stat().st_size
+    forge(paths, 0, data=replace(entry, bytes=size, sha256=digest(paths.data(0))))
+
+
+def flip(path: Path, place: int = 60) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[place] ^= 1
+    path.write_bytes(whole)
+
+
+def not_an_image(paths: RunPaths) -> None:
+    images = [{"bytes": b"no image", "path": "x.png"}] * 4
+    other_data(paths, image=images, sha256=[hashlib.sha256(b"no image").hexdigest()] * 4)
+
+
+PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
+    (lambda paths: flip(paths.data(0)), "SHA-256 differs"),
+    (lambda paths: flip(paths.failures(1)), "SHA-256 differs"),
+    (lambda paths: flip(paths.record(1)), "records/00001.json: the record"),
+    (lambda paths: paths.data(1).unlink(), "data/train-00001-of-00002.parquet is missing"),
+    (lambda paths: paths.record(1).unlink(), "shard 1 is not committed yet"),
+    (lambda paths: (paths.data_folder / "extra.parquet").touch(), "data/ has 1 files that are not the run's"),
+    (lambda paths: (paths.records_folder / "00002.json").touch(), "records/ has 1 files that are not the run's"),
+    (lambda paths: (paths.tmp.mkdir(), (paths.tmp / "left").touch()), "tmp/ has 1 files that are not the run's"),
+    (lambda paths: forge(paths, 0, fingerprint="0" * 64), "belongs to another job"),
+    (lambda paths: forge(paths, 0, stop_row=3), r"is for rows \[0, 3\); job.json cuts \[0, 4\)"),
+    (lambda paths: forge(paths, 1, failures=None, rows_failed=0), "row 5 is missing"),
+    (lambda paths: forge(paths, 1, rows_ok=4), "contradict each other"),
+    (lambda paths: other_data(paths, row=[0, 1, 1, 3]), "row 1 is there more than once"),
+    (lambda paths: other_data(paths, row=[0, 1, 2, 7]), "row 7 is not one of this shard"),
+    (lambda paths: other_data(paths, pair_id=["pair-0", "pair-1", "pair-2", "pair-6"]), "rows 3 and 6 have the same"),
+    (lambda paths: other_data(paths, width=[4, 4, 5, 4]), r"row 2: the image has \(4, 3\) pixels"),
+    (not_an_image, "row 0: the image cannot be decoded"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), PROBLEMS, ids=[expected for _, expected in PROBLEMS])
+def test_what_is_wrong_is_named_and_left_as_it_is(
+    tmp_path: Path, spoil: Callable[[RunPaths], object], expected: str
+) -> None:
+    paths = finished(tmp_path)
+    spoil(paths)
+    before = files(paths.output)
+    report = verify(paths.output, deep=True)
+    assert not report.ok
+    with pytest.raises(AssertionError, match=expected):
+        raise AssertionError(report.describe())
+    assert files(paths.output) == before
+
+
+def test_an_interrupted_run_has_no_strays(tmp_path: Path) -> None:
+    paths = finished(tmp_path)
+    paths.record(1).unlink()  # as if killed after publishing the data
+    run_folder(tmp_path, shards=2)
+    attempt(paths, "killed", 1)
+    assert verify(paths.output).problems == ["shard 1 is not committed yet; the same run command goes on"]
+
+
+def test_what_is_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"job\.json"):
+        verify(tmp_path)
+    paths = finished(tmp_path)
+    job = json.loads(paths.job.read_bytes())
+    paths.job.write_text(json.dumps({**job, "rows": 100}))
+    with pytest.raises(OutputError, match="do not belong together"):
+        verify(paths.output)
+
+
+def test_the_files_are_plain_parquet(tmp_path: Path) -> None:
+    paths = finished(tmp_path)
+    failures = pq.read_table(paths.failures(1)).to_pylist()
+    assert failures == [
+        {"row": 5, "pair_id": "pair-5", "stage": "read", "error": "ImageError", "message": "zero bytes"}
+    ]
