@@ -49,7 +49,7 @@ def process_shard(
     watch: Callable[[Progress], None],
     stopping: Callable[[], bool],
 ) -> Record | None:
-    """Bring one shard to its committed record. None when `stopping()` asked to leave; a checkpoint stands then.
+    """Bring one shard to its committed record; None when `stopping()` asked to leave. What was sampled is checkpointed.
 
     `device` is held while sampling, so that another thread may read ahead and a third encode. Raises TransientError
     when the attempt, not a row, failed; InputError when no attempt can succeed.
@@ -74,6 +74,8 @@ def process_shard(
             pairs, items = read_pairs(run, items)
 
     with device:
+        if stopping():  # while it waited for the device: no step, no new checkpoint
+            return None
         state = resumed
         with clock.measure("sample"):
             for state in engine.sample(pairs, run.job.sampling, resumed):

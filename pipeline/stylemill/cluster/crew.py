@@ -105,10 +105,9 @@ def _reply(call: Call, reference: Any) -> Reply:
 
 
 def _cause_of_death(error: RayError) -> str:
-    """The one line of Ray's long message that tells something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit detail" in line or "exit type" in line or "Error:" in line]
-    return (telling or lines or ["no reason known"])[-1]
+    """What tells something in Ray's long message: the end of it, without guesses at common causes."""
+    last = str(error).strip().splitlines()[-1].strip()
+    return re.sub(r"^.*Worker exit detail: | Some common causes include.*$", "", last)
 
 
 def machines() -> list[Resources]:

@@ -104,7 +104,7 @@ class LeaseBook:
 
     def returned(self, lease: Lease) -> None:
         """The worker left the shard because it was asked to."""
-        self._release(lease, "stopped before it was finished; its checkpoint stands", charged=False)
+        self._release(lease, "stopped before it was finished", charged=False)
 
     def failed(self, lease: Lease, why: str, charged: bool = True) -> bool:
         """The attempt failed and its worker lives. Whether the shard will be tried again."""

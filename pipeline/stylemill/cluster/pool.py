@@ -231,9 +231,7 @@ class Pool:
         if isinstance(error, InputError):
             raise error
         if reply.call.method == "hello":
-            raise ClusterError(
-                f"a worker cannot import stylemill: {error}; install the same stylemill on every machine of the cluster"
-            )
+            raise _not_installed(str(error))
         why = str(error) if ours else f"{type(error).__name__}: {error}"
         if not ours:
             self._tell(reply.trace)
@@ -251,6 +249,8 @@ class Pool:
 
     def _lost(self, member: Member, why: str) -> None:
         """A worker is gone: its shards go back, and another takes its place after a while."""
+        if not member.home and "ModuleNotFoundError" in why:  # Ray could not even make a Worker there
+            raise _not_installed(why)
         held = [str(lease.shard) for lease in self._book.held_by(member.number)]
         self._book.lost(member.number, f"{member} died: {why}")
         self._crew.dismiss(member)
@@ -266,3 +266,9 @@ class Pool:
         if message not in self._told:
             self._told.add(message)
             self._listener.warn(message)
+
+
+def _not_installed(why: str) -> ClusterError:
+    return ClusterError(
+        f"a worker cannot import stylemill ({why}); install the same stylemill on every machine of the cluster"
+    )

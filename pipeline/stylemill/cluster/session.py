@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -55,6 +56,8 @@ def _embedded(cluster: Cluster) -> Iterator[None]:
     workers = 1 if cluster.workers == "auto" else cluster.workers
     # Sockets lie in this folder, and their paths may have 107 characters: not below a long TMPDIR.
     folder = tempfile.mkdtemp(prefix="stylemill-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # as in many a container: Ray would write its token there
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         with _our_signal_handlers():
             ray.init(
@@ -78,14 +81,16 @@ def _embedded(cluster: Cluster) -> Iterator[None]:
 
 
 def _connect(address: str, timeout: float) -> None:
-    found = _resolve(address)
-    _probe(found, address, timeout)
+    _probe(_resolve(address), address, timeout)
     try:
         with _our_signal_handlers():
-            ray.init(address=found, logging_level="error")
+            ray.init(address=address, logging_level="error")
     # Ray exits the process when a cluster breaks off the greeting; other Ray or Python versions are a RuntimeError.
     except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
-        raise ClusterError(f"cluster.address {address}: this Ray cannot be joined: {_one_line(error)}") from error
+        raise ClusterError(
+            f"cluster.address {address}: this Ray cannot be joined: {_one_line(error)}; if it asks for a token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from error
 
 
 def _resolve(address: str) -> str:
