@@ -33,12 +33,16 @@ MAY_KNOW: dict[str, set[str]] = {
     "settings": {"errors"},
     "model_files": {"errors", "settings"},
     **dict.fromkeys(BESIDE, GROUND),
-    "plan": GROUND | {"job", "manifest", "store"},
+    "planning": GROUND | {"job", "manifest", "store"},
     "report": GROUND | {"job", "manifest", "store", "images"},
-    "shard": GROUND | {"plan", "job", "manifest", "images", "store", "engine"},
-    "cluster": GROUND | BESIDE | {"plan", "shard"},
-    "run": GROUND | BESIDE | {"plan", "report", "shard", "cluster"},
-    "cli": GROUND | BESIDE | {"plan", "report", "shard", "cluster", "run"},
+    "lease": GROUND | {"job", "manifest", "store"},
+    "items": GROUND | BESIDE | {"lease"},
+    "shard": GROUND | BESIDE | {"lease", "items"},
+    "cluster": GROUND | {"job", "store", "lease", "shard"},
+    "inline": GROUND | {"lease", "shard"},
+    "progress": {"lease"},
+    "runner": GROUND | {"job", "store", "planning", "report", "lease", "progress", "inline", "cluster"},
+    "cli": GROUND | BESIDE | {"planning", "report", "runner"},
     "__main__": {"cli"},
 }
 
@@ -50,7 +54,7 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": TORCH_ROOMS,
     "accelerate": TORCH_ROOMS,
     "ray": {"cluster"},
-    "pyarrow": {"manifest", "store", "plan", "shard", "report"},
+    "pyarrow": {"manifest", "store", "items", "shard", "report"},
 }
 
 
@@ -127,7 +131,7 @@ def late():
     seen = [imported for _, imported in sorted(imports_of(source, "stylemill.store.paths"))]
     assert seen == [
         *("__future__", "torch.nn"),
-        *("stylemill", "stylemill.errors", "stylemill.run"),
+        *("stylemill", "stylemill.errors", "stylemill.runner"),
         *("stylemill.job", "stylemill.settings", "stylemill.store"),
         *("pyarrow", "PIL", "diffusers"),
     ]
@@ -190,7 +194,7 @@ def test_module_is_short_and_says_what_it_is(module: Path):
 
 def test_storage_runs_without_torch_and_ray():
     """The walls hold for what is loaded in the end too, through whatever library: seen from a fresh interpreter."""
-    joining = {"shard", "cluster", "run", "__main__"}
+    joining = {"items", "shard", "inline", "cluster", "__main__"}  # the engine comes with them
     names = sorted(name for name in NAMES if room_of(name) not in TORCH_ROOMS | joining)
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -97,10 +97,10 @@ def run(
             except IncompleteError as error:
                 stopped_because = str(error)
         still_open = ledger.open_shards(planned.shards)
-        clean(paths)
-        summary = summarize(paths, ledger, planned.rows)
         if not still_open and (listener.committed_now or not paths.contact_sheet.exists()):
             write_contact_sheet(paths, planned.manifest, ledger.refresh().values())
+        clean(paths)
+        summary = summarize(paths, ledger, planned.rows)
         return RunResult(
             summary=summary,
             open={shard: reasons.get(shard, NOT_REACHED) for shard in still_open},

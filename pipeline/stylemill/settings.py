@@ -24,7 +24,7 @@ class Sampling(Frozen):
     """How every pair of a job is sampled. Names follow diffusers; λ of the paper is `content_weight`."""
 
     method: Method = "guided"
-    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    steps: Annotated[int, Field(ge=1, le=999)] = 50
     iterations: Annotated[int, Field(ge=0, le=100)] = 1  # Adam steps at a timestep
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     content_weight: Annotated[float, Field(ge=0)] = 0.25  # λ; a manifest column of this name overrides it per row
@@ -49,3 +49,12 @@ _ROWS: dict[str, tuple[Any, ...]] = {
 # fmt: on
 PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}
 DEFAULT_PRESET = "guided-transfer"
+
+
+def cpu_micro_batch(size: tuple[int, int]) -> int:
+    """Pairs in one UNet call on a CPU, for images of `size` pixels: 8 at 256² and below, 2 at 512².
+
+    Measured by benchmarks/throughput.py: a call with more to do gains nothing more, and takes more memory.
+    """
+    width, height = size
+    return max(1, min(8, 8 * 256**2 // (width * height)))

@@ -143,7 +143,7 @@ def _unet() -> Any:
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         norm_num_groups=8,
         cross_attention_dim=32,
-        attention_head_dim=4,  # as in SD 1.x, diffusers reads this as the number of heads
+        attention_head_dim=2,  # as in SD 1.x, diffusers reads this as the number of heads
     )
 
 

@@ -24,9 +24,8 @@ from stylemill.engine.noise import Noise
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
 from stylemill.model_files import fetch_model
-from stylemill.settings import DType, Sampling
+from stylemill.settings import DType, Sampling, cpu_micro_batch
 
-CPU_MICRO_BATCH = 4  # measured: more gains little on a CPU (benchmarks/throughput.py)
 LARGEST_MICRO_BATCH = 64
 
 
@@ -47,7 +46,7 @@ class Engine:
         *,
         layers: Sequence[int] | None = None,
         threads: int = 1,
-        micro_batch: int = CPU_MICRO_BATCH,
+        micro_batch: int = 1,
         feature_budget_mb: int = 4096,
     ) -> None:
         self.model = model
@@ -72,7 +71,8 @@ class Engine:
     ) -> Engine:
         """Load a diffusers folder or hub id, safetensors only.
 
-        `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is settled by `calibrate`. Raises
+        `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles
+        it. Raises
         ModelError when the model is absent, pickled or of another architecture.
         """
         # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
@@ -86,7 +86,7 @@ class Engine:
             loaded,
             layers=layers,
             threads=threads,
-            micro_batch=micro_batch if isinstance(micro_batch, int) else CPU_MICRO_BATCH,
+            micro_batch=micro_batch if isinstance(micro_batch, int) else 1,
             feature_budget_mb=feature_budget_mb,
         )
 
@@ -161,8 +161,8 @@ class Engine:
     def calibrate(self, size: tuple[int, int]) -> int:
         """Choose and set the micro-batch for images of `size` (width, height): once a run, since it is numerics.
 
-        On a CPU a constant. On CUDA from the memory that gradients of one and of two blank pairs take: the largest
-        power of two that fits in 80% of what is free.
+        On a CPU by the size alone. On CUDA from the memory that gradients of one and of two blank pairs take: the
+        largest power of two that fits in 80% of what is free.
         """
         if self.model.device.type == "cuda":
             blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
@@ -171,7 +171,7 @@ class Engine:
             fitting = 1 + int(room / max(used[1] - used[0], 1))
             self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)
         else:
-            self.micro_batch = CPU_MICRO_BATCH
+            self.micro_batch = cpu_micro_batch(size)
         return self.micro_batch
 
     def _peak_memory(self, pair: Pair, count: int) -> int:

@@ -76,7 +76,8 @@ class DiffusionModel:
 
     def with_steps(self, steps: int) -> DiffusionModel:
         """This model with a scheduler of its own, set to `steps` timesteps."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        # The spacing of the paper; with another, a step would not land on the timestep that comes next.
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="leading")
         scheduler.set_timesteps(steps)
         return replace(self, scheduler=scheduler)
 

@@ -12,10 +12,10 @@ from stylemill.errors import JobError, ModelError
 from stylemill.job import Job
 from stylemill.manifest import Row
 from stylemill.model_files import count_parameters, model_paths
+from stylemill.settings import cpu_micro_batch
 
 DEFAULT_LAYER_COUNT = 6  # the last six self-attention layers
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-ASSUMED_MICRO_BATCH = 4  # for 'auto': what a CPU worker takes; a GPU worker takes what fits its memory
 # Scalars that a gradient through the UNet keeps for each latent position and channel of the first block. Measured:
 # 790 for Stable Diffusion 1.5 at 512², 960 for the demo model.
 _ACTIVATIONS = 900
@@ -172,7 +172,7 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
                 [row.content.key] if row.content and weight > 0 else []
             )  # λ = 0: nobody asks for its features
             needs.append((content_keys, style_keys))
-        blocks = _blocks(needs, job.cluster.micro_batch, capacity)
+        blocks = _blocks(needs, assumed_micro_batch(job), capacity)
         pairs += len(needs)
         shared += sum(blocks)
         unshared += sum(len(own_content) + len(own_styles) for own_content, own_styles in needs)
@@ -195,12 +195,11 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
 Need = tuple[list[str], list[str]]  # content and style images whose features a pair is pulled towards
 
 
-def _blocks(needs: list[Need], micro_batch: int | str, capacity: int | None) -> list[int]:
+def _blocks(needs: list[Need], size: int, capacity: int | None) -> list[int]:
     """Images in each block of a shard: the engine gathers micro-batches of like pairs while their features fit."""
     alike: dict[tuple[int, int], list[set[str]]] = {}
     for content_keys, style_keys in needs:
         alike.setdefault((len(content_keys), len(style_keys)), []).append({*content_keys, *style_keys})
-    size = micro_batch if isinstance(micro_batch, int) else ASSUMED_MICRO_BATCH
     found: list[int] = []
     images: set[str] = set()
     for group in alike.values():
@@ -217,15 +216,20 @@ def _memory(job: Job, shape: ModelShape, pairs: int, images: int, features: int)
     width, height = _latent_size(job, shape)
     dtype, positions = assumed_dtype(job), width * height
     moments = 2 if job.sampling.method == "optimization" else 0
-    given = job.cluster.micro_batch
     return Memory(
         dtype=dtype,
         weights=shape.parameters * BYTES[dtype],
         features=features,
         state=(pairs * (1 + moments) + images) * shape.latent_channels * positions * 4,  # latents are float32
         activations=_ACTIVATIONS * shape.channels * positions * BYTES[dtype],
-        micro_batch=given if isinstance(given, int) else ASSUMED_MICRO_BATCH,
+        micro_batch=assumed_micro_batch(job),
     )
+
+
+def assumed_micro_batch(job: Job) -> int:
+    """The job's micro-batch; for 'auto' what a worker on a CPU will choose. On a GPU it measures its memory first."""
+    given = job.cluster.micro_batch
+    return given if isinstance(given, int) else cpu_micro_batch(job.image.width_height)
 
 
 def assumed_dtype(job: Job) -> str:

@@ -1,0 +1,34 @@
+"""A model with Stable Diffusion 1.5's real dimensions and random weights, made in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.engine.model import DiffusionModel
+
+
+def random_sd15(device: str, dtype: torch.dtype, seed: int = 0) -> DiffusionModel:
+    """860 million UNet parameters, drawn by torch's own initialisation; the tokenizer is the demo model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        demo = write_demo_model(Path(folder) / "demo")
+        tokenizer = CLIPTokenizer.from_pretrained(demo, subfolder="tokenizer")
+        scheduler = DDIMScheduler.from_pretrained(demo, subfolder="scheduler")
+    with torch.device(device), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        )
+        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    parts = [part.to(dtype).eval().requires_grad_(False) for part in (unet, vae, text_encoder)]
+    return DiffusionModel(*parts, tokenizer, scheduler, torch.device(device))

@@ -1,0 +1,115 @@
+"""Images a second: the lockstep engine over a tile, against the naive way, in one process.
+
+    python benchmarks/throughput.py                                  # demo model, 8 × 8 tile, this CPU
+    python benchmarks/throughput.py --model sd15 --size 512 --steps 4 --device cuda --micro-batch auto
+
+The naive way is what the method's reference code does: one pair at a time, style and content features recomputed for
+every pair at every step. It runs on the same engine, as shards of one pair, so that both use the same kernels and only
+sharing and batching differ. Rounds alternate between the two; the figure to read is the median of their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sd15 import random_sd15
+from stylemill.engine import Engine, InputImage, Pair
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.settings import Sampling
+
+# Of SD 1.5 at 512², batch 1, counted on the real architecture: forward, and backward to the latent.
+TFLOP = {"denoise": 0.803, "feature": 0.803, "gradient": 0.803 + 0.923}
+
+
+def main() -> None:
+    options = _parse()
+    engine = _engine(options)
+    micro_batch = engine.calibrate((options.size,) * 2) if options.micro_batch == "auto" else engine.micro_batch
+    pairs = _tile(options)
+    some = pairs[:: max(1, len(pairs) // options.naive_pairs)][: options.naive_pairs]
+    settings = Sampling(steps=options.steps)
+    print(f"{options.model}, {options.size}² pixels, {options.tile} tile, {options.steps} steps; {engine.numerics}")
+
+    _seconds(engine, some[:1], settings, 1)  # warm up
+    ratios = []
+    for number in range(options.rounds):
+        naive = len(some) / sum(_seconds(engine, [pair], settings, 1) for pair in some)
+        engine.passes.clear()
+        if engine.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = _seconds(engine, pairs, settings, micro_batch)
+        lockstep = len(pairs) / seconds
+        ratios.append(lockstep / naive)
+        print(
+            f"round {number + 1}: lockstep {lockstep:.4g} img/s, naive {naive:.4g} img/s, ratio {ratios[-1]:.2f}"
+            + _device_figures(engine, options, seconds)
+        )
+    print(f"median ratio {statistics.median(ratios):.2f}, of {options.rounds} rounds; passes {dict(engine.passes)}")
+
+
+def _seconds(engine: Engine, pairs: list[Pair], settings: Sampling, micro_batch: int) -> float:
+    """Time of sampling, encoding and decoding included, of `pairs` as one shard."""
+    engine.micro_batch = micro_batch
+    start = time.perf_counter()
+    *_, last = engine.sample(pairs, settings)
+    engine.decode(last)
+    return time.perf_counter() - start
+
+
+def _device_figures(engine: Engine, options: argparse.Namespace, seconds: float) -> str:
+    if engine.model.device.type != "cuda":
+        return ""
+    memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    if options.model != "sd15" or options.size != 512:
+        return memory
+    work = sum(TFLOP[kind] * count for kind, count in engine.passes.items())
+    return f"{memory}, {work / seconds:.0f} TFLOP/s"
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    micro_batch = 1 if options.micro_batch == "auto" else int(options.micro_batch)
+    if options.model == "sd15":
+        model = random_sd15(options.device, torch.float16 if options.device == "cuda" else torch.float32)
+        return Engine(model, threads=options.threads, micro_batch=micro_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        model_folder = write_demo_model(Path(folder) / "demo")
+        return Engine.load(model_folder, device=options.device, threads=options.threads, micro_batch=micro_batch)
+
+
+def _tile(options: argparse.Namespace) -> list[Pair]:
+    contents, styles = (int(side) for side in options.tile.split("x"))
+    size = options.size, options.size
+    rng = np.random.default_rng(0)
+
+    def image(name: str) -> InputImage:
+        return InputImage(name, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+
+    across = [image(f"style {number}") for number in range(styles)]
+    return [Pair((style,), size, content) for content in map(image, map(str, range(contents))) for style in across]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", choices=["demo", "sd15"], default="demo", help="sd15: its dimensions, random weights"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=256, help="pixels")
+    parser.add_argument("--tile", default="8x8", help="contents x styles")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--micro-batch", default="auto", help="pairs in a UNet call")
+    parser.add_argument("--naive-pairs", type=int, default=8, help="pairs sampled the naive way in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
