@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -85,14 +86,16 @@ class Crew:
         lease = arguments[0] if method == "work" else None
         self._calls[getattr(member.actor, method).remote(*arguments)] = Call(member, method, lease)
 
-    def replies(self, timeout: float) -> list[Reply]:
+    def replies(self, timeout: float) -> Iterator[Reply]:
         """Every reply that is there, after waiting for the first one for at most `timeout` seconds."""
         if not self._calls:
             time.sleep(timeout)
-            return []
+            return
         ray.wait(list(self._calls), num_returns=1, timeout=timeout)
         there, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
-        return [_reply(self._calls.pop(reference), reference) for reference in there]
+        for reference in there:
+            if call := self._calls.pop(reference, None):  # its worker may have been dismissed for an earlier reply
+                yield _reply(call, reference)
 
 
 def _reply(call: Call, reference: Any) -> Reply:

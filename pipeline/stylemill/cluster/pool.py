@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from threading import Event
 from typing import Any
 
@@ -66,8 +65,7 @@ class Pool:
                 self._listen()
             self._leave()
         except Exception:
-            with suppress(Exception):  # the first one counts
-                self._leave()
+            self._leave(quiet=True)
             raise
         finally:
             for member in list(self._crew.members.values()):
@@ -152,8 +150,11 @@ class Pool:
                 member.asked = now
                 self._crew.call(member, "beat")
 
-    def _leave(self) -> None:
-        """Workers in the middle of a shard write its checkpoint; the others have nothing to lose."""
+    def _leave(self, quiet: bool = False) -> None:
+        """Workers in the middle of a shard write its checkpoint; the others have nothing to lose.
+
+        `quiet`: an error is on its way already, and further ones neither hide it nor keep the rest from being heard.
+        """
         for member in list(self._crew.members.values()):
             if self._book.held_by(member.number):
                 self._crew.call(member, "stop")
@@ -161,15 +162,17 @@ class Pool:
                 self._crew.dismiss(member)
         deadline = time.monotonic() + self._patience.leave
         while self._book.held and time.monotonic() < deadline:
-            self._listen()
+            try:
+                self._listen()
+            except Exception:
+                if not quiet:
+                    raise
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         for reply in self._crew.replies(TICK):
             member = reply.call.member
-            if member.number not in self._crew.members:
-                continue  # dismissed because of another reply
             if reply.died is not None:
                 self._lost(member, reply.died)
             elif reply.raised is not None:
@@ -229,6 +232,8 @@ class Pool:
         """A method raised and its worker lives. Only our own errors leave a worker that can be trusted."""
         member, lease, ours = reply.call.member, reply.call.lease, isinstance(error, StylemillError)
         if isinstance(error, InputError):
+            if lease:
+                self._book.failed(lease, str(error))
             raise error
         if reply.call.method == "hello":
             raise _not_installed(str(error))
