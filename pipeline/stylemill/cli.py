@@ -130,26 +130,25 @@ def _show(options: argparse.Namespace) -> int:
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Flags as dotted job keys; values are YAML, so that `--set sampling.adain=true` is a truth value."""
-    import yaml
+    from stylemill.strict_yaml import load_yaml
 
     given: dict[str, Any] = {}
     for assignment in options.set:
         key, equals, value = assignment.partition("=")
         if not (key and equals):
             raise JobError(f"--set {assignment}: write it as key=value, such as sampling.steps=20")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise JobError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+        given[key] = load_yaml(value, f"--set {assignment}")
     for flag, (key, _, _) in JOB_FLAGS.items():
         value = getattr(options, flag.removeprefix("--"))
         if value is not None:
-            given[key] = int(value) if flag == "--workers" and value.isdigit() else value
+            given[key] = int(value) if flag == "--workers" and value.isdecimal() else value
     return given
 
 
 def _tile(text: str) -> tuple[int, int]:
     contents, _, styles = text.partition("x")
+    if not (contents.isdecimal() and styles.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: write contents x styles, such as 16x16")
     return int(contents), int(styles)
 
 
@@ -169,9 +168,11 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(call=call)
         return made
 
-    manifest = verbs.add_parser("manifest", help="build, validate or show a manifest of pairs").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+    manifest = verbs.add_parser(
+        "manifest",
+        help="build, validate or show a manifest of pairs",
+        epilog="example: stylemill manifest show pairs.parquet",
+    ).add_subparsers(metavar="COMMAND", required=True)
     build = verb(
         manifest,
         "build",

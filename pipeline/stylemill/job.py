@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
 from stylemill.settings import DEFAULT_PRESET, PRESETS, DType, Fit, Frozen, Sampling
+from stylemill.strict_yaml import load_yaml
 
+# The description of a field that takes values of two kinds is what a message says was expected.
 Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=64, le=8192)]  # pixels
 
 
 class Model(Frozen):
@@ -32,7 +37,9 @@ class Model(Frozen):
 class Image(Frozen):
     """How inputs are brought onto the model's grid."""
 
-    size: Annotated[int, Field(ge=64, le=8192)] | tuple[int, int] = 512  # pixels; a pair is width, height
+    size: Annotated[
+        Side | tuple[Side, Side], Field(description="a number of pixels or [width, height], each 64 to 8192")
+    ] = 512
     fit: Fit = "crop"
 
     @field_validator("size", mode="before")
@@ -48,24 +55,28 @@ class Image(Frozen):
 class Shards(Frozen):
     """How rows are cut into shards and how images are stored."""
 
-    pairs_per_shard: Annotated[int, Field(ge=1)] | Auto = "auto"
+    pairs_per_shard: Annotated[Count | Auto, Field(description="a number of pairs, 1 or more, or auto")] = "auto"
     image_format: Literal["png", "jpeg", "webp"] = "png"
     quality: Annotated[int, Field(ge=1, le=100)] = 95  # jpeg and webp
 
 
 class Checkpoint(Frozen):
-    every_steps: Annotated[int, Field(ge=1)] = 5
+    every_steps: Count = 5
 
 
 class Cluster(Frozen):
     """Where and how wide the job runs. Worker count never changes a byte of the output; the last three may."""
 
     address: str | None = None  # None: Ray starts and stops on this machine with the run
-    workers: Annotated[int, Field(ge=1)] | Auto = "auto"
-    gpus_per_worker: Annotated[float, Field(ge=0)] | Auto = "auto"
-    threads: Annotated[int, Field(ge=1)] = 1  # CPU threads of one worker
-    micro_batch: Annotated[int, Field(ge=1)] | Auto = "auto"  # pairs in one UNet call
-    feature_budget_mb: Annotated[int, Field(ge=1)] = 4096  # features held at once; a shard above it works in blocks
+    workers: Annotated[Count | Auto, Field(description="a number of workers, 1 or more, or auto")] = "auto"
+    gpus_per_worker: Annotated[
+        Annotated[float, Field(ge=0)] | Auto, Field(description="a number of GPUs, 0 or more, or auto")
+    ] = "auto"
+    threads: Count = 1  # CPU threads of one worker
+    micro_batch: Annotated[
+        Count | Auto, Field(description="a number of pairs in one UNet call, 1 or more, or auto")
+    ] = "auto"
+    feature_budget_mb: Count = 4096  # features held at once; a shard above it works in blocks
 
 
 class Job(Frozen):
@@ -96,7 +107,7 @@ class Job(Frozen):
         if not isinstance(values, dict):
             return values
         preset = values.get("preset", DEFAULT_PRESET)
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and not (isinstance(preset, str) and preset in PRESETS):
             raise ValueError(f"preset {preset!r} is not one of: {', '.join(PRESETS)}")
         given = values.get("sampling") or {}
         if isinstance(given, Sampling) or preset is None or not isinstance(given, dict):
@@ -119,30 +130,39 @@ class Job(Frozen):
         """
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise JobError(f"{path}: no such job file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise JobError(f"{path}: cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise JobError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        except UnicodeDecodeError as error:
+            raise JobError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from None
+        except OSError as error:
+            raise JobError(f"{path}: the job file cannot be read: {error.strerror or error}") from error
+        values = load_yaml(text, str(path))
         if not isinstance(values, dict):
             raise JobError(f"{path}: a job file holds keys and values such as 'manifest: pairs.parquet'")
         values.setdefault("name", path.stem)
-        _absolute(values, path.absolute().parent)
         given = dict(overrides or {})
-        _absolute(given, Path.cwd())
+        try:
+            _absolute(values, path.absolute().parent)
+            _absolute(given, Path.cwd())
+        except (ValueError, RuntimeError) as error:  # a NUL character; the home folder of an unknown user
+            raise JobError(f"{path}: manifest, output and model must be paths: {error}") from None
         for key, value in given.items():
             _set_dotted(values, key, value)
-        return cls.parse(values, str(path))
+        return cls.parse(values, str(path), frozenset(given))
 
     @classmethod
-    def parse(cls, values: dict[str, Any], where: str = "job") -> Job:
-        """Validate plain values, naming `where` they came from in any JobError."""
+    def parse(cls, values: dict[str, Any], where: str = "job", overridden: frozenset[str] = frozenset()) -> Job:
+        """Validate plain values, naming `where` they came from in any JobError; `overridden` keys came from flags."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise JobError("\n".join(_explain(where, problem) for problem in error.errors())) from None
+            complaints = dict(_complaint(problem, values) for problem in error.errors())
+        lines = [
+            f"{where}{', overridden by a flag' if key in overridden else ''}: {words}"
+            for key, words in complaints.items()
+        ]
+        raise JobError("\n".join(lines))
 
 
 def _is_local(reference: str) -> bool:
@@ -150,15 +170,24 @@ def _is_local(reference: str) -> bool:
 
 
 def _absolute(values: dict[str, Any], base: Path) -> None:
+    """Make the paths among `values` absolute. Raises ValueError or RuntimeError for what can be no path."""
     for key in ("manifest", "output"):
         if isinstance(values.get(key), str) and values[key] and _is_local(values[key]):
-            values[key] = str((base / values[key]).resolve())
+            values[key] = str((base / Path(values[key]).expanduser()).resolve())
+    if "model.name" in values:
+        values["model.name"] = _model_path(values["model.name"], base)
     model = values.get("model")
-    name = model.get("name") if isinstance(model, dict) else model
+    if isinstance(model, dict) and "name" in model:
+        values["model"] = {**model, "name": _model_path(model["name"], base)}
+    elif isinstance(model, str):
+        values["model"] = _model_path(model, base)
+
+
+def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (base / name).is_dir()):
-        name = str((base / Path(name).expanduser()).resolve())
-        values["model"] = {**model, "name": name} if isinstance(model, dict) else name
+    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).is_dir())):
+        return str((base / Path(name).expanduser()).resolve())
+    return name
 
 
 def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -172,16 +201,63 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _explain(where: str, problem: Any) -> str:
-    # pydantic adds the tried type of a union to the location; the user only knows the keys of the file.
-    keys = [str(part) for part in problem["loc"] if not re.search(r"[\[(-]|^(int|float|str|tuple)$", str(part))]
+# --- what pydantic found, in words for a user who knows only the keys of the file -------------------------------------
+
+
+def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
+    """The dotted key of a problem and what to say of it. Each member of a union complains; a key is named once."""
+    kind, location = problem["type"], [str(part) for part in problem["loc"]]
+    keys, allowed = _known_part(location)
+    if kind in ("extra_forbidden", "invalid_key"):
+        unknown = location[len(keys)]
+        near = difflib.get_close_matches(unknown, allowed, n=1) or _elsewhere(unknown)
+        meant = f"did you mean '{near[0]}'? " if near else ""
+        return ".".join([*keys, unknown]), (
+            f"unknown key '{'.'.join([*keys, unknown])}'; {meant}allowed here: {', '.join(allowed)}"
+        )
     key = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        known = Job.model_fields
-        for part in keys[:-1]:
-            known = known[part].annotation.model_fields  # type: ignore[union-attr]
-        return f"{where}: unknown key '{key}'; allowed here: {', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"{where}: key '{key}' is missing"
+    if kind == "missing" and keys == location:  # else a place of a list
+        return key, f"key '{key}' is missing; a job names at least {', '.join(_REQUIRED)}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {key + ': ' if key else ''}{message}" + (f", not {problem['input']!r}" if key else "")
+    if not keys:
+        return key, message
+    given: Any = values
+    field = None
+    fields = Job.model_fields
+    for part in keys:
+        given = given.get(part) if isinstance(given, dict) else given
+        field = fields[part]
+        fields = _fields(field.annotation)
+    if field is not None and field.description:
+        message = f"expected {field.description}"
+    elif kind == "model_type":
+        message = f"expected keys below it: {', '.join(fields)}"
+    elif kind == "string_type":
+        message = "expected text, if need be in quotes"
+    elif kind == "bool_type":
+        message = "expected true or false"
+    return key, f"{key}: {message.replace('Input should be', 'expected')}, not {reprlib.repr(given)}"
+
+
+def _known_part(location: list[str]) -> tuple[list[str], list[str]]:
+    """The keys of a job that a location begins with, before union members and indices, and what may stand below."""
+    keys: list[str] = []
+    fields = Job.model_fields
+    for part in location:
+        if part not in fields:
+            break
+        keys.append(part)
+        fields = _fields(fields[part].annotation)
+    return keys, list(fields)
+
+
+def _fields(annotation: Any) -> dict[str, Any]:
+    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
+
+
+def _elsewhere(unknown: str) -> list[str]:
+    """Keys of this name that belong below another."""
+    return [f"{name}.{unknown}" for name, field in Job.model_fields.items() if unknown in _fields(field.annotation)]
+
+
+_REQUIRED = [name for name, field in Job.model_fields.items() if field.is_required() and name != "name"]

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from stylemill.engine.inputs import Pixels
 from stylemill.errors import ModelError
+from stylemill.model_files import refuse_other_architectures
 
 DTYPES = {
     "float16": torch.float16,
@@ -52,7 +53,7 @@ class DiffusionModel:
             scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             raise ModelError(f"{folder}: cannot be loaded as a Stable Diffusion 1.x model: {error}") from error
-        _refuse_other_architectures(folder, unet, text_encoder)
+        refuse_other_architectures(folder, unet.config, text_encoder.config.to_dict())
         for part in (unet, vae, text_encoder):
             part.requires_grad_(False).eval().to(device)  # weight gradients would double the backward pass
         return cls(unet, vae, text_encoder, tokenizer, scheduler, torch.device(device))
@@ -122,16 +123,3 @@ def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     stored = torch.float32 if dtype == torch.float64 else dtype
     part = kind.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
     return part if part.dtype == dtype else part.to(dtype)
-
-
-def _refuse_other_architectures(folder: Path, unet: Any, text_encoder: Any) -> None:
-    channels = unet.config.in_channels
-    if channels != unet.config.out_channels:
-        raise ModelError(f"{folder}: the UNet takes {channels} channels, as inpainting models do; use the base model")
-    if unet.config.addition_embed_type is not None:
-        raise ModelError(f"{folder}: an SDXL-shaped UNet; only Stable Diffusion 1.x shapes run at present")
-    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
-        raise ModelError(
-            f"{folder}: the UNet reads text of {unet.config.cross_attention_dim} channels, "
-            f"the text encoder gives {text_encoder.config.hidden_size}; are the parts of one model?"
-        )

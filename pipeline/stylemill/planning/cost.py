@@ -11,7 +11,7 @@ from typing import Any
 from stylemill.errors import JobError, ModelError
 from stylemill.job import Job
 from stylemill.manifest import Row
-from stylemill.model_files import count_parameters, model_paths
+from stylemill.model_files import count_parameters, model_paths, refuse_other_architectures
 from stylemill.settings import cpu_micro_batch
 
 DEFAULT_LAYER_COUNT = 6  # the last six self-attention layers
@@ -49,8 +49,9 @@ class ModelShape:
 
 
 def read_shape(folder: Path) -> ModelShape:
-    """The shape of the model in `folder`. Raises ModelError naming a configuration file that cannot be used."""
+    """The shape of the model in `folder`. Raises ModelError naming a file or an architecture that cannot be used."""
     unet, vae = _config(folder / "unet"), _config(folder / "vae")
+    refuse_other_architectures(folder, unet, _config(folder / "text_encoder"))
     try:
         channels = list(unet["block_out_channels"])
         return ModelShape(
