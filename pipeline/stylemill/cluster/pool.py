@@ -48,7 +48,8 @@ class Pool:
         self._first: Loaded | None = None  # by the first worker that was ready
         given = self._job.micro_batch
         self._micro_batch = listener.micro_batch or (given if isinstance(given, int) else None)
-        self._deaths = 0  # since the last sign of health
+        self._deaths = 0  # since a shard was committed
+        self._stillborn = 0  # deaths before the model was loaded, since a worker loaded it
         self._hire_after = 0.0
         self._told: set[str] = set()
         if embedded and not any(self._ask.fits(machine) for machine in self._machines):
@@ -98,7 +99,7 @@ class Pool:
         if longest > self._patience.place and len(waiting) == len(members):
             raise self._no_room()
         if longest > self._patience.remark:
-            self._tell(f"waiting for room in the cluster for more workers; each asks for {self._ask}")
+            self._tell(f"waiting for Ray to place more workers; each asks for {self._ask}")
 
     def _no_room(self) -> ClusterError:
         has = [f"{sum(machine.get(name, 0) for machine in self._machines):g} {name}s" for name in ("GPU", "CPU")]
@@ -214,10 +215,10 @@ class Pool:
 
     def _ready(self, member: Member, loaded: Loaded) -> None:
         member.loading, member.ready, member.heard = False, True, time.monotonic()
+        self._stillborn = 0
         if self._first is None:
             self._first = loaded
             self._micro_batch = int(loaded.numerics["micro_batch"])
-            self._deaths = 0
             self._listener.settle(loaded.numerics)
             return
         first = self._first.numerics
@@ -235,7 +236,7 @@ class Pool:
             if lease:
                 self._book.failed(lease, str(error))
             raise error
-        if reply.call.method == "hello":
+        if not member.ready and isinstance(error, ImportError):
             raise _not_installed(str(error))
         why = str(error) if ours else f"{type(error).__name__}: {error}"
         if not ours:
@@ -261,8 +262,9 @@ class Pool:
         self._crew.dismiss(member)
         self._deaths += 1
         self._hire_after = time.monotonic() + backoff(self._deaths)
-        if self._deaths >= STARTS and not any(other.ready for other in [member, *self._crew.members.values()]):
-            raise StylemillError(f"{self._deaths} workers in a row died before they were ready, the last one: {why}")
+        self._stillborn += not member.ready
+        if self._stillborn >= STARTS and not any(other.ready for other in self._crew.members.values()):
+            raise StylemillError(f"{self._stillborn} workers in a row died before they were ready, the last one: {why}")
         doing = f"with shard {' and '.join(held)} in work" if held else "idle" if member.ready else "while starting"
         self._listener.warn(f"{member} died {doing}: {why}; another takes its place")
 

@@ -6,7 +6,9 @@ import os
 import resource
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from stylemill import __version__
@@ -49,15 +51,13 @@ class Worker:
         self._device = threading.Lock()
         self._stopping = threading.Event()
         self._progress: dict[str, Progress] = {}
+        threading.Thread(target=_warm_up, daemon=True).start()
 
     def hello(self) -> Home:
-        """Import all that work needs, long before the model is loaded. Raises ImportError."""
-        import stylemill.shard  # noqa: F401
-
         return Home(socket.gethostname(), os.getpid(), __version__)
 
     def load(self, micro_batch: int | None) -> Loaded:
-        """Load the model. Raises ModelError when it cannot be."""
+        """Load the model. Raises ModelError when it cannot be, ImportError where stylemill is not whole."""
         from stylemill.shard import load_engine, numerics
 
         self._engine = load_engine(self._run, micro_batch)
@@ -85,3 +85,9 @@ class Worker:
 
     def _watch(self, progress: Progress) -> None:
         self._progress[progress.attempt] = progress
+
+
+def _warm_up() -> None:
+    """Import torch and all that while the first worker still loads its model."""
+    with suppress(ImportError):  # `load` meets it again, where it can be reported
+        import_module("stylemill.shard")
