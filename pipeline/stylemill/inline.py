@@ -28,7 +28,8 @@ def run_inline(
             except TransientError as error:
                 still_open[shard] = str(error)
                 listener.warn(f"shard {shard}, attempt {attempt + 1} of {1 + run.job.retries}: {error}")
-                stopping.wait(min(2.0**attempt, 30.0))
+                if attempt < run.job.retries:
+                    stopping.wait(min(2.0**attempt, 30.0))
                 continue
             if record:
                 still_open.pop(shard, None)

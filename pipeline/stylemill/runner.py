@@ -41,10 +41,13 @@ class RunResult:
 
     @property
     def exit_code(self) -> int:
-        """0 all rows ok, 3 finished with recorded failures, 1 incomplete, 128 + signal number when interrupted."""
+        """0 all rows ok, 3 finished with recorded failures, 128 + signal number when interrupted.
+
+        1: incomplete, or so many rows failed that something other than the rows must be wrong.
+        """
         if self.signal is not None and self.summary.open_shards:
             return 128 + self.signal
-        if self.summary.open_shards:
+        if self.summary.open_shards or self.stopped_because:
             return 1
         return 3 if self.summary.rows_failed else 0
 
@@ -99,6 +102,8 @@ def run(
         still_open = ledger.open_shards(planned.shards)
         if not still_open and (listener.committed_now or not paths.contact_sheet.exists()):
             write_contact_sheet(paths, planned.manifest, ledger.refresh().values())
+        if not still_open:
+            stopped_because = listener.too_many_failed()  # also when a finished run is started again
         clean(paths)
         summary = summarize(paths, ledger, planned.rows)
         return RunResult(
@@ -171,13 +176,21 @@ class RunListener:
         self.committed_now += 1
         totals = self.ledger.totals()
         self.bar.committed(record.shard, totals.rows_ok + totals.rows_failed, totals.rows_failed)
-        seen, limit = totals.rows_ok + totals.rows_failed, self.run.job.max_failed_fraction
-        if totals.rows_failed > limit * seen:
-            raise IncompleteError(
-                f"stopped: {totals.rows_failed} of the {seen} rows seen so far failed, more than max_failed_fraction "
-                f"{limit} allows; see {self.run.paths.failures_folder}, mend the cause or raise the fraction, then "
-                "start the same command again"
-            )
+        if words := self.too_many_failed():
+            raise IncompleteError(words)
+
+    def too_many_failed(self) -> str | None:
+        """What to say when more than max_failed_fraction of the rows seen so far failed, else None."""
+        totals, limit = self.ledger.totals(), self.run.job.max_failed_fraction
+        seen = totals.rows_ok + totals.rows_failed
+        if totals.rows_failed <= limit * seen:
+            return None
+        return (
+            f"too many failures: {totals.rows_failed:,} of the {seen:,} rows seen so far, more than the "
+            f"max_failed_fraction of {limit:g}; {self.run.paths.failures_folder} says why. What is recorded as failed "
+            "stays so in this folder: mend the cause and choose another with --output, or accept the failures with "
+            "--set max_failed_fraction=1"
+        )
 
     def warn(self, message: str) -> None:
         self.bar.warn(message)

@@ -14,6 +14,7 @@ from stylemill.model_files import ModelFiles, resolve_model
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.store.paths import RunPaths
+from stylemill.store.run_file import refuse_strangers
 
 __all__ = ["Plan", "fingerprint_differences", "fingerprint_sha256", "plan"]
 
@@ -113,7 +114,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         fingerprint=fingerprint(job, model, manifest.sha256(), asked),
         occurrences=manifest.repeated_rows(),
     )
-    RunPaths(Path(job.output), made.shards)  # refuses an output that cannot be a run folder
+    refuse_strangers(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
     return made
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from stylemill.errors import OutputError
 from stylemill.store.paths import RunPaths
+from stylemill.store.publish import storage_errors
 
+_NAMED = 3  # files in one message
 _RECORDED = ("stylemill", "torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy")
 
 
@@ -54,6 +56,39 @@ class RunFile:
         if file is None:
             raise OutputError(f"{output}: is not a run folder (it has no job.json); name the folder a run writes to")
         return file, RunPaths(Path(output), file.shards)
+
+
+def refuse_strangers(paths: RunPaths) -> None:
+    """Raise OutputError where a folder that is no run holds what no start of a run left there.
+
+    A run makes and empties folders such as tmp/ and checkpoints/, and they must be its own.
+    """
+    with storage_errors(paths.output):
+        if not paths.output.is_dir() or paths.job.exists():
+            return
+        strangers = [path.name for path in sorted(paths.output.iterdir()) if not _left_by_a_start(paths, path)]
+    if strangers:
+        named = ", ".join(strangers[:_NAMED]) + (", …" if len(strangers) > _NAMED else "")
+        raise OutputError(
+            f"{paths.output}: holds other files ({named}) and no run (no job.json); name a new or an empty folder with "
+            "--output"
+        )
+
+
+def _left_by_a_start(paths: RunPaths, path: Path) -> bool:
+    """Whether `path` is hidden, or what a start that was killed before it wrote job.json leaves behind."""
+    if path.name.startswith(".") or path == paths.lock:
+        return True
+    if path not in (
+        paths.data_folder,
+        paths.failures_folder,
+        paths.records_folder,
+        paths.checkpoints_folder,
+        paths.tmp,
+    ):
+        return False
+    unfinished = ("probe.", f"{paths.job.name}.") if path == paths.tmp else ()
+    return path.is_dir() and all(inner.name.startswith(unfinished) for inner in path.iterdir())
 
 
 def installed_versions() -> dict[str, str]:
