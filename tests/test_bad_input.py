@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -27,7 +28,7 @@ from PIL import Image
 
 import stylemill.inline
 from stylemill import __version__
-from stylemill.cli import main
+from stylemill.cli import _parser, main
 
 SIZE = 64  # pixels
 VERBS = [
@@ -102,6 +103,15 @@ def here(tmp_path, model, monkeypatch) -> Path:
     return tmp_path
 
 
+RUN = {
+    "fingerprint": {"image.fit": "crop"},
+    "fingerprint_sha256": "0" * 64,
+    "job": {},
+    "versions": {},
+    "rows": 4,
+    "shards": 2,
+    "pairs_per_shard": 2,
+}
 GOOD = {
     "pair_id": ["a", "b", "c", "d"],
     "content": ["c0.png", "c0.png", "c1.png", "c1.png"],
@@ -131,8 +141,10 @@ def refused(said: Said, folder: Path, *words: str) -> str:
 def test_every_help_shows_an_example_that_parses(stylemill_says, verb):
     said = stylemill_says(*verb, "--help")
     assert said.code == 0
-    text = " ".join(said.out.split())
-    assert f"example: stylemill {' '.join(verb)}" in text
+    _, example = said.out.split("example: stylemill ")
+    words = shlex.split(example)
+    assert words[: len(verb)] == verb
+    assert _parser().parse_args(words).call
 
 
 @pytest.mark.parametrize(
@@ -368,8 +380,8 @@ def test_models_that_cannot_be_used(stylemill_says, here, model, spoil, words):
         pytest.param("job.yaml/run", ["job.yaml/run: cannot be written (Not a directory)"], id="below a file"),
         pytest.param("/proc/run", ["/proc/run: cannot be written (", "--output"], id="/proc"),
         pytest.param("x" * 300, ["File name too long"], id="a long name"),
-        pytest.param("s3://bucket/run", ["s3:/", "only local folders can be written so far"], id="S3"),
-        pytest.param("gs://bucket/run", ["gs:/", "only local folders can be written so far"], id="GCS"),
+        pytest.param("s3://bucket/run", ["output s3://bucket/run: only local folders can be written so far"], id="S3"),
+        pytest.param("gs://bucket/run", ["output gs://bucket/run: only local folders can be written so far"], id="GCS"),
     ],
 )
 def test_outputs_that_cannot_be_written(stylemill_says, here, output, words):
@@ -398,12 +410,19 @@ def test_folders_with_other_files_stay_as_they_are(stylemill_says, here, names, 
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"name": "of another program"}', b"[1]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[1]", b"\xff", b'{"name": "of another program"}'),
+        *(json.dumps({**RUN, key: None}).encode() for key in ("rows", "shards", "fingerprint")),
+        json.dumps({**RUN, "shards": 0}).encode(),
+    ],
+)
 def test_job_json_that_is_damaged_or_foreign(stylemill_says, here, content):
     (here / "out").mkdir()
     (here / "out" / "job.json").write_bytes(content)
     for command in (["run", "job.yaml", "--inline", "--output", "out"], ["status", "out"], ["verify", "out"]):
-        refused(stylemill_says(*command), here, "out/job.json: cannot be read", "--output")
+        refused(stylemill_says(*command), here, "out/job.json: damaged, or written by another", "--output")
     assert (here / "out" / "job.json").read_bytes() == content
 
 

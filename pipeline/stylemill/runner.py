@@ -58,7 +58,8 @@ class RunResult:
             lines.append(self.stopped_because)
         elif self.open:
             known = [f"  shard {shard}: {why}" for shard, why in self.open.items() if why != NOT_REACHED]
-            lines += [f"{len(self.open)} shards are open; the same command resumes", *known[:5]]
+            count = f"{len(self.open):,} shards are" if len(self.open) > 1 else "1 shard is"
+            lines += [f"{count} open; the same command resumes", *known[:5]]
         return "\n".join(lines)
 
 

@@ -229,4 +229,4 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())  # bytes of the file, too

@@ -32,9 +32,8 @@ class RunPaths:
     def __post_init__(self) -> None:
         text = os.fspath(self.output)
         if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:/", text):  # pathlib makes one slash of a URI's two
-            raise OutputError(
-                f"output {text}: only local folders can be written so far; give a path such as runs/first"
-            )
+            uri = re.sub("^([^:]+):/+", r"\1://", text)
+            raise OutputError(f"output {uri}: only local folders can be written so far; give a path such as runs/first")
         object.__setattr__(self, "output", Path(text))
 
     def number(self, shard: int) -> str:

@@ -40,13 +40,20 @@ class RunFile:
         """The run that stands in `output`; None where there is none. Raises OutputError for a damaged job.json."""
         path = RunPaths(Path(output), 1).job
         try:
-            return cls(**json.loads(path.read_bytes()))
+            file = cls(**json.loads(path.read_bytes()))
+            if min(file.rows, file.shards, file.pairs_per_shard) < 1 or not isinstance(file.fingerprint, dict):
+                raise ValueError("no rows, or no job")
+            return file
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except OSError as error:
             raise OutputError(
-                f"{path}: cannot be read ({error}). What is committed stands beside it; put job.json back from a copy, "
-                "or choose another folder with --output"
+                f"{path}: cannot be read ({error.strerror or error}); mend that, or choose another folder with --output"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise OutputError(
+                f"{path}: damaged, or written by another program. If a run stands beside it, nothing committed is "
+                "lost: put job.json back from a copy. Else choose another folder with --output"
             ) from error
 
     @classmethod
