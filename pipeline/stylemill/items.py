@@ -50,6 +50,7 @@ def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
     inputs = {
         key: InputImage(key, image.pixels if isinstance(image, FittedImage) else None) for key, image in loaded.items()
     }
+    digests = {key: image.sha256 for key, image in loaded.items() if isinstance(image, FittedImage)}
     pairs, read = [], []
     for item in items:
         row, size = item.row, run.job.image.width_height
@@ -65,7 +66,6 @@ def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
             )
         )
         problems = [problem for ref in _refs(row) if isinstance(problem := loaded[ref.key], Reason)]
-        digests = {key: image.sha256 for key, image in loaded.items() if isinstance(image, FittedImage)}
         read.append(
             replace(
                 item,

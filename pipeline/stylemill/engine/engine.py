@@ -71,9 +71,8 @@ class Engine:
     ) -> Engine:
         """Load a diffusers folder or hub id, safetensors only.
 
-        `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles
-        it. Raises
-        ModelError when the model is absent, pickled or of another architecture.
+        `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles it.
+        Raises ModelError when the model is absent, pickled or of another architecture.
         """
         # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -127,6 +126,9 @@ class Engine:
                 state = begin(self.model, pairs, settings, noise)
             state.to(self.model.device)
             sampler = self._sampler(state, settings, noise)
+        if len(state.unreadable) == len(state.latents_of):
+            state.step = settings.steps  # nothing to sample
+            yield state
         while state.step < settings.steps:
             with self._repeatable():
                 sampler.advance(state)
@@ -138,6 +140,8 @@ class Engine:
         failures = state.failures
         with self._repeatable():
             for batch in micro_batches(state.inputs, self.micro_batch):
+                if all(pair in failures for pair in batch):
+                    continue
                 decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
                 for pair, image in zip(batch, decoded, strict=True):
                     if pair not in failures:
