@@ -1,0 +1,246 @@
+"""A small job with everything in it, and processes that run it: watched, and killed at a chosen moment.
+
+`Warm` forks a server that has imported torch once, and there runs the very command line. What a kill leaves behind
+follows from the files changed before it, so a moment is a number of changes: "before the third change that shard 1
+makes while it is sampled". A torn file is left where the change was to be a file's beginning.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+STEPS, EVERY_STEPS, PAIRS_PER_SHARD, SHARDS = 5, 2, 3, 3
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+ABSENT = 3  # the row whose content is not there
+CARRIED: dict[str, list[Any]] = {
+    "caption": [f"picture {row}" for row in range(7)],
+    "tags": [["a", "b"], [], ["c"], None, ["d"], ["e"], ["f", None]],
+    "shot": [{"camera": f"k{row}", "iso": 100 * row} for row in range(7)],
+}
+
+
+def write_job(folder: Path) -> Path:
+    """Model, images, manifest and job file in `folder`; returns the job file."""
+    from stylemill.engine.demo_model import write_demo_model
+
+    write_demo_model(folder / "model")
+    noise = np.random.default_rng(0)
+    for name, size in (("street.png", (80, 64, 3)), ("waves.png", (64, 96, 3)), ("stars.png", (64, 64, 3))):
+        Image.fromarray(noise.integers(0, 256, size, dtype=np.uint8)).save(folder / name)
+    buffer = io.BytesIO()
+    Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    face = {"bytes": buffer.getvalue(), "path": "face.png"}
+    street, absent = {"bytes": None, "path": "street.png"}, {"bytes": None, "path": "absent.png"}
+    waves, stars = {"bytes": None, "path": "waves.png"}, {"bytes": (folder / "stars.png").read_bytes(), "path": None}
+    columns = {
+        # The last row repeats the first one, in another shard.
+        "content": pa.array([face, street, None, absent, face, street, face], IMAGE),
+        "style": pa.array(
+            [[stars], [waves], [waves, stars], [waves], [stars, waves], [stars], [stars]], pa.list_(IMAGE)
+        ),
+        "prompt": [None, None, "a red boat", None, None, "a hill", None],
+        "seed": pa.array([None, 5, None, None, None, None, None], pa.int64()),
+        "content_weight": [None, 0.0, None, None, 0.5, None, None],
+        **CARRIED,
+    }
+    pq.write_table(pa.table(columns), folder / "pairs.parquet")
+    job = {
+        "manifest": "pairs.parquet",
+        "output": "run",
+        "model": "./model",
+        "image": {"size": 64},
+        "sampling": {"steps": STEPS},
+        "checkpoint": {"every_steps": EVERY_STEPS},
+        "shards": {"pairs_per_shard": PAIRS_PER_SHARD},
+    }
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(job))
+    return path
+
+
+# --- the real command -------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """`python -m stylemill …` in a session of its own, as from a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stylemill", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def stylemill(*arguments: object) -> tuple[int, str]:
+    """Exit code and all output of a command."""
+    process = start(*arguments)
+    output = process.communicate()[0]
+    return process.returncode, output
+
+
+# --- the command, forked ----------------------------------------------------------------------------------------------
+
+# A stage of a run, and its shard where it has one. start: until the first shard; sample: checkpoints; write: encoding
+# and publishing; end: from the contact sheet on.
+Stage = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Just before the `count`th change (from 0) of the run folder in a stage; then comes `signal`."""
+
+    stage: Stage
+    count: int
+    signal: int = signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A finished process: exit code (negative: the signal that killed it), output, steps taken, changes made."""
+
+    exit_code: int
+    output: str
+    steps: list[tuple[int, int]]  # (shard, step), as they were taken
+    stages: list[Stage]  # of each change
+
+    def changes(self) -> dict[Stage, int]:
+        """How many changes a fresh run makes in each stage, before it enters the next."""
+        counts: dict[Stage, int] = {}
+        for stage, group in groupby(self.stages):
+            counts.setdefault(stage, len(list(group)))
+        return counts
+
+
+class Warm:
+    """Runs commands in processes forked from one that has imported all they need."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self.started = 0
+        self.context = multiprocessing.get_context("forkserver")
+        transformers = ["transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"]
+        self.context.set_forkserver_preload(["pytest", "stylemill.runner", "stylemill.inline", *transformers])
+
+    def start(self, output: Path, *arguments: object, at: Moment | None = None, order: Sequence[int] = ()) -> WarmRun:
+        """Begin `stylemill run … --inline --output OUTPUT`; `order` is that in which shards are worked off."""
+        self.started += 1
+        log = self.logs / str(self.started)
+        command = ["run", *map(str, arguments), "--inline", "--output", str(output)]
+        process = self.context.Process(target=_run, args=(command, str(output), log, at, order), daemon=True)
+        process.start()
+        return WarmRun(process, log)
+
+    def run(self, output: Path, *arguments: object, at: Moment | None = None, order: Sequence[int] = ()) -> Ended:
+        return self.start(output, *arguments, at=at, order=order).ended()
+
+
+class WarmRun:
+    def __init__(self, process: Any, log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def ended(self) -> Ended:
+        self.process.join()
+        lines = [json.loads(line) for line in self.log.with_suffix(".log").read_text().splitlines()]
+        return Ended(
+            exit_code=self.process.exitcode,
+            output=self.log.with_suffix(".out").read_text(),
+            steps=[(line["shard"], line["step"]) for line in lines if "step" in line],
+            stages=[(line["stage"], line["shard"]) for line in lines if "stage" in line],
+        )
+
+
+def _run(command: list[str], output: str, log: Path, at: Moment | None, order: Sequence[int]) -> None:
+    with open(log.with_suffix(".out"), "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    journal = os.open(log.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(**facts: object) -> None:
+        os.write(journal, (json.dumps(facts) + "\n").encode())
+
+    import stylemill.inline
+    from stylemill import runner
+    from stylemill.cli import main
+
+    heard = runner.RunListener.progress
+
+    def progress(self: Any, progress: Any) -> None:
+        if progress.stage == "sample":
+            note(shard=progress.shard, step=progress.step)
+        heard(self, progress)
+
+    runner.RunListener.progress = progress  # type: ignore[method-assign]
+    if order:
+        in_order = stylemill.inline.run_inline
+
+        def shuffled(run: Any, shards: Sequence[int], *rest: Any) -> dict[int, str]:
+            return in_order(run, [shard for shard in order if shard in shards], *rest)
+
+        stylemill.inline.run_inline = shuffled
+    sys.addaudithook(_Watch(output, note, at))
+    sys.exit(main(command))
+
+
+class _Watch:
+    """Sees every change of a run folder just before Python makes it."""
+
+    _PATH: ClassVar = {"open": 0, "os.mkdir": 0, "os.remove": 0, "shutil.rmtree": 0, "os.link": 1, "os.rename": 1}
+    _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def __init__(self, output: str, note: Any, at: Moment | None) -> None:
+        self.below = f"{output}/"
+        self.note = note
+        self.at = at
+        self.seen: Counter[Stage] = Counter()
+        self.ending = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        place = self._PATH.get(event)
+        if place is None or not isinstance(arguments[place], str | os.PathLike):
+            return
+        path = os.fspath(arguments[place])
+        if not isinstance(path, str) or not path.startswith(self.below):
+            return
+        if event == "open" and not arguments[2] & self._WRITING:
+            return
+        stage = self._stage(event, path.removeprefix(self.below))
+        count = self.seen[stage]
+        self.seen[stage] += 1
+        self.note(stage=stage[0], shard=stage[1], event=event, path=path)
+        if self.at and (stage, count) == (self.at.stage, self.at.count):
+            if event == "open" and "/tmp/" in path and self.at.signal == signal.SIGKILL:
+                self.at = None  # the next line is such a change itself
+                Path(path).write_bytes(b"torn")
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.at.signal)
+
+    def _stage(self, event: str, path: str) -> Stage:
+        self.ending |= "contact-sheet" in path
+        if self.ending:
+            return "end", None
+        number = re.search(r"\b(\d{5})\b", path)
+        if number is None:
+            return "start", None
+        sampling = re.match(r"(tmp/)?checkpoints[/-]\d{5}(?!\.lock)", path) and event != "shutil.rmtree"
+        return "sample" if sampling else "write", int(number[1])
