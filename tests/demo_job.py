@@ -101,13 +101,13 @@ def stylemill(*arguments: object) -> tuple[int, str]:
 # --- the command, forked ----------------------------------------------------------------------------------------------
 
 # A stage of a run, and its shard where it has one. start: until the first shard; sample: checkpoints; write: encoding
-# and publishing; end: from the contact sheet on.
+# and publishing; end: from the contact sheet on. "step" counts the steps of a shard instead of changes.
 Stage = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Just before the `count`th change (from 0) of the run folder in a stage; then comes `signal`."""
+    """Just before the `count`th change (from 0) of the run folder in a stage, where `signal` comes."""
 
     stage: Stage
     count: int
@@ -183,11 +183,12 @@ def _run(command: list[str], output: str, log: Path, at: Moment | None, order: S
     from stylemill import runner
     from stylemill.cli import main
 
-    heard = runner.RunListener.progress
+    watch, heard = _Watch(output, note, at), runner.RunListener.progress
 
     def progress(self: Any, progress: Any) -> None:
         if progress.stage == "sample":
             note(shard=progress.shard, step=progress.step)
+            watch.reached(("step", progress.shard))
         heard(self, progress)
 
     runner.RunListener.progress = progress  # type: ignore[method-assign]
@@ -198,7 +199,7 @@ def _run(command: list[str], output: str, log: Path, at: Moment | None, order: S
             return in_order(run, [shard for shard in order if shard in shards], *rest)
 
         stylemill.inline.run_inline = shuffled
-    sys.addaudithook(_Watch(output, note, at))
+    sys.addaudithook(watch)
     sys.exit(main(command))
 
 
@@ -225,15 +226,18 @@ class _Watch:
         if event == "open" and not arguments[2] & self._WRITING:
             return
         stage = self._stage(event, path.removeprefix(self.below))
-        count = self.seen[stage]
-        self.seen[stage] += 1
         self.note(stage=stage[0], shard=stage[1], event=event, path=path)
-        if self.at and (stage, count) == (self.at.stage, self.at.count):
-            if event == "open" and "/tmp/" in path and self.at.signal == signal.SIGKILL:
-                self.at = None  # the next line is such a change itself
-                Path(path).write_bytes(b"torn")
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.kill(os.getpid(), self.at.signal)
+        torn = Path(path) if event == "open" and "/tmp/" in path.removeprefix(self.below[:-1]) else None
+        self.reached(stage, torn)
+
+    def reached(self, stage: Stage, torn: Path | None = None) -> None:
+        here = (stage, self.seen[stage])
+        self.seen[stage] += 1
+        if self.at and here == (self.at.stage, self.at.count):
+            number, self.at = self.at.signal, None
+            if torn and number == signal.SIGKILL:
+                torn.write_bytes(b"torn")
+            os.kill(os.getpid(), number)
 
     def _stage(self, event: str, path: str) -> Stage:
         self.ending |= "contact-sheet" in path

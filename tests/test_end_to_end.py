@@ -206,6 +206,7 @@ def check_resumed(before: Ended, after: Ended, lost: int) -> None:
         assert went_on_at > reached[shard] - lost, f"shard {shard}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_in_every_stage_the_same_command_finishes(
     job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, seed: int
@@ -225,15 +226,15 @@ def test_killed_in_every_stage_the_same_command_finishes(
     check_same(tmp_path / "run", whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, EVERY_STEPS + 1)])
 def test_asked_to_stop_a_run_loses_no_step(
-    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, number: signal.Signals
+    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, number: signal.Signals, step: int
 ) -> None:
-    run, changes = tmp_path / "run", whole[1].changes()["sample", 1]
-    # Not at the last change: with all steps taken there is nothing to stop but the writing, which goes on.
-    moment = Moment(("sample", 1), random.Random(int(number)).randrange(changes // 2), number)
-    stopped = warm.run(run, job, at=moment)
+    assert step % EVERY_STEPS, "a checkpoint is due at others anyway"
+    run = tmp_path / "run"
+    stopped = warm.run(run, job, at=Moment(("step", 1), step - 1, number))
     assert stopped.exit_code == 128 + number, stopped.output
+    assert stopped.steps[-1] == (1, step)
     assert "2 shards are open; the same command resumes" in stopped.output
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00001"]
     assert os.listdir(run / "tmp") == []
