@@ -114,14 +114,6 @@ class Job(Frozen):
             return values
         return {**values, "sampling": {**PRESETS[preset], **given}}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Job:
-        if self.sampling.start_step >= self.sampling.steps:
-            raise ValueError(
-                f"sampling.start_step {self.sampling.start_step} leaves no guided step of {self.sampling.steps}"
-            )
-        return self
-
     @classmethod
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
         """Read a YAML job file; `overrides` maps dotted keys (`sampling.steps`) to values that win over the file.

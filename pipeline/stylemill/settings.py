@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Method = Literal["guided", "optimization"]
+Method = Literal["guided", "gradient", "optimization", "kv_injection"]
+Init = Literal["auto", "noise", "content"]
 Fit = Literal["crop", "pad", "stretch"]
 DType = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
@@ -21,17 +22,69 @@ class Frozen(BaseModel):
 
 
 class Sampling(Frozen):
-    """How every pair of a job is sampled. Names follow diffusers; λ of the paper is `content_weight`."""
+    """How every pair of a job is sampled. Names follow diffusers; λ of the paper is `content_weight`.
+
+    Methods: `guided`, denoising with a fresh Adam at every timestep; `gradient`, the same with z − η∇L instead of
+    Adam; `optimization`, no denoising and one Adam for the run; `kv_injection`, the older method, which replaces K, V
+    (and Q) while denoising and follows no gradient.
+    """
 
     method: Method = "guided"
     steps: Annotated[int, Field(ge=1, le=999)] = 50
     iterations: Annotated[int, Field(ge=0, le=100)] = 1  # Adam steps at a timestep
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     content_weight: Annotated[float, Field(ge=0)] = 0.25  # λ; a manifest column of this name overrides it per row
+    content_schedule: tuple[float, float] = (1.0, 1.0)  # factors on λ at the first and last step, linear between
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # classifier-free guidance; 1 or less is off
     adain: bool = False
-    start_step: Annotated[int, Field(ge=0)] = 0  # first step that is guided; 0: all of them
+    query_scale: Annotated[float, Field(gt=0)] = 1.0  # Q · scale in the ideal attention; 1.5 sharpens the match
+    layer_weights: tuple[float, ...] | None = None  # of the layers used, in running order; None: 1 each
+    start_step: Annotated[int, Field(ge=0)] = 0  # first step that is guided
+    end_step: Annotated[int, Field(ge=1)] | None = None  # first step that is guided no more; None: guided to the end
+    init: Init = "auto"  # auto: the content latent for optimization, noise otherwise
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the noise laid on the content when denoising starts there
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("content_schedule", "layer_weights", mode="before")
+    @classmethod
+    def _list_is_a_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Sampling:
+        end = self.steps if self.end_step is None else self.end_step
+        if self.start_step >= min(end, self.steps):
+            raise ValueError(f"start_step {self.start_step} leaves no guided step before {min(end, self.steps)}")
+        if self.strength < 1 and self.init != "content":
+            raise ValueError(f"strength {self.strength} belongs to init: content, not to init: {self.init}")
+        if self.strength < 1 and self.method == "optimization":
+            raise ValueError(f"strength {self.strength} lays noise on the content, method optimization starts at it")
+        if self.first_step >= min(end, self.steps):
+            raise ValueError(f"strength {self.strength} starts at step {self.first_step}, when guidance has ended")
+        if any(value < 0 for value in (*self.content_schedule, *(self.layer_weights or ()))):
+            raise ValueError("content_schedule and layer_weights take numbers of 0 or more")
+        if self.method == "optimization":
+            for name, value, off in (("adain", self.adain, False), ("guidance_scale", self.guidance_scale, 1.0)):
+                if value > off:
+                    raise ValueError(f"{name} {value} acts while denoising, and method optimization does not denoise")
+        if self.method == "kv_injection" and self.layer_weights is not None:
+            raise ValueError("layer_weights weigh losses, and method kv_injection has none")
+        return self
+
+    @property
+    def first_step(self) -> int:
+        """The step that sampling begins with: 0, or later when it begins at a content that is noised in part."""
+        denoises_content = self.init == "content" and self.method != "optimization"
+        return min(self.steps - 1, self.steps - round(self.steps * self.strength)) if denoises_content else 0
+
+    def guides(self, step: int) -> bool:
+        """Whether this step is pulled towards style and content."""
+        return self.start_step <= step < (self.steps if self.end_step is None else self.end_step)
+
+    def content_factor(self, step: int) -> float:
+        """What λ is multiplied with at a step."""
+        first, last = self.content_schedule
+        return first + (last - first) * step / max(self.steps - 1, 1)
 
 
 # Published settings for Stable Diffusion 1.5 at 512² (the last: SDXL at 1024²). One line each, to compare by eye.
@@ -45,6 +98,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "texture-fast":         ("guided",        50,  3, 0.05,  0.0,   1.0, False),
     "text-to-image":        ("guided",        50,  3, 0.015, 0.0,   7.5, True),
     "text-to-image-sdxl":   ("guided",        50,  2, 0.015, 0.0,   7.0, True),
+    "kv-injection":         ("kv_injection",  50,  1, 0.05,  0.25,  1.0, False),
 }
 # fmt: on
 PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}

@@ -53,31 +53,44 @@ def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, nois
         digests=[image.digest for image in images.values()],
         texts=[model.encode_text(text) for text in texts],
     )
-    unreadable = {
-        place: "an image of this pair could not be read"
-        for place, pair in enumerate(pairs)
-        if any(image.pixels is None for image in pair.images)
-    }
+    lost = {place: why for place, pair in enumerate(pairs) if (why := _impossible(pair, settings))}
     latents = [_initial_latents(model, place, pair, inputs, settings, noise) for place, pair in enumerate(pairs)]
-    for place in unreadable:
+    for place in lost:
         latents[place] = torch.zeros_like(latents[place])
     one_adam = settings.method == "optimization"
     return SampleState(
         inputs=inputs,
         latents_of=latents,
         lost_at=torch.full((len(pairs),), -1),
-        unreadable=unreadable,
+        unreadable=lost,
+        step=settings.first_step,
         moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
+        losses=torch.full((len(pairs), 2, 2), torch.nan),
     )
+
+
+def _impossible(pair: Pair, settings: Sampling) -> str | None:
+    if any(image.pixels is None for image in pair.images):
+        return "an image of this pair could not be read"
+    if settings.init == "content" and pair.content is None:
+        return "init: content needs a content image, and this pair has none"
+    return None
 
 
 def _initial_latents(
     model: DiffusionModel, place: int, pair: Pair, inputs: Inputs, settings: Sampling, noise: Noise
 ) -> Tensor:
+    """Where a pair starts: at noise, at its content, or at its content noised to the first timestep."""
     made = inputs.pairs[place]
-    if settings.method == "optimization" and made.content is not None:
-        return inputs.images[made.content].clone()
+    content = None if made.content is None else inputs.images[made.content].to("cpu")
+    if settings.method == "optimization" and settings.init != "noise" and content is not None:
+        return content.clone()
     drawn = torch.from_numpy(noise.initial_latents(pair, made.shape)).to(model.latent_dtype)
+    if settings.init == "content" and content is not None:
+        scheduler = model.with_steps(settings.steps).scheduler
+        first = scheduler.timesteps[settings.first_step : settings.first_step + 1].cpu()
+        noised: Tensor = scheduler.add_noise(content[None], drawn[None], first)
+        return noised[0]
     return drawn * float(model.scheduler.init_noise_sigma)
 
 

@@ -184,7 +184,7 @@ class Engine:
         return torch.cuda.max_memory_allocated(device) - before
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
-        guide = Guide(self.model, self.layers, self.micro_batch, self.passes)
+        guide = Guide(self.model, self.layers, settings, self.micro_batch, self.passes)
         batches = micro_batches(state.inputs, self.micro_batch)
         sizes = [self._feature_bytes(image) for image in state.inputs.images]
         cut = blocks(state.inputs, batches, sizes, self.feature_budget_mb * 2**20)

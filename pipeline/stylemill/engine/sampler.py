@@ -1,13 +1,15 @@
-"""The two ways to use attention distillation, one timestep of a whole shard at a time."""
+"""The ways to use style and content features, one timestep of a whole shard at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from stylemill.engine.guidance import Features, Guide, adain, adam_step
+from stylemill.engine.features import Target, injecting
+from stylemill.engine.guidance import Guide, adain, adam_step
 from stylemill.engine.layout import Batch, Block
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
@@ -34,15 +36,15 @@ class Sampler:
 
     def advance(self, state: SampleState) -> None:
         """One step for every pair, in place."""
-        step_of_a_block = self._guided if self.settings.method == "guided" else self._optimized
+        steps = {"optimization": self._optimized, "kv_injection": self._injected}
         for block in self.blocks:
-            step_of_a_block(state, block)
+            steps.get(self.settings.method, self._guided)(state, block)
         state.step += 1
 
     def _guided(self, state: SampleState, block: Block) -> None:
-        """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam."""
+        """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam, or plainly."""
         t, s = self.timesteps[state.step], self.guided_timestep(state.step)
-        guiding = state.step >= self.settings.start_step
+        guiding = self.settings.guides(state.step)
         noised = self.noised_images(state, block, s) if guiding else {}
         if descending := guiding and self.settings.iterations > 0:
             features = self.guide.extract(state.inputs, block.batches, noised, s)
@@ -51,20 +53,36 @@ class Sampler:
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
             if descending:
-                z, _ = self._descend(z, z.new_zeros(2, *z.shape), 0, s, state.inputs, batch, features)
+                targets = features.targets(state.inputs, batch)
+                z, _ = self._descend(state, batch, z, z.new_zeros(2, *z.shape), 0, s, targets)
             _put_back(state, batch, z)
+
+    def _injected(self, state: SampleState, block: Block) -> None:
+        """Denoise while the layers attend to the styles, noised to the same t, with the queries of the content."""
+        t = self.timesteps[state.step]
+        if guiding := self.settings.guides(state.step):
+            noised = self.noised_images(state, block, t)
+            features = self.guide.extract(state.inputs, block.batches, noised, t)
+        for batch in block.batches:
+            z = _gather(state.latents_of, batch)
+            if guiding and self.settings.adain:
+                z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
+            targets = features.targets(state.inputs, batch) if guiding else None
+            _put_back(state, batch, self._denoise(z, t, state.inputs, batch, targets))
 
     def _optimized(self, state: SampleState, block: Block) -> None:
         """Pull each latent towards the features of the clean images at t, with one Adam over the run."""
+        if not self.settings.guides(state.step):
+            return
         t = self.timesteps[state.step]
         clean = {image: state.inputs.images[image] for image in block.images}
         features = self.guide.extract(state.inputs, block.batches, clean, t)
-        done = state.step * self.settings.iterations
+        done = (state.step - self.settings.start_step) * self.settings.iterations
         for batch in block.batches:
+            targets = features.targets(state.inputs, batch)
             moments = _gather(state.moments_of, batch).transpose(0, 1)  # (2, B, C, h, w)
-            z, moments = self._descend(
-                _gather(state.latents_of, batch), moments, done, t, state.inputs, batch, features
-            )
+            z = _gather(state.latents_of, batch)
+            z, moments = self._descend(state, batch, z, moments, done, t, targets)
             _put_back(state, batch, z)
             for place, pair in enumerate(batch):
                 state.moments_of[pair] = moments[:, place]
@@ -76,9 +94,9 @@ class Sampler:
         for block in self.blocks:
             features = self.guide.extract(state.inputs, block.batches, self.noised_images(state, block, s), s)
             for batch in block.batches:
-                targets, weights = features.targets(state.inputs, batch), _weights(latents, state.inputs, batch)
-                pulled = self.guide.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
-                gradient[list(batch)] = pulled
+                targets, weights = features.targets(state.inputs, batch), self._weights(latents, state, batch)
+                pull = self.guide.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
+                gradient[list(batch)] = pull.gradient
         return gradient
 
     def guided_timestep(self, step: int) -> int:
@@ -98,40 +116,47 @@ class Sampler:
         return noised[0]
 
     @torch.no_grad()
-    def _denoise(self, z: Tensor, t: int, inputs: Inputs, batch: Batch) -> Tensor:
+    def _denoise(self, z: Tensor, t: int, inputs: Inputs, batch: Batch, inject: list[Target] | None = None) -> Tensor:
         """One scheduler step t -> s, with classifier-free guidance when its scale is above 1."""
         pairs = [inputs.pairs[pair] for pair in batch]
         text = torch.stack([inputs.texts[pair.prompt] for pair in pairs])
-        if self.settings.guidance_scale > 1:
+        doubled = self.settings.guidance_scale > 1
+        if doubled:
             negative = torch.stack([inputs.texts[pair.negative] for pair in pairs])
-            both = self.model.predict_noise(torch.cat([z, z]), t, torch.cat([negative, text]))
-            self.passes["denoise"] += len(both)
-            without, towards = both.chunk(2)
+            text, inject = torch.cat([negative, text]), inject and [target.twice() for target in inject]
+        many = torch.cat([z, z]) if doubled else z
+        self.passes["denoise"] += len(many)
+        with injecting(self.guide.layers, inject, self.settings.query_scale) if inject else nullcontext():
+            epsilon = self.model.predict_noise(many, t, text)
+        if doubled:
+            without, towards = epsilon.chunk(2)
             epsilon = without + self.settings.guidance_scale * (towards - without)
-        else:
-            epsilon = self.model.predict_noise(z, t, text)
-            self.passes["denoise"] += len(z)
         previous: Tensor = self.model.scheduler.step(epsilon, t, z).prev_sample
         return previous
 
     def _descend(
-        self, z: Tensor, moments: Tensor, done: int, s: int, inputs: Inputs, batch: Batch, features: Features
+        self, state: SampleState, batch: Batch, z: Tensor, moments: Tensor, done: int, s: int, targets: list[Target]
     ) -> tuple[Tensor, Tensor]:
-        """`iterations` Adam steps on the micro-batch z, after `done` earlier ones."""
-        targets = features.targets(inputs, batch)
-        weights = _weights(z, inputs, batch)
+        """`iterations` steps down the losses from the micro-batch z, after `done` earlier ones of the same Adam."""
+        rate = self.settings.learning_rate
         for count in range(done + 1, done + 1 + self.settings.iterations):
-            # Optimization starts at the content itself, where L_content is 0 and |Q − Qc| has no slope; in another
-            # batch than the content's, rounding would give it one of random sign.
-            at_content = count == 1 and self.settings.method == "optimization"
-            pull = torch.zeros_like(weights) if at_content else weights
-            gradient = self.guide.gradient(z, s, inputs.null_text, pull, targets)
-            z, moments = adam_step(z, gradient, moments, count, self.settings.learning_rate)
+            weights = self._weights(z, state, batch)
+            if count == 1 and state.moments_of and self.settings.init != "noise":
+                # Optimization starts at the content itself, where L_content is 0 and |Q − Qc| has no slope; in another
+                # batch than the content's, rounding would give it one of random sign.
+                weights = torch.zeros_like(weights)
+            pull = self.guide.gradient(z, s, state.inputs.null_text, weights, targets)
+            state.note_losses(batch, pull.losses)
+            if self.settings.method == "gradient":
+                z = z - rate * pull.gradient
+            else:
+                z, moments = adam_step(z, pull.gradient, moments, count, rate)
         return z, moments
 
-
-def _weights(z: Tensor, inputs: Inputs, batch: Batch) -> Tensor:
-    return z.new_tensor([inputs.pairs[pair].content_weight for pair in batch])  # λ, (B,)
+    def _weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
+        """λ of each pair at this step, (B,)."""
+        factor = self.settings.content_factor(state.step)
+        return z.new_tensor([state.inputs.pairs[pair].content_weight * factor for pair in batch])
 
 
 def _gather(tensors: list[Tensor], batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,14 @@ class SampleState:
     unreadable: dict[int, str]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content
+
+    def note_losses(self, batch: Sequence[int], losses: Tensor) -> None:
+        """Keep the losses (B, 2) of a micro-batch as the last ones, and as the first if there were none before."""
+        where = torch.tensor(batch, device=losses.device)
+        first, losses = self.losses[where, 0], losses.to(self.losses.dtype)
+        self.losses[where, 0] = torch.where(first.isnan(), losses, first)
+        self.losses[where, 1] = losses
 
     @property
     def latents(self) -> Tensor:
@@ -85,7 +94,7 @@ class SampleState:
         """Arrays and JSON-able facts of this very step."""
         arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
-        arrays["lost_at"] = _array(self.lost_at)
+        arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
         unreadable = {str(pair): why for pair, why in self.unreadable.items()}
         return arrays, {"step": self.step, "moments": len(self.moments_of), "unreadable": unreadable}
 
@@ -109,6 +118,7 @@ class SampleState:
             unreadable={int(pair): why for pair, why in facts["unreadable"].items()},
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
+            losses=torch.from_numpy(arrays["losses"]),
         )
 
     def to(self, device: torch.device) -> SampleState:
@@ -121,7 +131,7 @@ class SampleState:
         )
         self.latents_of = [z.to(device) for z in self.latents_of]
         self.moments_of = [moments.to(device) for moments in self.moments_of]
-        self.lost_at = self.lost_at.to(device)
+        self.lost_at, self.losses = self.lost_at.to(device), self.losses.to(device)
         return self
 
 
