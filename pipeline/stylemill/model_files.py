@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,15 +105,15 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def refuse_other_architectures(folder: Path, unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
-    """Raise ModelError unless these configurations are those of a Stable-Diffusion-1.x-shaped text-to-image model."""
+def refuse_other_architectures(
+    folder: Path, unet: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise ModelError unless these configurations are those of a text-to-image model shaped like SD 1.x or SDXL."""
     channels = unet.get("in_channels", 4)
     if channels != unet.get("out_channels", 4):
         raise ModelError(f"{folder}: the UNet takes {channels} channels, as inpainting models do; use the base model")
-    if unet.get("addition_embed_type") is not None:
-        raise ModelError(f"{folder}: an SDXL-shaped UNet; only Stable Diffusion 1.x shapes run at present")
-    reads, gives = unet.get("cross_attention_dim"), text_encoder.get("hidden_size")
-    if reads is not None and gives is not None and reads != gives:
+    reads, gives = unet.get("cross_attention_dim"), sum(encoder.get("hidden_size", 0) for encoder in text_encoders)
+    if reads is not None and gives and reads != gives:
         raise ModelError(
             f"{folder}: the UNet reads text of {reads} channels, the text encoder gives {gives}; "
             "are the parts of one model?"

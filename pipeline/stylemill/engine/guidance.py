@@ -14,6 +14,7 @@ from stylemill.engine.layout import Batch, uses_content
 from stylemill.engine.losses import ad_loss, content_loss
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.state import Inputs
+from stylemill.engine.text import Text
 from stylemill.errors import ModelError
 from stylemill.settings import Sampling
 
@@ -93,7 +94,7 @@ class Guide:
                         features.content_q[layer][image] = read.q[place].clone()
         return features
 
-    def gradient(self, z: Tensor, timestep: int, null_text: Tensor, weights: Tensor, targets: list[Target]) -> Pull:
+    def gradient(self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target]) -> Pull:
         """∂(L_AD + λ L_content)/∂z of each pair, z (B, C, h, w), λ = weights (B,).
 
         Per-pair losses are summed, never averaged over the batch: a pair's gradient is the same at every batch size.
@@ -111,7 +112,7 @@ class Guide:
             (gradient,) = torch.autograd.grad(((ad + weights * content) * scale).sum(), z)
         return Pull(gradient / scale, torch.stack([ad, content], dim=1).detach())
 
-    def _read(self, z: Tensor, timestep: int, null_text: Tensor) -> list[Reading]:
+    def _read(self, z: Tensor, timestep: int, null_text: Text) -> list[Reading]:
         with reading(self.layers) as readings:
             self.model.predict_noise(z, timestep, null_text)
         return readings

@@ -1,4 +1,4 @@
-"""The resident diffusion model: loading, text and image encoding, the noise prediction. SD-1.x-shaped for now."""
+"""The resident diffusion model, SD-1.x- or SDXL-shaped: loading, text and image encoding, the noise prediction."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from stylemill.engine.inputs import Pixels
+from stylemill.engine.text import Text
 from stylemill.errors import ModelError
 from stylemill.model_files import refuse_other_architectures
 
@@ -26,15 +27,15 @@ DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class DiffusionModel:
-    """UNet, VAE, text encoder and scheduler of one model, frozen, on one device.
+    """UNet, VAE, text encoders and scheduler of one model, frozen, on one device. SDXL has two text encoders.
 
     Weights and activations have `unet.dtype`; latents and everything computed on them have `latent_dtype`.
     """
 
     unet: Any
     vae: Any
-    text_encoder: Any
-    tokenizer: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
     scheduler: Any
     device: torch.device
 
@@ -45,22 +46,33 @@ class DiffusionModel:
         transformers_logging.disable_progress_bar()  # a bar over the weights would tear the run's own
         try:
             unet = _load_part(UNet2DConditionModel, folder, "unet", weights)
-            vae = _load_part(AutoencoderKL, folder, "vae", weights)
-            if weights == torch.float16 and vae.config.force_upcast:
-                vae = vae.float()  # such a VAE overflows in half precision (SDXL's does)
-            text_encoder = _load_part(CLIPTextModel, folder, "text_encoder", weights)
-            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            # SDXL's VAE overflows in half precision, and its configuration says so.
+            upcast = weights == torch.float16 and AutoencoderKL.load_config(folder, subfolder="vae").get("force_upcast")
+            vae = _load_part(AutoencoderKL, folder, "vae", torch.float32 if upcast else weights)
+            kinds = {"text_encoder": CLIPTextModel}
+            if unet.config.addition_embed_type == "text_time":
+                kinds["text_encoder_2"] = CLIPTextModelWithProjection
+            text_encoders = tuple(_load_part(kind, folder, name, weights) for name, kind in kinds.items())
+            tokenizers = tuple(
+                CLIPTokenizer.from_pretrained(folder, subfolder=name.replace("text_encoder", "tokenizer"))
+                for name in kinds
+            )
             scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise ModelError(f"{folder}: cannot be loaded as a Stable Diffusion 1.x model: {error}") from error
-        refuse_other_architectures(folder, unet.config, text_encoder.config.to_dict())
-        for part in (unet, vae, text_encoder):
+            raise ModelError(f"{folder}: cannot be loaded as a Stable Diffusion model: {error}") from error
+        refuse_other_architectures(folder, unet.config, [encoder.config.to_dict() for encoder in text_encoders])
+        for part in (unet, vae, *text_encoders):
             part.requires_grad_(False).eval().to(device)  # weight gradients would double the backward pass
-        return cls(unet, vae, text_encoder, tokenizer, scheduler, torch.device(device))
+        return cls(unet, vae, text_encoders, tokenizers, scheduler, torch.device(device))
 
     @property
     def latent_dtype(self) -> torch.dtype:
         return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet also takes a pooled text and the image's size."""
+        return bool(self.unet.config.addition_embed_type == "text_time")
 
     @property
     def latent_channels(self) -> int:
@@ -83,17 +95,21 @@ class DiffusionModel:
         return replace(self, scheduler=scheduler)
 
     @torch.no_grad()
-    def encode_text(self, text: str) -> Tensor:
-        """Text -> (tokens, dim), the text encoder's last hidden state. One text at a time: no batch mates."""
-        ids = self.tokenizer(
-            text,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        hidden: Tensor = self.text_encoder(ids.to(self.device))[0]
-        return hidden[0].to(self.latent_dtype)
+    def encode_text(self, text: str) -> Text:
+        """Encode one text, without batch mates.
+
+        SD: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the second's pooled
+        vector. The empty text is encoded like any other: the zeros that SDXL's pipeline puts in its place
+        (`force_zeros_for_empty_prompt`) are not the null prompt of attention distillation.
+        """
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            length = tokenizer.model_max_length
+            tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            encoded = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.is_sdxl)
+            hidden.append(encoded.hidden_states[-2][0] if self.is_sdxl else encoded.last_hidden_state[0])
+            pooled = encoded.text_embeds[0] if self.is_sdxl and encoder is self.text_encoders[-1] else None
+        return Text(torch.cat(hidden, dim=-1), pooled).to(self.latent_dtype)
 
     @torch.no_grad()
     def encode_image(self, pixels: Pixels) -> Tensor:
@@ -109,13 +125,26 @@ class DiffusionModel:
         image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return list(image.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    def predict_noise(self, latents: Tensor, timestep: int, text: Tensor) -> Tensor:
-        """ε(z, t, text): latents (B, C, h, w), text (B, tokens, dim) or (tokens, dim) for all -> (B, C, h, w)."""
-        if text.ndim == 2:
-            text = text.expand(len(latents), -1, -1)
-        dtype = self.unet.dtype
-        predicted: Tensor = self.unet(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
+    def predict_noise(self, latents: Tensor, timestep: int, text: Text) -> Tensor:
+        """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w)."""
+        conditions = self.conditions(latents, text)
+        predicted: Tensor = self.unet(latents.to(self.unet.dtype), timestep, **conditions, return_dict=False)[0]
         return predicted.to(self.latent_dtype)
+
+    def conditions(self, latents: Tensor, text: Text) -> dict[str, Any]:
+        """What the UNet is told besides z and t, as its keyword arguments. SDXL: also that nothing was cropped."""
+        text = text.expand(len(latents))
+        told: dict[str, Any] = {"encoder_hidden_states": text.hidden.to(self.unet.dtype)}
+        if text.pooled is not None:
+            height, width = (side * self.pixels_per_latent for side in latents.shape[-2:])
+            original, corner, target = (height, width), (0, 0), (height, width)
+            # In float32 whatever the weights are: bfloat16 would round the size of an image.
+            time_ids = torch.tensor([(*original, *corner, *target)], dtype=torch.float32, device=self.device)
+            told["added_cond_kwargs"] = {
+                "text_embeds": text.pooled.to(self.unet.dtype),
+                "time_ids": time_ids.expand(len(latents), -1),
+            }
+        return told
 
 
 def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:

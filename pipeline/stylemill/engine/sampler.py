@@ -14,6 +14,7 @@ from stylemill.engine.layout import Batch, Block
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
 from stylemill.engine.state import Inputs, SampleState
+from stylemill.engine.text import Text
 from stylemill.settings import Sampling
 
 
@@ -119,15 +120,15 @@ class Sampler:
     def _denoise(self, z: Tensor, t: int, inputs: Inputs, batch: Batch, inject: list[Target] | None = None) -> Tensor:
         """One scheduler step t -> s, with classifier-free guidance when its scale is above 1."""
         pairs = [inputs.pairs[pair] for pair in batch]
-        text = torch.stack([inputs.texts[pair.prompt] for pair in pairs])
+        texts = [inputs.texts[pair.prompt] for pair in pairs]
         doubled = self.settings.guidance_scale > 1
         if doubled:
-            negative = torch.stack([inputs.texts[pair.negative] for pair in pairs])
-            text, inject = torch.cat([negative, text]), inject and [target.twice() for target in inject]
+            texts = [inputs.texts[pair.negative] for pair in pairs] + texts
+            inject = inject and [target.twice() for target in inject]
         many = torch.cat([z, z]) if doubled else z
         self.passes["denoise"] += len(many)
         with injecting(self.guide.layers, inject, self.settings.query_scale) if inject else nullcontext():
-            epsilon = self.model.predict_noise(many, t, text)
+            epsilon = self.model.predict_noise(many, t, Text.stack(texts))
         if doubled:
             without, towards = epsilon.chunk(2)
             epsilon = without + self.settings.guidance_scale * (towards - without)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stylemill.engine.text import Text
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -33,10 +35,10 @@ class Inputs:
     pairs: list[PairInputs]
     images: list[Tensor]  # (C, h, w) each
     digests: list[str]
-    texts: list[Tensor]  # (tokens, dim) each; texts[0] is the null prompt
+    texts: list[Text]  # texts[0] is the null prompt
 
     @property
-    def null_text(self) -> Tensor:
+    def null_text(self) -> Text:
         return self.texts[0]
 
 
@@ -82,7 +84,10 @@ class SampleState:
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
         """Arrays and JSON-able facts that never change; saved once a shard."""
         arrays = {f"image.{i}": _array(image) for i, image in enumerate(self.inputs.images)}
-        arrays |= {f"text.{i}": _array(text) for i, text in enumerate(self.inputs.texts)}
+        for i, text in enumerate(self.inputs.texts):
+            arrays[f"text.{i}"] = _array(text.hidden)
+            if text.pooled is not None:
+                arrays[f"pooled.{i}"] = _array(text.pooled)
         facts = {
             "digests": self.inputs.digests,
             "texts": len(self.inputs.texts),
@@ -111,7 +116,7 @@ class SampleState:
                 pairs=pairs,
                 images=[torch.from_numpy(inputs[f"image.{i}"]) for i in range(len(digests))],
                 digests=digests,
-                texts=[torch.from_numpy(inputs[f"text.{i}"]) for i in range(input_facts["texts"])],
+                texts=[_text(inputs, i) for i in range(input_facts["texts"])],
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
@@ -133,6 +138,11 @@ class SampleState:
         self.moments_of = [moments.to(device) for moments in self.moments_of]
         self.lost_at, self.losses = self.lost_at.to(device), self.losses.to(device)
         return self
+
+
+def _text(inputs: Arrays, number: int) -> Text:
+    pooled = inputs.get(f"pooled.{number}")
+    return Text(torch.from_numpy(inputs[f"text.{number}"]), None if pooled is None else torch.from_numpy(pooled))
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

@@ -51,7 +51,8 @@ class ModelShape:
 def read_shape(folder: Path) -> ModelShape:
     """The shape of the model in `folder`. Raises ModelError naming a file or an architecture that cannot be used."""
     unet, vae = _config(folder / "unet"), _config(folder / "vae")
-    refuse_other_architectures(folder, unet, _config(folder / "text_encoder"))
+    encoders = [path for path in sorted(folder.glob("text_encoder*")) if path.is_dir()]
+    refuse_other_architectures(folder, unet, [_config(path) for path in encoders])
     try:
         channels = list(unet["block_out_channels"])
         return ModelShape(
