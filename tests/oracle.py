@@ -8,7 +8,8 @@ every pair and step. It shares no code with the engine; pair, settings and noise
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,10 +83,14 @@ class Layer(NamedTuple):
 
 @dataclass
 class Trace:
-    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w)."""
+    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w).
+
+    `losses` are L_AD and L_content (None without content) of each Adam step.
+    """
 
     latents: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
+    losses: list[tuple[float, float | None]] = field(default_factory=list)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -128,19 +133,57 @@ def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS
     return [Layer(**kept) for kept in running][-count:]
 
 
-def total_loss(
-    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, content_weight: float
-) -> Tensor:
-    """L_AD + λ · L_content, summed over layers (eqs. 3-5)."""
-    loss = torch.zeros((), dtype=target[0].q.dtype)
+@contextmanager
+def injected(
+    model: Model, styles: Sequence[list[Layer]], content: list[Layer] | None, query_scale: float
+) -> Iterator[None]:
+    """KV injection: the used layers attend to K, V of the styles, with the Q of the content where there is one."""
+    ran: list[Any] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: ran.append(module))
+        for name, module in model.unet.named_modules()
+        if name.endswith(".attn1")
+    ]
+    model.unet(torch.zeros(1, 4, 8, 8, dtype=model.dtype), 0, encoder_hidden_states=model.encode_prompt(""))
+    for handle in hooks:
+        handle.remove()
+    used = ran[-USED_LAYERS:]
+
+    def patched(attn: Any, i: int) -> Any:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (1, tokens, channels)
+            q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            q = q if content is None else content[i].q
+            style_k = torch.cat([style[i].k for style in styles], dim=2)
+            style_v = torch.cat([style[i].v for style in styles], dim=2)
+            out = attend(q * query_scale, style_k, style_v)
+            return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+        return forward
+
+    for i, attn in enumerate(used):
+        attn.forward = patched(attn, i)
+    try:
+        yield
+    finally:
+        for attn in used:
+            del attn.forward  # the class's own again
+
+
+def losses(
+    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """L_AD and L_content, summed over layers (eqs. 3-5), each layer with its weight, Q scaled in the ideal only."""
+    weights = settings.layer_weights or [1.0] * len(target)
+    ad = torch.zeros((), dtype=target[0].q.dtype)
+    preserved = None if content is None else torch.zeros_like(ad)
     for i, (q, k, v, _) in enumerate(target):
         style_k = torch.cat([style[i].k for style in styles], dim=2)
         style_v = torch.cat([style[i].v for style in styles], dim=2)
-        ideal = attend(q, style_k, style_v).detach()
-        loss = loss + (attend(q, k, v) - ideal).abs().mean()
-        if content is not None:
-            loss = loss + content_weight * (q - content[i].q).abs().mean()
-    return loss
+        ideal = attend(q * settings.query_scale, style_k, style_v).detach()
+        ad = ad + weights[i] * (attend(q, k, v) - ideal).abs().mean()
+        if content is not None and preserved is not None:
+            preserved = preserved + weights[i] * (q - content[i].q).abs().mean()
+    return ad, preserved
 
 
 class NaivePair:
@@ -158,19 +201,52 @@ class NaivePair:
     def tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.model.dtype)[None]
 
-    def initial_latents(self) -> Tensor:
+    def drawn(self) -> Tensor:
         width, height = self.pair.size
         factor = 2 ** (len(self.model.vae.config.block_out_channels) - 1)
         shape = (self.model.unet.config.in_channels, height // factor, width // factor)
-        return self.tensor(self.noise.initial_latents(self.pair, shape)) * self.scheduler.init_noise_sigma
+        return self.tensor(self.noise.initial_latents(self.pair, shape))
 
-    def noised(self, clean: Tensor, image: Any, step: int) -> Tensor:
-        """The image's latent at the timestep that `step` arrives at, with the image's own noise."""
+    def initial_latents(self) -> Tensor:
+        return self.drawn() * self.scheduler.init_noise_sigma  # type: ignore[no-any-return]
+
+    def noised_start(self) -> Tensor:
+        """The content's latent under the pair's own noise, at the first timestep that is not skipped."""
+        if self.content is None:
+            raise ValueError("no content to start from")
+        timestep = torch.tensor([self.timesteps[self.first_step]])
+        return self.scheduler.add_noise(self.content, self.drawn(), timestep)  # type: ignore[no-any-return]
+
+    @property
+    def first_step(self) -> int:
+        """A strength s leaves the last s · steps steps, and at least one."""
+        steps = self.settings.steps
+        return steps - max(1, round(self.settings.strength * steps))  # type: ignore[no-any-return]
+
+    def noised(self, clean: Tensor, image: Any, step: int, timestep: int | None = None) -> Tensor:
+        """The image's latent at `timestep`, or that which `step` arrives at, with the image's own noise."""
+        timestep = self.next_timestep(step) if timestep is None else timestep
         noise = self.tensor(self.noise.image_noise(image.digest, step, tuple(clean.shape[1:])))
-        return self.scheduler.add_noise(clean, noise, torch.tensor([self.next_timestep(step)]))  # type: ignore[no-any-return]
+        return self.scheduler.add_noise(clean, noise, torch.tensor([timestep]))  # type: ignore[no-any-return]
 
-    def noised_styles(self, step: int) -> list[Tensor]:
-        return [self.noised(clean, image, step) for clean, image in zip(self.styles, self.pair.styles, strict=True)]
+    def noised_styles(self, step: int, timestep: int | None = None) -> list[Tensor]:
+        return [
+            self.noised(clean, image, step, timestep)
+            for clean, image in zip(self.styles, self.pair.styles, strict=True)
+        ]
+
+    def noised_content(self, step: int, timestep: int | None = None) -> Tensor | None:
+        return None if self.content is None else self.noised(self.content, self.pair.content, step, timestep)
+
+    def weight_at(self, step: int) -> float:
+        """λ at a step: its factor moves evenly from the schedule's first number to its second."""
+        first, last = self.settings.content_schedule
+        way = step / (self.settings.steps - 1) if self.settings.steps > 1 else 0.0
+        return self.content_weight * (first * (1 - way) + last * way)  # type: ignore[no-any-return]
+
+    def is_guided(self, step: int) -> bool:
+        end = self.settings.end_step
+        return step >= self.settings.start_step and (end is None or step < end)
 
     def next_timestep(self, step: int) -> int:
         return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
@@ -186,20 +262,25 @@ class NaivePair:
             epsilon = negative + scale * (epsilon - negative)
         return self.scheduler.step(epsilon, timestep, z, eta=0.0).prev_sample  # type: ignore[no-any-return]
 
-    def gradient(self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None) -> Tensor:
+    def gradient(
+        self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None, step: int, trace: Trace
+    ) -> Tensor:
         """∂L_total/∂z at `timestep`, features of style and content latents computed anew."""
         with torch.no_grad():
             style_layers = [layers(self.model, style, timestep) for style in styles]
             content_layers = None if content is None else layers(self.model, content, timestep)
         z = z.detach().clone().requires_grad_(True)
-        loss = total_loss(layers(self.model, z, timestep), style_layers, content_layers, self.content_weight)
+        ad, preserved = losses(layers(self.model, z, timestep), style_layers, content_layers, self.settings)
+        loss = ad if preserved is None else ad + self.weight_at(step) * preserved
         (gradient,) = torch.autograd.grad(loss, z)
+        trace.gradients.append(gradient.clone())
+        trace.losses.append((ad.item(), None if preserved is None else preserved.item()))
         return gradient
 
-    def guided_gradient(self, z: Tensor, step: int) -> Tensor:
+    def guided_gradient(self, z: Tensor, step: int, trace: Trace) -> Tensor:
         """The gradient of guided sampling: everything noised to the timestep that `step` arrives at."""
-        content = None if self.content is None else self.noised(self.content, self.pair.content, step)
-        return self.gradient(z, self.next_timestep(step), self.noised_styles(step), content)
+        styles, content = self.noised_styles(step), self.noised_content(step)
+        return self.gradient(z, self.next_timestep(step), styles, content, step, trace)
 
 
 def adain(z: Tensor, styles: Sequence[Tensor]) -> Tensor:
@@ -214,19 +295,24 @@ def adam(z: Tensor, learning_rate: float) -> torch.optim.Adam:
 
 
 def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    """Guided sampling of one pair: a DDIM step, AdaIN, then a fresh Adam at the timestep arrived at."""
+    """Guided sampling of one pair: a DDIM step, AdaIN, then a fresh Adam at the timestep arrived at.
+
+    With method `gradient` the latent takes plain steps down the gradient instead.
+    """
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
-    z = naive.initial_latents()
-    for step, timestep in enumerate(naive.timesteps):
-        z = naive.denoise(z, timestep)
-        if step >= settings.start_step:
+    z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
+    for step in range(naive.first_step if settings.init == "content" else 0, settings.steps):
+        z = naive.denoise(z, naive.timesteps[step])
+        if naive.is_guided(step):
             if settings.adain:
                 z = adain(z, naive.noised_styles(step))
             optimizer = adam(z, settings.learning_rate)
             for _ in range(settings.iterations):
-                z.grad = naive.guided_gradient(z, step)
-                trace.gradients.append(z.grad.clone())
-                optimizer.step()
+                if settings.method == "gradient":
+                    z = z - settings.learning_rate * naive.guided_gradient(z, step, trace)
+                else:
+                    z.grad = naive.guided_gradient(z, step, trace)
+                    optimizer.step()
         trace.latents.append(z.detach().clone())
     return trace
 
@@ -234,22 +320,43 @@ def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
 def naive_optimization(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
     """Latent optimization of one pair: one Adam for the whole run, features of clean latents at falling timesteps."""
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
-    z = naive.initial_latents() if naive.content is None else naive.content.clone()
+    from_noise = naive.content is None or settings.init == "noise"
+    z = naive.initial_latents() if from_noise else naive.content.clone()  # type: ignore[union-attr]
     optimizer = adam(z, settings.learning_rate)
-    for timestep in naive.timesteps:
-        for _ in range(settings.iterations):
-            z.grad = naive.gradient(z, timestep, naive.styles, naive.content)
-            trace.gradients.append(z.grad.clone())
+    for step, timestep in enumerate(naive.timesteps):
+        for _ in range(settings.iterations if naive.is_guided(step) else 0):
+            z.grad = naive.gradient(z, timestep, naive.styles, naive.content, step, trace)
             optimizer.step()
         trace.latents.append(z.detach().clone())
     return trace
 
 
+@torch.no_grad()
+def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    """The older method: denoising at t with K, V of the styles and Q of the content, both noised to t; no gradient."""
+    naive, trace = NaivePair(model, pair, settings, noise), Trace()
+    z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
+    for step in range(naive.first_step if settings.init == "content" else 0, settings.steps):
+        t = naive.timesteps[step]
+        if naive.is_guided(step):
+            styles, content = naive.noised_styles(step, t), naive.noised_content(step, t)
+            if settings.adain:
+                z = adain(z, styles)
+            # λ = 0 leaves the content aside in every method.
+            content_layers = None if content is None or not naive.content_weight else layers(model, content, t)
+            with injected(model, [layers(model, style, t) for style in styles], content_layers, settings.query_scale):
+                z = naive.denoise(z, t)
+        else:
+            z = naive.denoise(z, t)
+        trace.latents.append(z.clone())
+    return trace
+
+
 def naive_sample(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    naive = {"guided": naive_guided, "optimization": naive_optimization}[settings.method]
-    return naive(model, pair, settings, noise)
+    ways = {"optimization": naive_optimization, "kv_injection": naive_kv_injection}
+    return ways.get(settings.method, naive_guided)(model, pair, settings, noise)
 
 
 def naive_gradient(model: Model, pair: Any, settings: Any, noise: Any, latents: Tensor, step: int) -> Tensor:
     """∂L_total/∂z of guided sampling at `latents` (1, C, h, w) after the DDIM step of number `step`."""
-    return NaivePair(model, pair, settings, noise).guided_gradient(latents.to(model.dtype), step)
+    return NaivePair(model, pair, settings, noise).guided_gradient(latents.to(model.dtype), step, Trace())
