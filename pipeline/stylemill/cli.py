@@ -78,7 +78,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _demo_model(options: argparse.Namespace) -> int:
     from stylemill.engine.demo_model import write_demo_model
 
-    print(write_demo_model(options.folder, options.seed))
+    print(write_demo_model(options.folder, options.seed, "sdxl" if options.sdxl else "sd"))
     return 0
 
 
@@ -263,4 +263,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("folder")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--sdxl", action="store_true", help="of SDXL's shape instead")
     return parser
