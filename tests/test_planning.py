@@ -340,8 +340,7 @@ def test_a_broken_configuration_is_named(model):
         read_shape(model)
 
 
-def test_repeated_rows_travel_with_their_shard(job, tmp_path):
+def test_repeated_rows_are_known_to_the_plan(job, tmp_path):
     pq.write_table(pa.table({"style": ["a.png", "b.png", "a.png", "a.png"]}), tmp_path / "pairs.parquet")
     made: Plan = plan(_with(job, shards={"pairs_per_shard": 2}))
     assert made.occurrences == {2: 2, 3: 3}
-    assert (made.occurrences_of(0), made.occurrences_of(1)) == ({}, {2: 2, 3: 3})

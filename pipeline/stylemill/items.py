@@ -61,6 +61,7 @@ def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
                 prompt=row.prompt or "",
                 negative_prompt=row.negative_prompt or "",
                 seed=row.seed,
+                image_number=row.image_number,
                 content_weight=row.content_weight,
             )
         )
@@ -119,7 +120,7 @@ def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
     if good:
         table = output_table(run, [items[place] for place in good])
         rows = run.rows_of(lease.shard)
-        carried = run.manifest.carried_rows(rows.start, rows.stop)
+        carried = run.manifest.carried_images(rows.start, rows.stop)
         for name in carried.column_names:
             table = table.append_column(carried.schema.field(name), carried[name].take(good))
         data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)))
@@ -146,7 +147,7 @@ def output_table(run: Run, items: list[Item]) -> pa.Table:
             "style": _one_or_list(run, [style.reference for style in item.row.styles]),
             "width": width,
             "height": height,
-            "seed": run.job.sampling.seed if item.row.seed is None else item.row.seed,
+            "seed": run.job.sampling.seed + item.row.image_number if item.row.seed is None else item.row.seed,
             "settings": json.dumps(_settings(run.job, item.row), sort_keys=True),
             "content_sha256": item.content_sha256,
             "style_sha256": _one_or_list(run, list(item.style_sha256)),

@@ -88,6 +88,7 @@ class Job(Frozen):
     model: Model
     preset: str | None = DEFAULT_PRESET
     sampling: Sampling = Sampling()
+    images_per_pair: Annotated[int, Field(ge=1, le=10_000)] = 1  # of each manifest row, each from noise of its own
     image: Image = Image()
     shards: Shards = Shards()
     checkpoint: Checkpoint = Checkpoint()
@@ -222,6 +223,8 @@ def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
         fields = _fields(field.annotation)
     if field is not None and field.description:
         message = f"expected {field.description}"
+    elif kind == "value_error" and isinstance(given, dict):  # of several keys together, which it names
+        return key, f"{key}: {message}"
     elif kind == "model_type":
         message = f"expected keys below it: {', '.join(fields)}"
     elif kind == "string_type":

@@ -64,7 +64,7 @@ def process_shard(
 
     tell("read", 0)
     with clock.measure("read"):
-        items = [Item(row) for row in run.manifest.rows(rows.start, rows.stop, lease.occurrences)]
+        items = [Item(row) for row in run.manifest.images(rows.start, rows.stop, lease.occurrences)]
         keeper = CheckpointKeeper(run, lease, items, engine.numerics)
         pairs: list[Pair] = []
         resumed: SampleState | None = None

@@ -33,7 +33,12 @@ class Noise:
             return _normal(shape, "initial latents of a seed", pair.seed)
         content = pair.content.digest if pair.content else None
         return _normal(
-            shape, "initial latents of a pair", self.seed, content, [s.digest for s in pair.styles], pair.prompt
+            shape,
+            "initial latents of a pair",
+            self.seed + pair.image_number,
+            content,
+            [s.digest for s in pair.styles],
+            pair.prompt,
         )
 
     def image_noise(self, digest: str, step: int, shape: tuple[int, ...]) -> Array:

@@ -50,6 +50,7 @@ class Row:
     content_weight: float | None = None
     content_mask: str | None = None
     style_masks: tuple[str, ...] = ()  # none, or one a style
+    image_number: int = 0  # which of several images made of one manifest row
 
     def images(self) -> Iterator[tuple[str, ImageRef]]:
         """Every image the row needs, with the column that names it."""

@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        return self.manifest.num_rows
+        return self.manifest.num_images
 
     @property
     def shards(self) -> int:
@@ -52,14 +52,10 @@ class Plan:
         first = shard * self.pairs_per_shard
         return range(first, min(first + self.pairs_per_shard, self.rows))
 
-    def occurrences_of(self, shard: int) -> dict[int, int]:
-        """The part of `occurrences` that a worker on this shard needs."""
-        return {row: self.occurrences[row] for row in self.rows_of(shard) if row in self.occurrences}
-
     def cost(self) -> Cost:
         """Count passes and estimate memory; streams the whole manifest."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
-        rows = (self.manifest.rows(rows.start, rows.stop) for rows in ranges)
+        rows = (self.manifest.images(rows.start, rows.stop) for rows in ranges)
         return count_cost(self.job, rows, read_shape(self.model.folder) if self.model.folder else None)
 
     def describe(self) -> str:
@@ -99,13 +95,15 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         job = Job.load(job, overrides)
     elif overrides:
         raise TypeError("overrides go with a job file, not with a Job")
-    manifest = open_manifest(job.manifest)
+    manifest = open_manifest(job.manifest).with_copies(job.images_per_pair)
     model = resolve_model(job.model.name, job.model.revision)
     if model.folder:
         check_against_model(job, read_shape(model.folder))
     asked = job.shards.pairs_per_shard
     if asked == "auto":
-        asked = pairs_per_shard or automatic_shard(manifest.group_starts, _workers(job))
+        asked = pairs_per_shard or automatic_shard(
+            [start * manifest.copies for start in manifest.group_starts], _workers(job)
+        )
     made = Plan(
         job=job,
         manifest=manifest,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from stylemill.job import Job
 from stylemill.model_files import ModelFiles
 
-Value = str | int | float
+Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]
 
 
@@ -25,7 +25,8 @@ def fingerprint(job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_sha
         **model.identity(),
         "model.dtype": job.model.dtype,
         "model.layers": "the last six" if job.model.layers is None else ",".join(map(str, job.model.layers)),
-        **{f"sampling.{name}": value for name, value in job.sampling.model_dump().items()},
+        **{f"sampling.{name}": value for name, value in job.sampling.model_dump(mode="json").items()},
+        **({} if job.images_per_pair == 1 else {"images_per_pair": job.images_per_pair}),
         "image.size": f"{width}x{height}",
         "image.fit": job.image.fit,
         "shards.pairs_per_shard": pairs_per_shard,
