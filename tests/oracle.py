@@ -16,35 +16,46 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 USED_LAYERS = 6  # the last six self-attention layers in running order
 
 
 @dataclass(frozen=True)
 class Model:
-    """The frozen parts of a Stable-Diffusion-1.x-shaped model folder, all in one precision."""
+    """The frozen parts of a Stable-Diffusion-1.x- or SDXL-shaped model folder, all in one precision."""
 
     unet: Any
     vae: Any
     tokenizer: Any
     text_encoder: Any
     scheduler_config: dict[str, Any]
+    sdxl: Any = None  # diffusers' pipeline over these parts; only its words for prompts and sizes are used
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float64) -> Model:
         def frozen(kind: Any, part: str) -> Any:
             return kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).eval().requires_grad_(False)
 
-        return cls(
-            unet=frozen(UNet2DConditionModel, "unet"),
-            vae=frozen(AutoencoderKL, "vae"),
-            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-            text_encoder=frozen(CLIPTextModel, "text_encoder"),
-            scheduler_config=dict(DDIMScheduler.load_config(folder, subfolder="scheduler")),
-        )
+        parts = {
+            "unet": frozen(UNet2DConditionModel, "unet"),
+            "vae": frozen(AutoencoderKL, "vae"),
+            "tokenizer": CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            "text_encoder": frozen(CLIPTextModel, "text_encoder"),
+        }
+        sdxl = None
+        if (Path(folder) / "text_encoder_2").is_dir():
+            sdxl = StableDiffusionXLPipeline(
+                **parts,
+                tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+                text_encoder_2=frozen(CLIPTextModelWithProjection, "text_encoder_2"),
+                scheduler=DDIMScheduler(),
+                add_watermarker=False,
+            )
+        config = dict(DDIMScheduler.load_config(folder, subfolder="scheduler"))
+        return cls(**parts, scheduler_config=config, sdxl=sdxl)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,6 +71,17 @@ class Model:
         length = self.tokenizer.model_max_length
         ids = self.tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(ids.input_ids)[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def told(self, prompt: str, latent: Tensor) -> dict[str, Any]:
+        """What the UNet hears of a prompt, and for SDXL of the picture's size, uncropped."""
+        if self.sdxl is None:
+            return {"encoder_hidden_states": self.encode_prompt(prompt)}
+        hidden, _, pooled, _ = self.sdxl.encode_prompt(prompt, do_classifier_free_guidance=False)
+        size = tuple(side * self.sdxl.vae_scale_factor for side in latent.shape[2:])
+        width = self.sdxl.text_encoder_2.config.projection_dim
+        ids = self.sdxl._get_add_time_ids(size, (0, 0), size, self.dtype, text_encoder_projection_dim=width)
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
 
     @torch.no_grad()
     def encode_image(self, pixels: np.ndarray[Any, Any]) -> Tensor:  # (H, W, 3) uint8 -> (1, C, h, w)
@@ -126,7 +148,7 @@ def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS
         handle for name, module in model.unet.named_modules() if name.endswith(".attn1") for handle in hook(module)
     ]
     try:
-        model.unet(latent, timestep, encoder_hidden_states=model.encode_prompt(""))
+        model.unet(latent, timestep, **model.told("", latent))
     finally:
         for handle in hooks:
             handle.remove()
@@ -144,7 +166,8 @@ def injected(
         for name, module in model.unet.named_modules()
         if name.endswith(".attn1")
     ]
-    model.unet(torch.zeros(1, 4, 8, 8, dtype=model.dtype), 0, encoder_hidden_states=model.encode_prompt(""))
+    blank = torch.zeros(1, 4, 8, 8, dtype=model.dtype)
+    model.unet(blank, 0, **model.told("", blank))
     for handle in hooks:
         handle.remove()
     used = ran[-USED_LAYERS:]
@@ -255,10 +278,10 @@ class NaivePair:
     def denoise(self, z: Tensor, timestep: int) -> Tensor:
         """One DDIM step, with classifier-free guidance when its scale is above 1."""
         scale = self.settings.guidance_scale
-        unet, encode = self.model.unet, self.model.encode_prompt
-        epsilon = unet(z, timestep, encoder_hidden_states=encode(self.pair.prompt)).sample
+        unet, told = self.model.unet, self.model.told
+        epsilon = unet(z, timestep, **told(self.pair.prompt, z)).sample
         if scale > 1:
-            negative = unet(z, timestep, encoder_hidden_states=encode(self.pair.negative_prompt)).sample
+            negative = unet(z, timestep, **told(self.pair.negative_prompt, z)).sample
             epsilon = negative + scale * (epsilon - negative)
         return self.scheduler.step(epsilon, timestep, z, eta=0.0).prev_sample  # type: ignore[no-any-return]
 
