@@ -11,8 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Method = Literal["guided", "gradient", "optimization", "kv_injection"]
 Init = Literal["auto", "noise", "content"]
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "pad", "stretch", "keep"]
+Tiling = Literal["none", "x", "y", "both"]
 DType = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+
+
+# A mask's labels are its grey values or palette indices as they are; an RGB colour is this plus 0xRRGGBB.
+COLOUR_LABEL = 1 << 24
+
+
+def label_name(label: int) -> str:
+    """A label as a message shows it: a number, or the colour that it is."""
+    return str(label) if label < COLOUR_LABEL else f"#{label - COLOUR_LABEL:06x}"
 
 
 class Frozen(BaseModel):
@@ -26,23 +36,27 @@ class Sampling(Frozen):
 
     Methods: `guided`, denoising with a fresh Adam at every timestep; `gradient`, the same with z − η∇L instead of
     Adam; `optimization`, no denoising and one Adam for the run; `kv_injection`, the older method, which replaces K, V
-    (and Q) while denoising and follows no gradient.
+    (and, where λ is above 0, Q) while denoising and follows no gradient. What belongs to another method's descent
+    (iterations, learning_rate) may stand beside it, so that one job file serves all by its `method`.
     """
 
     method: Method = "guided"
     steps: Annotated[int, Field(ge=1, le=999)] = 50
     iterations: Annotated[int, Field(ge=0, le=100)] = 1  # Adam steps at a timestep
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
-    content_weight: Annotated[float, Field(ge=0)] = 0.25  # λ; a manifest column of this name overrides it per row
+    content_weight: Annotated[float, Field(ge=0)] = 0.25  # λ, 0: no content; a manifest column overrides it per row
     content_schedule: tuple[float, float] = (1.0, 1.0)  # factors on λ at the first and last step, linear between
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # classifier-free guidance; 1 or less is off
-    adain: bool = False
+    adain: bool = False  # before each guided step's descent, or injection, z takes the statistics of its styles
     query_scale: Annotated[float, Field(gt=0)] = 1.0  # Q · scale in the ideal attention; 1.5 sharpens the match
     layer_weights: tuple[float, ...] | None = None  # of the layers used, in running order; None: 1 each
     start_step: Annotated[int, Field(ge=0)] = 0  # first step that is guided
     end_step: Annotated[int, Field(ge=1)] | None = None  # first step that is guided no more; None: guided to the end
     init: Init = "auto"  # auto: the content latent for optimization, noise otherwise
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the noise laid on the content when denoising starts there
+    tiling: Tiling = "none"  # output whose left and right (x), upper and lower (y) edges continue each other
+    window: Annotated[int, Field(ge=8)] | None = None  # side, in latents, of the windows a larger output is made in
+    window_stride: Annotated[int, Field(ge=1)] = 8  # latents from one window to the next
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("content_schedule", "layer_weights", mode="before")
@@ -54,21 +68,42 @@ class Sampling(Frozen):
     def _makes_sense(self) -> Sampling:
         end = self.steps if self.end_step is None else self.end_step
         if self.start_step >= min(end, self.steps):
-            raise ValueError(f"start_step {self.start_step} leaves no guided step before {min(end, self.steps)}")
+            last = "steps" if self.end_step is None or self.steps <= end else "end_step"
+            raise ValueError(f"start_step {self.start_step} leaves no guided step before {last} {min(end, self.steps)}")
         if self.strength < 1 and self.init != "content":
             raise ValueError(f"strength {self.strength} belongs to init: content, not to init: {self.init}")
         if self.strength < 1 and self.method == "optimization":
             raise ValueError(f"strength {self.strength} lays noise on the content, method optimization starts at it")
         if self.first_step >= min(end, self.steps):
-            raise ValueError(f"strength {self.strength} starts at step {self.first_step}, when guidance has ended")
+            raise ValueError(
+                f"strength {self.strength} starts at step {self.first_step}, guidance ends at end_step {end}"
+            )
         if any(value < 0 for value in (*self.content_schedule, *(self.layer_weights or ()))):
             raise ValueError("content_schedule and layer_weights take numbers of 0 or more")
+        if self.layer_weights is not None and not any(self.layer_weights):
+            raise ValueError("layer_weights without one above 0 leave nothing to follow; iterations: 0 is no guidance")
+        if not any(self.content_schedule):
+            raise ValueError("content_schedule without a number above 0 is content_weight: 0, and is to be said so")
+        if self.method == "optimization" and not self.iterations:
+            raise ValueError("iterations 0 leave method optimization nothing to do, for it does not denoise")
         if self.method == "optimization":
             for name, value, off in (("adain", self.adain, False), ("guidance_scale", self.guidance_scale, 1.0)):
                 if value > off:
                     raise ValueError(f"{name} {value} acts while denoising, and method optimization does not denoise")
-        if self.method == "kv_injection" and self.layer_weights is not None:
-            raise ValueError("layer_weights weigh losses, and method kv_injection has none")
+        if self.window is not None:
+            if self.method != "guided":
+                raise ValueError(f"window {self.window} belongs to method guided, not to method {self.method}")
+            if self.window_stride > self.window:
+                raise ValueError(f"window_stride {self.window_stride} leaves gaps between windows of {self.window}")
+        elif self.window_stride != 8:
+            raise ValueError(f"window_stride {self.window_stride} has no meaning without window")
+        if self.method == "kv_injection":
+            for name, given in (
+                ("layer_weights", self.layer_weights is not None),
+                ("content_schedule", self.content_schedule != (1.0, 1.0)),
+            ):
+                if given:
+                    raise ValueError(f"{name} acts on losses, and method kv_injection has none")
         return self
 
     @property
@@ -80,6 +115,11 @@ class Sampling(Frozen):
     def guides(self, step: int) -> bool:
         """Whether this step is pulled towards style and content."""
         return self.start_step <= step < (self.steps if self.end_step is None else self.end_step)
+
+    @property
+    def guided_steps(self) -> int:
+        """How many steps are pulled towards style and content."""
+        return sum(map(self.guides, range(self.first_step, self.steps)))
 
     def content_factor(self, step: int) -> float:
         """What λ is multiplied with at a step."""

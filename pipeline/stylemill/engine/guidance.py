@@ -12,6 +12,7 @@ from torch import Tensor
 from stylemill.engine.features import Layer, Reading, Target, reading
 from stylemill.engine.layout import Batch, uses_content
 from stylemill.engine.losses import ad_loss, content_loss
+from stylemill.engine.masks import attention_masks
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.state import Inputs
 from stylemill.engine.text import Text
@@ -29,24 +30,26 @@ class Features:
 
     style_kv: list[dict[int, tuple[Tensor, Tensor]]]
     content_q: list[dict[int, Tensor]]
+    levels: list[int]  # of the layers
 
     def targets(self, inputs: Inputs, batch: Batch) -> list[Target]:
         """The targets of a micro-batch, layer by layer. Several styles of a pair are joined along their tokens."""
         pairs = [inputs.pairs[index] for index in batch]
         found = []
-        for kv, q in zip(self.style_kv, self.content_q, strict=True):
+        allowed = attention_masks(inputs, pairs, self.levels)
+        for kv, q, may in zip(self.style_kv, self.content_q, allowed, strict=True):
             k, v = (
                 torch.stack([torch.cat([kv[style][part] for style in pair.styles], dim=1) for pair in pairs])
                 for part in (0, 1)
             )
             contents = [q[pair.content] for pair in pairs if pair.content is not None and uses_content(pair)]
-            found.append(Target(k, v, torch.stack(contents) if contents else None))
+            found.append(Target(k, v, torch.stack(contents) if contents else None, may))
         return found
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Where the losses pull z: their gradient (B, C, h, w), and the two losses themselves, (B, 2): AD and content."""
+    """Where the losses pull z: their gradient (B, C, h, w), and the losses, (B, 2): AD, and content or NaN."""
 
     gradient: Tensor
     losses: Tensor
@@ -81,7 +84,9 @@ class Guide:
         pairs = [inputs.pairs[index] for batch in batches for index in batch]
         contents = {pair.content for pair in pairs if uses_content(pair)}
         styles = {style for pair in pairs for style in pair.styles}
-        features: Features = Features([{} for _ in self.layers], [{} for _ in self.layers])
+        features: Features = Features(
+            [{} for _ in self.layers], [{} for _ in self.layers], [layer.level for layer in self.layers]
+        )
         for images in _alike(latents, self.micro_batch):
             self.passes["feature"] += len(images)
             stacked = torch.stack([latents[image] for image in images])
@@ -106,10 +111,13 @@ class Guide:
             ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
             readings = self._read(z, timestep, null_text)
             for read, target, weight in zip(readings, targets, self.layer_weights, strict=True):
-                ad = ad + weight * ad_loss(read.q, read.out, target.style_k, target.style_v, self.query_scale)
+                style = target.style_k, target.style_v
+                ad = ad + weight * ad_loss(read.q, read.out, *style, self.query_scale, target.allowed)
                 if target.content_q is not None:
                     content = content + weight * content_loss(read.q, target.content_q)
             (gradient,) = torch.autograd.grad(((ad + weights * content) * scale).sum(), z)
+        if targets[0].content_q is None:
+            content = torch.full_like(content, torch.nan)
         return Pull(gradient / scale, torch.stack([ad, content], dim=1).detach())
 
     def _read(self, z: Tensor, timestep: int, null_text: Text) -> list[Reading]:

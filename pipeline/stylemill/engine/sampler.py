@@ -13,8 +13,10 @@ from stylemill.engine.guidance import Guide, adain, adam_step
 from stylemill.engine.layout import Batch, Block
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
-from stylemill.engine.state import Inputs, SampleState
+from stylemill.engine.state import Inputs, SampleState, constant
 from stylemill.engine.text import Text
+from stylemill.engine.tiling import circular
+from stylemill.engine.windows import Windows
 from stylemill.settings import Sampling
 
 
@@ -22,13 +24,20 @@ class Sampler:
     """Advances a SampleState by one step; holds what is fixed for a shard: scheduler, blocks, noise."""
 
     def __init__(
-        self, model: DiffusionModel, guide: Guide, settings: Sampling, noise: Noise, blocks: list[Block]
+        self,
+        model: DiffusionModel,
+        guide: Guide,
+        settings: Sampling,
+        noise: Noise,
+        blocks: list[Block],
+        windows: Windows,
     ) -> None:
         self.model = model.with_steps(settings.steps)
         self.guide = guide
         self.settings = settings
         self.noise = noise
         self.blocks = blocks
+        self.windows = windows
         self.timesteps: list[int] = self.model.scheduler.timesteps.tolist()
 
     @property
@@ -38,8 +47,12 @@ class Sampler:
     def advance(self, state: SampleState) -> None:
         """One step for every pair, in place."""
         steps = {"optimization": self._optimized, "kv_injection": self._injected}
-        for block in self.blocks:
-            steps.get(self.settings.method, self._guided)(state, block)
+        work = self.windows.cut(state)
+        # Features too: the losses compare what one and the same network makes of both.
+        with circular(self.windows.tiling, self.model.unet):
+            for block in self.blocks:
+                steps.get(self.settings.method, self._guided)(work, block)
+        self.windows.join(work, state)
         state.step += 1
 
     def _guided(self, state: SampleState, block: Block) -> None:
@@ -156,8 +169,8 @@ class Sampler:
 
     def _weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
         """λ of each pair at this step, (B,)."""
-        factor = self.settings.content_factor(state.step)
-        return z.new_tensor([state.inputs.pairs[pair].content_weight * factor for pair in batch])
+        own = tuple(state.inputs.pairs[pair].content_weight for pair in batch)
+        return constant(own, z.dtype, z.device) * self.settings.content_factor(state.step)
 
 
 def _gather(tensors: list[Tensor], batch: Batch) -> Tensor:
@@ -168,7 +181,7 @@ def _put_back(state: SampleState, batch: Batch, z: Tensor) -> None:
     """Store a micro-batch; a pair that is not finite any more is noted and zero-filled, in its slot."""
     finite = z.isfinite().flatten(1).all(1)
     z = torch.where(finite[:, None, None, None], z, 0)
-    where = torch.tensor(batch, device=state.lost_at.device)
+    where = constant(batch, torch.long, state.lost_at.device)
     newly = ~finite & (state.lost_at[where] < 0)
     state.lost_at[where] = torch.where(newly, state.step, state.lost_at[where])
     for place, pair in enumerate(batch):

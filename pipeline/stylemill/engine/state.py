@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from stylemill.engine.text import Text
+from stylemill.settings import Tiling
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`values` as a tensor that must not be written to: sent to the device once, for each sending waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,9 @@ class PairInputs:
     negative: int
     content_weight: float
     shape: tuple[int, int, int]  # of its latents: (C, h, w)
+    slot: bool = True  # False: its sizes are unknown, and no batch has a place for it
+    masks: tuple[int, ...] = ()  # none; or the content's, then one for each style
+    controls: tuple[int, ...] = ()  # one for each ControlNet of the model
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,15 @@ class Inputs:
     images: list[Tensor]  # (C, h, w) each
     digests: list[str]
     texts: list[Text]  # texts[0] is the null prompt
+    tiling: Tiling = "none"  # how the latents are decoded
+    window: int | None = None  # side of the windows that larger latents are made in
+    masks: list[Tensor] = field(default_factory=list)  # labels on a latent grid (h, w), int32
+    controls: list[Tensor] = field(default_factory=list)  # control images (3, H, W), uint8
+
+    @property
+    def conditions(self) -> dict[str, list[Tensor]]:
+        """What only some jobs have, by the name it has in a checkpoint."""
+        return {"mask": self.masks, "control": self.controls}
 
     @property
     def null_text(self) -> Text:
@@ -57,11 +76,14 @@ class SampleState:
     unreadable: dict[int, str]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
-    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content, or NaN
 
-    def note_losses(self, batch: Sequence[int], losses: Tensor) -> None:
-        """Keep the losses (B, 2) of a micro-batch as the last ones, and as the first if there were none before."""
-        where = torch.tensor(batch, device=losses.device)
+    def note_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
+        """Keep the losses (B, 2) of a micro-batch as the last ones, and as the first if there were none before.
+
+        They stay on the device until `losses` is asked for: no step waits for a number.
+        """
+        where = constant(batch, torch.long, losses.device)
         first, losses = self.losses[where, 0], losses.to(self.losses.dtype)
         self.losses[where, 0] = torch.where(first.isnan(), losses, first)
         self.losses[where, 1] = losses
@@ -83,7 +105,11 @@ class SampleState:
 
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
         """Arrays and JSON-able facts that never change; saved once a shard."""
-        arrays = {f"image.{i}": _array(image) for i, image in enumerate(self.inputs.images)}
+        arrays = {
+            f"{name}.{i}": _array(tensor)
+            for name, tensors in (("image", self.inputs.images), *self.inputs.conditions.items())
+            for i, tensor in enumerate(tensors)
+        }
         for i, text in enumerate(self.inputs.texts):
             arrays[f"text.{i}"] = _array(text.hidden)
             if text.pooled is not None:
@@ -92,6 +118,9 @@ class SampleState:
             "digests": self.inputs.digests,
             "texts": len(self.inputs.texts),
             "pairs": [vars(pair) for pair in self.inputs.pairs],
+            "tiling": self.inputs.tiling,
+            "window": self.inputs.window,
+            **{name: len(tensors) for name, tensors in self.inputs.conditions.items()},
         }
         return arrays, facts
 
@@ -106,10 +135,7 @@ class SampleState:
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
         """The state that was exported; `Engine.sample(state=…)` moves it to its device and goes on."""
-        pairs = [
-            PairInputs(**{**pair, "styles": tuple(pair["styles"]), "shape": tuple(pair["shape"])})
-            for pair in input_facts["pairs"]
-        ]
+        pairs = [PairInputs(**_with_tuples(pair)) for pair in input_facts["pairs"]]
         digests = list(input_facts["digests"])
         return cls(
             inputs=Inputs(
@@ -117,6 +143,10 @@ class SampleState:
                 images=[torch.from_numpy(inputs[f"image.{i}"]) for i in range(len(digests))],
                 digests=digests,
                 texts=[_text(inputs, i) for i in range(input_facts["texts"])],
+                tiling=input_facts["tiling"],
+                window=input_facts["window"],
+                masks=[torch.from_numpy(inputs[f"mask.{i}"]) for i in range(input_facts["mask"])],
+                controls=[torch.from_numpy(inputs[f"control.{i}"]) for i in range(input_facts["control"])],
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
@@ -128,16 +158,22 @@ class SampleState:
 
     def to(self, device: torch.device) -> SampleState:
         """Move every tensor to `device`, in place."""
-        self.inputs = Inputs(
-            self.inputs.pairs,
-            [image.to(device) for image in self.inputs.images],
-            self.inputs.digests,
-            [text.to(device) for text in self.inputs.texts],
+        self.inputs = replace(
+            self.inputs,
+            images=[image.to(device) for image in self.inputs.images],
+            texts=[text.to(device) for text in self.inputs.texts],
+            masks=[mask.to(device) for mask in self.inputs.masks],
+            controls=[control.to(device) for control in self.inputs.controls],
         )
         self.latents_of = [z.to(device) for z in self.latents_of]
         self.moments_of = [moments.to(device) for moments in self.moments_of]
         self.lost_at, self.losses = self.lost_at.to(device), self.losses.to(device)
         return self
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists for our tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _text(inputs: Arrays, number: int) -> Text:
