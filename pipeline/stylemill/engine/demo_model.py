@@ -2,7 +2,8 @@
 
 They have the real block types and 16 or 70 self-attention layers, in the diffusers folder format. Weights are random,
 save for a thin identity path: the VAE averages 8 × 8 pixels and interpolates them back, the UNet predicts its own
-normalised input as noise. So pictures pass blurred but recognisable, and sampling neither dies out nor explodes. They have learnt nothing: they show how stylemill works, not how attention distillation looks.
+normalised input as noise. So pictures pass blurred but recognisable, and sampling neither dies out nor explodes.
+They have learnt nothing: they show how stylemill works, not how attention distillation looks.
 """
 
 from __future__ import annotations
