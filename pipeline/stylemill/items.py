@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
+from math import isnan, nan
 from typing import Any
 
 import pyarrow as pa
 
-from stylemill.engine import InputImage, Pair, Pixels, SampleState
+from stylemill.engine import InputImage, LabelImage, Pair, Pixels, SampleState
 from stylemill.errors import RowError, SamplingError
 from stylemill.images import FittedImage, encode_image, load_image
 from stylemill.job import Job
+from stylemill.labels import load_labels
 from stylemill.lease import Lease, Run
 from stylemill.manifest import ImageRef, Row
 from stylemill.store.writer import Failure, output_schema, write_failures, write_shard
@@ -39,6 +41,7 @@ class Item:
     content_sha256: str | None = None
     style_sha256: tuple[str, ...] = ()
     failure: Reason | None = None
+    losses: tuple[tuple[float, float], ...] = ((nan, nan), (nan, nan))  # first and last; AD and content
     image: bytes | None = None
 
 
@@ -50,6 +53,7 @@ def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
     inputs = {
         key: InputImage(key, image.pixels if isinstance(image, FittedImage) else None) for key, image in loaded.items()
     }
+    masks = _read_masks(run, items, loaded)
     pairs, read = [], []
     for item in items:
         row, size = item.row, run.job.image.width_height
@@ -63,9 +67,12 @@ def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
                 seed=row.seed,
                 image_number=row.image_number,
                 content_weight=row.content_weight,
+                content_mask=next((masks[need][0] for need in _masks(row)), None),
+                style_masks=tuple(masks[need][0] for need in _masks(row)[1:]),
             )
         )
         problems = [problem for ref in _refs(row) if isinstance(problem := loaded[ref.key], Reason)]
+        problems += [unusable for need in _masks(row) if (unusable := masks[need][1])]
         digests = {key: image.sha256 for key, image in loaded.items() if isinstance(image, FittedImage)}
         read.append(
             replace(
@@ -84,6 +91,41 @@ def _refs(row: Row) -> Iterator[ImageRef]:
     yield from row.styles
 
 
+Mask = tuple[str, str | None]  # its path, and the key of the image that it belongs to: it moves with that
+
+
+def _masks(row: Row) -> list[Mask]:
+    """The masks of a row: the content's, then one for each style; or none."""
+    if row.content_mask is None:
+        return []
+    content = row.content.key if row.content else None
+    return [(row.content_mask, content), *zip(row.style_masks, (style.key for style in row.styles), strict=True)]
+
+
+def _read_masks(
+    run: Run, items: list[Item], images: dict[str, FittedImage | Reason]
+) -> dict[Mask, tuple[LabelImage, Reason | None]]:
+    """Each unique mask of the shard, and why it cannot be used. One of an image that is lost is not looked at."""
+
+    def read(need: Mask) -> tuple[LabelImage, Reason | None]:
+        path, key = need
+        name, image = f"{path} of {key}", images[key] if key else None
+        if isinstance(image, Reason):
+            return LabelImage(name, None), None
+        size, source = run.job.image.width_height, None
+        if image is not None:
+            size, source = (image.pixels.shape[1], image.pixels.shape[0]), image.source
+        try:
+            labels = load_labels(path, None, run.manifest.base, size, run.job.image.fit, source)
+        except RowError as error:
+            return LabelImage(name, None), _reason(error)
+        return LabelImage(name, labels), None
+
+    needs = list(dict.fromkeys(need for item in items for need in _masks(item.row)))
+    with ThreadPoolExecutor(READERS) as readers:
+        return dict(zip(needs, readers.map(read, needs), strict=True))
+
+
 def _load(run: Run, ref: ImageRef) -> FittedImage | Reason:
     image = run.job.image
     try:
@@ -96,11 +138,15 @@ def _reason(error: RowError) -> Reason:
     return Reason(error.stage, type(error).__name__, str(error))
 
 
-def note_lost(items: list[Item], state: SampleState) -> list[Item]:
-    """Items with the failures of sampling added; a reason known from reading stands."""
-    lost = state.failures
+def note_sampled(items: list[Item], state: SampleState) -> list[Item]:
+    """Items with the losses and failures of sampling added; a reason known from reading stands."""
+    lost, losses = state.failures, state.losses.tolist()
     return [
-        replace(item, failure=_reason(SamplingError(lost[place]))) if place in lost and not item.failure else item
+        replace(
+            item,
+            losses=tuple(losses[place]),
+            failure=item.failure or (_reason(SamplingError(lost[place])) if place in lost else None),
+        )
         for place, item in enumerate(items)
     ]
 
@@ -149,6 +195,7 @@ def output_table(run: Run, items: list[Item]) -> pa.Table:
             "height": height,
             "seed": run.job.sampling.seed + item.row.image_number if item.row.seed is None else item.row.seed,
             "settings": json.dumps(_settings(run.job, item.row), sort_keys=True),
+            **_losses(item),
             "content_sha256": item.content_sha256,
             "style_sha256": _one_or_list(run, list(item.style_sha256)),
             "sha256": sha256(item.image or b"").hexdigest(),
@@ -160,6 +207,15 @@ def output_table(run: Run, items: list[Item]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=own)
 
 
+def _losses(item: Item) -> dict[str, float | None]:
+    first, last = item.losses
+    return {
+        f"{name}_loss_{when}": None if isnan(losses[place]) else losses[place]
+        for place, name in enumerate(("ad", "content"))
+        for when, losses in (("first", first), ("last", last))
+    }
+
+
 def _one_or_list(run: Run, values: list[str]) -> Any:
     return values if run.manifest.style_is_list else values[0]
 
@@ -169,4 +225,6 @@ def _settings(job: Job, row: Row) -> dict[str, Any]:
     for name in ("content_weight", "prompt", "negative_prompt"):
         if (value := getattr(row, name)) is not None:
             settings[name] = value
+    if row.content_mask is not None:
+        settings |= {"content_mask": row.content_mask, "style_mask": list(row.style_masks)}
     return settings

@@ -17,7 +17,7 @@ import PIL
 import pyarrow as pa
 
 from stylemill.engine import Engine, Pair, SampleState
-from stylemill.items import Item, Reason, encoded, note_lost, read_pairs, write_tables
+from stylemill.items import Item, Reason, encoded, note_sampled, read_pairs, write_tables
 from stylemill.lease import Lease, Progress, Run
 from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
 from stylemill.store.commit import commit
@@ -91,7 +91,7 @@ def process_shard(
 
     tell("write", steps)
     with clock.measure("write"):
-        items = [encoded(run, item, image) for item, image in zip(note_lost(items, state), images, strict=True)]
+        items = [encoded(run, item, image) for item, image in zip(note_sampled(items, state), images, strict=True)]
         data, failures = write_tables(run, lease, items)
         draft = Record(
             shard=lease.shard,
