@@ -110,11 +110,13 @@ def _validate(options: argparse.Namespace) -> int:
     decode = None
     if options.decode:
         from stylemill.images import load_image
+        from stylemill.labels import load_labels
 
         base = Path(options.manifest).absolute().parent
 
-        def decode(ref: ImageRef) -> None:
-            load_image(ref.path, ref.data, base, (64, 64), "crop")
+        def decode(column: str, ref: ImageRef) -> None:
+            load = load_labels if column.endswith("_mask") else load_image
+            load(ref.path, ref.data, base, (64, 64), "crop")
 
     report = validate_manifest(options.manifest, decode, limit=options.limit)
     print(report)

@@ -76,11 +76,13 @@ class Target:
     style_k: Tensor  # (B, heads, style tokens, head_dim)
     style_v: Tensor
     content_q: Tensor | None  # (B, heads, tokens, head_dim)
+    allowed: Tensor | None = None  # (B, 1, tokens, style tokens): which of them a token may attend to
 
     def twice(self) -> Target:
         """For a batch that holds every pair twice, as classifier-free guidance does."""
         q = None if self.content_q is None else torch.cat([self.content_q] * 2)
-        return Target(torch.cat([self.style_k] * 2), torch.cat([self.style_v] * 2), q)
+        allowed = None if self.allowed is None else torch.cat([self.allowed] * 2)
+        return Target(torch.cat([self.style_k] * 2), torch.cat([self.style_v] * 2), q, allowed)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention output, each (B, heads, tokens, head_dim)
@@ -106,7 +108,7 @@ def injecting(layers: Sequence[Layer], targets: Sequence[Target], query_scale: f
     def turned_to(target: Target) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q = q if target.content_q is None else target.content_q
-            return ideal_attention(q, target.style_k, target.style_v, query_scale)
+            return ideal_attention(q, target.style_k, target.style_v, query_scale, target.allowed)
 
         return attend
 
