@@ -57,6 +57,8 @@ class Sampling(Frozen):
     tiling: Tiling = "none"  # output whose left and right (x), upper and lower (y) edges continue each other
     window: Annotated[int, Field(ge=8)] | None = None  # side, in latents, of the windows a larger output is made in
     window_stride: Annotated[int, Field(ge=1)] = 8  # latents from one window to the next
+    refine_decoder_steps: Annotated[int, Field(ge=0)] = 0  # the VAE's decoder is fine-tuned on each style; published: 75
+    refine_decoder_lr: Annotated[float, Field(gt=0)] = 1e-4  # of that Adam
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("content_schedule", "layer_weights", mode="before")
@@ -97,6 +99,8 @@ class Sampling(Frozen):
                 raise ValueError(f"window_stride {self.window_stride} leaves gaps between windows of {self.window}")
         elif self.window_stride != 8:
             raise ValueError(f"window_stride {self.window_stride} has no meaning without window")
+        if self.refine_decoder_lr != 1e-4 and not self.refine_decoder_steps:
+            raise ValueError(f"refine_decoder_lr {self.refine_decoder_lr} has no meaning with refine_decoder_steps 0")
         if self.method == "kv_injection":
             for name, given in (
                 ("layer_weights", self.layer_weights is not None),

@@ -7,17 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stylemill.engine.features import Layer
 from stylemill.engine.inputs import InputImage, Pair
+from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
 from stylemill.engine.state import Inputs, PairInputs, SampleState
+from stylemill.engine.windows import windows_problem
 from stylemill.errors import ModelError
 from stylemill.settings import Sampling
 
 
-def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, noise: Noise) -> SampleState:
+def begin(
+    model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, noise: Noise, layers: Sequence[Layer]
+) -> SampleState:
     """Encode each unique image and text once and draw the initial latents.
 
+    On the grids of `layers`, each label of a pair's content mask must stand in its style masks; else the pair is lost.
     Raises ModelError for sizes off the model's grid and ValueError for pairs that contradict themselves.
     """
     images: dict[str, InputImage] = {}
@@ -29,6 +35,13 @@ def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, nois
                 raise ValueError(f"two different images of a shard have the name {image.name!r}")
             sizes[image.name] = image.size or sizes.get(image.name, pair.size)
     places = {name: place for place, name in enumerate(images)}
+    grids = {name: _latent_shape(model, size)[1:] for name, size in sizes.items()}
+    masks_of = [
+        placed_masks(pair, [_latent_shape(model, pair.size)[1:], *(grids[style.name] for style in pair.styles)])
+        for pair in pairs
+    ]
+    masks = dict(mask for own in masks_of for mask in own)
+    mask_places = {key: place for place, key in enumerate(masks)}
     texts = list(dict.fromkeys(["", *(text for pair in pairs for text in (pair.prompt, pair.negative_prompt))]))
 
     inputs = Inputs(
@@ -40,8 +53,10 @@ def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, nois
                 negative=texts.index(pair.negative_prompt),
                 content_weight=settings.content_weight if pair.content_weight is None else pair.content_weight,
                 shape=_latent_shape(model, pair.size),
+                slot=pair.sized,
+                masks=tuple(mask_places[key] for key, _ in own_masks),
             )
-            for pair in pairs
+            for pair, own_masks in zip(pairs, masks_of, strict=True)
         ],
         # An unreadable image stands in as zeros, so that slots and batches are what they would be with it.
         images=[
@@ -52,8 +67,15 @@ def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, nois
         ],
         digests=[image.digest for image in images.values()],
         texts=[model.encode_text(text) for text in texts],
+        tiling=settings.tiling,
+        window=settings.window,
+        masks=[to_grid(mask, grid) for (_, grid), mask in masks.items()],
     )
-    lost = {place: why for place, pair in enumerate(pairs) if (why := _impossible(pair, settings))}
+    lost = {
+        place: why
+        for place, (pair, made) in enumerate(zip(pairs, inputs.pairs, strict=True))
+        if (why := _impossible(pair, made, settings) or absent_label(inputs, made, layers))
+    }
     latents = [_initial_latents(model, place, pair, inputs, settings, noise) for place, pair in enumerate(pairs)]
     for place in lost:
         latents[place] = torch.zeros_like(latents[place])
@@ -69,12 +91,12 @@ def begin(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling, nois
     )
 
 
-def _impossible(pair: Pair, settings: Sampling) -> str | None:
+def _impossible(pair: Pair, made: PairInputs, settings: Sampling) -> str | None:
     if any(image.pixels is None for image in pair.images):
         return "an image of this pair could not be read"
     if settings.init == "content" and pair.content is None:
         return "init: content needs a content image, and this pair has none"
-    return None
+    return masks_problem(pair) or windows_problem(made, settings)
 
 
 def _initial_latents(

@@ -23,6 +23,8 @@ from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
+from stylemill.engine.tiling import circular
+from stylemill.engine.windows import Windows
 from stylemill.model_files import fetch_model
 from stylemill.settings import DType, Sampling, cpu_micro_batch
 
@@ -124,7 +126,7 @@ class Engine:
         noise = noise or Noise(settings.seed)
         with self._repeatable():
             if state is None:
-                state = begin(self.model, pairs, settings, noise)
+                state = begin(self.model, pairs, settings, noise, self.layers)
             state.to(self.model.device)
             sampler = self._sampler(state, settings, noise)
         while state.step < settings.steps:
@@ -136,8 +138,10 @@ class Engine:
         """The image of each pair, (H, W, 3) uint8; None where the pair failed."""
         images: list[Pixels | None] = [None] * len(state.latents_of)
         failures = state.failures
-        with self._repeatable():
-            for batch in micro_batches(state.inputs, self.micro_batch):
+        # The micro-batch is measured on windows; an image made in them is larger.
+        size = self.micro_batch if state.inputs.window is None else 1
+        with self._repeatable(), circular(state.inputs.tiling, self.model.vae.decoder):
+            for batch in micro_batches(state.inputs, size):
                 decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
                 for pair, image in zip(batch, decoded, strict=True):
                     if pair not in failures:
@@ -151,9 +155,9 @@ class Engine:
 
         `latents` (P, C, h, w) -> (P, C, h, w). For measuring precision; sampling does not pass through here.
         """
-        noise = noise or Noise(settings.seed)
-        with self._repeatable():
-            state = begin(self.model, pairs, settings, noise).to(self.model.device)
+        noise, settings = noise or Noise(settings.seed), settings.model_copy(update={"window": None})
+        with self._repeatable(), circular(settings.tiling, self.model.unet):
+            state = begin(self.model, pairs, settings, noise, self.layers).to(self.model.device)
             state.step = step
             latents = latents.to(self.model.device, self.model.latent_dtype)
             return self._sampler(state, settings, noise).gradient(state, latents)
@@ -185,10 +189,11 @@ class Engine:
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
         guide = Guide(self.model, self.layers, settings, self.micro_batch, self.passes)
-        batches = micro_batches(state.inputs, self.micro_batch)
+        windows = Windows(state.inputs, settings)
+        batches = micro_batches(windows.inputs, self.micro_batch)
         sizes = [self._feature_bytes(image) for image in state.inputs.images]
-        cut = blocks(state.inputs, batches, sizes, self.feature_budget_mb * 2**20)
-        return Sampler(self.model, guide, settings, noise, cut)
+        cut = blocks(windows.inputs, batches, sizes, self.feature_budget_mb * 2**20)
+        return Sampler(self.model, guide, settings, noise, cut, windows)
 
     def _feature_bytes(self, latent: Tensor) -> int:
         return sum(layer.feature_bytes(*latent.shape[-2:]) for layer in self.layers)

@@ -50,11 +50,14 @@ class Inputs:
     window: int | None = None  # side of the windows that larger latents are made in
     masks: list[Tensor] = field(default_factory=list)  # labels on a latent grid (h, w), int32
     controls: list[Tensor] = field(default_factory=list)  # control images (3, H, W), uint8
+    pixels: list[Tensor] = field(default_factory=list)  # of the images a decoder is refined on, (H, W, 3) uint8
+    refine_steps: int = 0  # of the VAE's decoder on a style; 0: none is refined, and no pixels are kept
+    refine_rate: float = 0.0
 
     @property
     def conditions(self) -> dict[str, list[Tensor]]:
         """What only some jobs have, by the name it has in a checkpoint."""
-        return {"mask": self.masks, "control": self.controls}
+        return {"mask": self.masks, "control": self.controls, "pixels": self.pixels}
 
     @property
     def null_text(self) -> Text:
@@ -120,6 +123,8 @@ class SampleState:
             "pairs": [vars(pair) for pair in self.inputs.pairs],
             "tiling": self.inputs.tiling,
             "window": self.inputs.window,
+            "refine_steps": self.inputs.refine_steps,
+            "refine_rate": self.inputs.refine_rate,
             **{name: len(tensors) for name, tensors in self.inputs.conditions.items()},
         }
         return arrays, facts
@@ -147,6 +152,9 @@ class SampleState:
                 window=input_facts["window"],
                 masks=[torch.from_numpy(inputs[f"mask.{i}"]) for i in range(input_facts["mask"])],
                 controls=[torch.from_numpy(inputs[f"control.{i}"]) for i in range(input_facts["control"])],
+                pixels=[torch.from_numpy(inputs[f"pixels.{i}"]) for i in range(input_facts["pixels"])],
+                refine_steps=input_facts["refine_steps"],
+                refine_rate=input_facts["refine_rate"],
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
@@ -157,7 +165,7 @@ class SampleState:
         )
 
     def to(self, device: torch.device) -> SampleState:
-        """Move every tensor to `device`, in place."""
+        """Move every tensor that steps work on to `device`, in place."""
         self.inputs = replace(
             self.inputs,
             images=[image.to(device) for image in self.inputs.images],
