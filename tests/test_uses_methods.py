@@ -8,19 +8,29 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
 import oracle
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.demo_model import write_demo_model
+from stylemill.job import Job
+from stylemill.lease import Progress, Run
+from stylemill.planning import plan
+from stylemill.runner import run
 from stylemill.settings import Sampling
+from stylemill.shard import load_engine, process_shard
+from stylemill.store.paths import RunPaths
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 
@@ -199,9 +209,10 @@ def test_injection_leaves_the_model_as_it_was(engine: Engine) -> None:
     run = engine.sample([FULL], Sampling(**INJECT, steps=3))
     next(run)
     run.close()
+    broken = engine.sample([FULL], Sampling(**INJECT, steps=3))
+    next(broken).latents_of[0] = torch.zeros(4, 3, 3)
     with pytest.raises(RuntimeError):  # even when it breaks in the middle
-        for state in engine.sample([FULL], Sampling(**INJECT, steps=3)):
-            state.latents_of[0] = torch.zeros(4, 3, 3)
+        next(broken)
     assert {name: type(processor) for name, processor in engine.model.unet.attn_processors.items()} == before
 
 
@@ -308,3 +319,74 @@ def test_layer_weights_are_one_for_each_layer(engine: Engine) -> None:
 
     with pytest.raises(ModelError, match="layer_weights has 2 numbers for 6 layers"):
         next(engine.sample([FULL], Sampling(layer_weights=(1.0, 2.0))))
+
+
+# --- losses in the output ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_job(folder: Path, tmp_path: Path) -> Any:
+    """Run a job of three rows inline, stopping once after `stop` steps if given: its data as a list of rows."""
+    for name, given in (("c", CONTENTS[0]), ("s", STYLES[0])):
+        Image.fromarray(given.pixels).save(tmp_path / f"{name}.png")
+    table = pa.table({"content": ["c.png", "c.png", None], "style": ["s.png"] * 3, "content_weight": [None, 0.0, None]})
+    pq.write_table(table, tmp_path / "pairs.parquet")
+
+    def run_job(output: str, stop: int | None = None, **sampling: Any) -> list[dict[str, Any]]:
+        job = Job.parse(
+            {
+                "name": "t",
+                "manifest": str(tmp_path / "pairs.parquet"),
+                "output": str(tmp_path / output),
+                "model": str(folder),
+                "image": {"size": 64},
+                "shards": {"pairs_per_shard": 3},
+                "sampling": {"steps": 3, **sampling},
+            }
+        )
+        if stop is not None:
+            made = plan(job)
+            paths = RunPaths(Path(job.output), made.shards)
+            paths.create()
+            this = Run(job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label)
+            news: list[Progress] = []
+            engine = load_engine(this, None)
+            left = process_shard(
+                this,
+                this.lease(0, {}),
+                engine,
+                nullcontext(),
+                news.append,
+                lambda: bool(news) and news[-1].step >= stop,
+            )
+            assert left is None
+            assert list(paths.checkpoints(0).iterdir())
+            record = process_shard(this, this.lease(0, {}), engine, nullcontext(), news.append, lambda: False)
+            assert record is not None
+            assert [report.step for report in news if report.stage == "sample"] == [1, 2, 3]
+        else:
+            assert run(job, inline=True, quiet=True).exit_code == 0
+        (data,) = (tmp_path / output / "data").iterdir()
+        return pq.read_table(data).to_pylist()  # type: ignore[no-any-return]
+
+    return run_job
+
+
+LOSSES = ("ad_loss_first", "ad_loss_last", "content_loss_first", "content_loss_last")
+
+
+def test_losses_are_in_the_rows_and_survive_a_restart(run_job: Any) -> None:
+    rows = run_job("whole")
+    assert [[row[name] is None for name in LOSSES] for row in rows] == [
+        [False, False, False, False],
+        [False, False, True, True],  # λ = 0
+        [False, False, True, True],  # no content
+    ]
+    assert all(row["ad_loss_first"] != row["ad_loss_last"] for row in rows)
+    assert min(row[name] for row in rows for name in LOSSES if row[name] is not None) > 0
+    assert run_job("restarted", stop=2) == rows
+
+
+def test_methods_without_a_loss_leave_the_columns_null(run_job: Any) -> None:
+    for output, settings in (("injected", {"method": "kv_injection"}), ("plain", {"iterations": 0})):
+        assert [row[name] for row in run_job(output, **settings) for name in LOSSES] == [None] * 12
