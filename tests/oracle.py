@@ -115,8 +115,31 @@ class Trace:
     losses: list[tuple[float, float | None]] = field(default_factory=list)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
+def attend(q: Tensor, k: Tensor, v: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    """`forbidden` (tokens, tokens of k): True where the one may not see the other."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, -math.inf)
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def forbidden(pair: Any, tokens: int) -> Tensor | None:
+    """Controllable synthesis: at a layer of so many tokens, a target sees style tokens of its own label alone.
+
+    Label images are brought to the layer's grid by F.interpolate's nearest neighbour. −1, no label, sees everything.
+    """
+    if pair.content_mask is None:
+        return None
+    width, height = pair.size
+    shrink = round(math.sqrt(width * height / tokens))  # pixels a token is wide and high
+
+    def labels(mask: Any) -> list[int]:
+        picture = torch.from_numpy(np.array(mask.labels)).double()[None, None]
+        grid = (picture.shape[2] // shrink, picture.shape[3] // shrink)
+        return torch.nn.functional.interpolate(picture, grid, mode="nearest").flatten().int().tolist()
+
+    style = [label for mask in pair.style_masks for label in labels(mask)]
+    return torch.tensor([[own not in (-1, other) for other in style] for own in labels(pair.content_mask)])
 
 
 def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS) -> list[Layer]:
@@ -157,7 +180,7 @@ def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS
 
 @contextmanager
 def injected(
-    model: Model, styles: Sequence[list[Layer]], content: list[Layer] | None, query_scale: float
+    model: Model, styles: Sequence[list[Layer]], content: list[Layer] | None, query_scale: float, pair: Any
 ) -> Iterator[None]:
     """KV injection: the used layers attend to K, V of the styles, with the Q of the content where there is one."""
     ran: list[Any] = []
@@ -178,7 +201,7 @@ def injected(
             q = q if content is None else content[i].q
             style_k = torch.cat([style[i].k for style in styles], dim=2)
             style_v = torch.cat([style[i].v for style in styles], dim=2)
-            out = attend(q * query_scale, style_k, style_v)
+            out = attend(q * query_scale, style_k, style_v, forbidden(pair, q.shape[2]))
             return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
         return forward
@@ -193,7 +216,7 @@ def injected(
 
 
 def losses(
-    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, settings: Any
+    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, settings: Any, pair: Any
 ) -> tuple[Tensor, Tensor | None]:
     """L_AD and L_content, summed over layers (eqs. 3-5), each layer with its weight, Q scaled in the ideal only."""
     weights = settings.layer_weights or [1.0] * len(target)
@@ -202,7 +225,7 @@ def losses(
     for i, (q, k, v, _) in enumerate(target):
         style_k = torch.cat([style[i].k for style in styles], dim=2)
         style_v = torch.cat([style[i].v for style in styles], dim=2)
-        ideal = attend(q * settings.query_scale, style_k, style_v).detach()
+        ideal = attend(q * settings.query_scale, style_k, style_v, forbidden(pair, q.shape[2])).detach()
         ad = ad + weights[i] * (attend(q, k, v) - ideal).abs().mean()
         if content is not None and preserved is not None:
             preserved = preserved + weights[i] * (q - content[i].q).abs().mean()
@@ -293,7 +316,7 @@ class NaivePair:
             style_layers = [layers(self.model, style, timestep) for style in styles]
             content_layers = None if content is None else layers(self.model, content, timestep)
         z = z.detach().clone().requires_grad_(True)
-        ad, preserved = losses(layers(self.model, z, timestep), style_layers, content_layers, self.settings)
+        ad, preserved = losses(layers(self.model, z, timestep), style_layers, content_layers, self.settings, self.pair)
         loss = ad if preserved is None else ad + self.weight_at(step) * preserved
         (gradient,) = torch.autograd.grad(loss, z)
         trace.gradients.append(gradient.clone())
@@ -367,7 +390,8 @@ def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Tr
                 z = adain(z, styles)
             # λ = 0 leaves the content aside in every method.
             content_layers = None if content is None or not naive.content_weight else layers(model, content, t)
-            with injected(model, [layers(model, style, t) for style in styles], content_layers, settings.query_scale):
+            style_layers, scale = [layers(model, style, t) for style in styles], settings.query_scale
+            with injected(model, style_layers, content_layers, scale, pair):
                 z = naive.denoise(z, t)
         else:
             z = naive.denoise(z, t)
