@@ -37,13 +37,14 @@ MAY_KNOW: dict[str, set[str]] = {
     "planning": GROUND | {"job", "manifest", "store"},
     "report": GROUND | {"job", "manifest", "store", "images"},
     "lease": GROUND | {"job", "manifest", "store"},
-    "items": GROUND | BESIDE | {"lease"},
+    "labels": GROUND | {"images"},
+    "items": GROUND | BESIDE | {"lease", "labels"},
     "shard": GROUND | BESIDE | {"lease", "items"},
     "cluster": GROUND | {"job", "store", "lease", "shard"},
     "inline": GROUND | {"lease", "shard"},
     "progress": {"lease"},
     "runner": GROUND | {"job", "store", "planning", "report", "lease", "progress", "inline", "cluster"},
-    "cli": GROUND | BESIDE | {"planning", "report", "runner"},
+    "cli": GROUND | BESIDE | {"labels", "planning", "report", "runner"},
     "__main__": {"cli"},
 }
 
