@@ -7,10 +7,11 @@ every pair and step. It shares no code with the engine; pair, settings and noise
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -397,6 +398,105 @@ def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Tr
             z = naive.denoise(z, t)
         trace.latents.append(z.clone())
     return trace
+
+
+def naive_expansion(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    """Guided sampling of latents larger than a window: each step in every window by itself, then the mean of them all.
+
+    Along an axis of `settings.tiling` windows go on at the other end, and there are as many as begin inside.
+    """
+
+    def starts(size: int, wraps: bool) -> list[int]:
+        found = [0]
+        while found[-1] + settings.window < size and not wraps:
+            found.append(min(found[-1] + settings.window_stride, size - settings.window))
+        while wraps and found[-1] + settings.window_stride < size:
+            found.append(found[-1] + settings.window_stride)
+        return found
+
+    naive, trace = NaivePair(model, pair, settings, noise), Trace()
+    z = naive.initial_latents()
+    tops = starts(z.shape[2], settings.tiling in ("y", "both"))
+    lefts = starts(z.shape[3], settings.tiling in ("x", "both"))
+    for step, timestep in enumerate(naive.timesteps):
+        total, count = torch.zeros_like(z), torch.zeros_like(z)
+        for top, left in [(top, left) for top in tops for left in lefts]:
+            window = torch.roll(z, (-top, -left), (2, 3))[:, :, : settings.window, : settings.window]
+            window = naive.denoise(window.clone(), timestep)
+            if settings.adain:
+                window = adain(window, naive.noised_styles(step))
+            optimizer = adam(window, settings.learning_rate)
+            for _ in range(settings.iterations):
+                window.grad = naive.guided_gradient(window, step, trace)
+                optimizer.step()
+            for part, value in ((total, window), (count, torch.ones_like(window))):
+                spread = torch.zeros_like(z)
+                spread[:, :, : settings.window, : settings.window] = value
+                part += torch.roll(spread, (top, left), (2, 3))
+        z = total / count
+        trace.latents.append(z.clone())
+    return trace
+
+
+class WrappedConv(torch.nn.Module):
+    """A convolution whose input is begun again at its ends along some axes (2: y, 3: x) and has zeros at the others."""
+
+    def __init__(self, conv: Any, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv, self.axes = copy.deepcopy(conv), axes
+        self.conv.padding = tuple(0 if axis in axes else conv.padding[axis - 2] for axis in (2, 3))
+        self.reach = {axis: conv.padding[axis - 2] for axis in axes}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, reach in self.reach.items():
+            size = x.shape[axis]
+            x = torch.cat([x.narrow(axis, size - reach, reach), x, x.narrow(axis, 0, reach)], dim=axis)
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+def tiled(model: Model, tiling: str) -> Model:
+    """A model built anew whose UNet and VAE decoder have no border along x, y or both."""
+
+    def wrapped(module: Any) -> Any:
+        module = copy.deepcopy(module)
+        for name, conv in list(module.named_modules()):
+            if isinstance(conv, torch.nn.Conv2d) and any(conv.padding):
+                parent, _, leaf = name.rpartition(".")
+                if tiling == "both":
+                    anew: Any = torch.nn.Conv2d(
+                        conv.in_channels,
+                        conv.out_channels,
+                        conv.kernel_size,  # type: ignore[arg-type]
+                        conv.stride,  # type: ignore[arg-type]
+                        conv.padding,
+                        padding_mode="circular",
+                        dtype=conv.weight.dtype,
+                    )
+                    anew.load_state_dict(conv.state_dict())
+                else:
+                    anew = WrappedConv(conv, (3,) if tiling == "x" else (2,))
+                setattr(module.get_submodule(parent), leaf, anew.requires_grad_(False))
+        return module
+
+    vae = copy.deepcopy(model.vae)
+    vae.decoder = wrapped(vae.decoder)
+    return replace(model, unet=wrapped(model.unet), vae=vae)
+
+
+def refined(model: Model, pixels: np.ndarray[Any, Any], steps: int, learning_rate: float) -> tuple[Model, list[float]]:
+    """A model whose decoder learned to decode one picture's latent to that picture, and the loss before each step."""
+    vae = copy.deepcopy(model.vae)
+    image = torch.from_numpy(pixels).to(model.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = model.encode_image(pixels) / vae.config.scaling_factor
+    optimizer = torch.optim.Adam(vae.decoder.requires_grad_(True).parameters(), lr=learning_rate)
+    seen = []
+    for _ in range(steps):
+        loss = torch.nn.functional.l1_loss(vae.decode(latents).sample, image)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    return replace(model, vae=vae.requires_grad_(False)), seen
 
 
 def naive_sample(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:

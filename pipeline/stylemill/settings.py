@@ -31,6 +31,26 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class ControlNet(Frozen):
+    """A ControlNet that denoising sees: a diffusers folder or hub id. Its place in the job's list is its control's."""
+
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    scale: Annotated[float, Field(ge=0)] = 1.0  # of what it adds to the UNet
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the share of the steps before it acts
+    end: Annotated[float, Field(gt=0, le=1)] = 1.0  # and after which it acts no more
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> ControlNet:
+        if self.start >= self.end:
+            raise ValueError(f"controlnet start {self.start} is not before its end {self.end}")
+        return self
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts at a step, by the rule of diffusers' pipelines."""
+        return step / steps >= self.start and (step + 1) / steps <= self.end
+
+
 class Sampling(Frozen):
     """How every pair of a job is sampled. Names follow diffusers; λ of the paper is `content_weight`.
 
@@ -57,8 +77,8 @@ class Sampling(Frozen):
     tiling: Tiling = "none"  # output whose left and right (x), upper and lower (y) edges continue each other
     window: Annotated[int, Field(ge=8)] | None = None  # side, in latents, of the windows a larger output is made in
     window_stride: Annotated[int, Field(ge=1)] = 8  # latents from one window to the next
-    refine_decoder_steps: Annotated[int, Field(ge=0)] = 0  # the VAE's decoder is fine-tuned on each style; published: 75
-    refine_decoder_lr: Annotated[float, Field(gt=0)] = 1e-4  # of that Adam
+    refine_decoder_steps: Annotated[int, Field(ge=0)] = 0  # fine-tune the VAE's decoder on each style; published: 75
+    refine_decoder_lr: Annotated[float, Field(gt=0, le=1)] = 1e-4  # of that Adam
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("content_schedule", "layer_weights", mode="before")
@@ -140,12 +160,14 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "guided-transfer":      ("guided",        50,  1, 0.05,  0.25,  1.0, False),
     "texture":              ("optimization", 300,  1, 0.05,  0.0,   1.0, False),
     "texture-fast":         ("guided",        50,  3, 0.05,  0.0,   1.0, False),
+    "texture-expansion":    ("guided",        50,  2, 0.05,  0.0,   1.0, False),  # and in windows, see below
     "text-to-image":        ("guided",        50,  3, 0.015, 0.0,   7.5, True),
     "text-to-image-sdxl":   ("guided",        50,  2, 0.015, 0.0,   7.0, True),
     "kv-injection":         ("kv_injection",  50,  1, 0.05,  0.25,  1.0, False),
 }
 # fmt: on
 PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}
+PRESETS["texture-expansion"] |= {"window": 64, "window_stride": 8}
 DEFAULT_PRESET = "guided-transfer"
 
 

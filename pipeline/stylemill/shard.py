@@ -21,6 +21,7 @@ from stylemill.items import Item, Reason, encoded, note_sampled, read_pairs, wri
 from stylemill.lease import Lease, Progress, Run
 from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
 from stylemill.store.commit import commit
+from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.records import Ledger, Record
 
 
@@ -87,7 +88,7 @@ def process_shard(
                     return None
         assert state is not None  # it took a step now, or before the checkpoint that it was restored from
         with clock.measure("decode"):
-            images = engine.decode(state)
+            images = engine.decode(state, RunDecoders(run.paths, lease.attempt))
 
     tell("write", steps)
     with clock.measure("write"):

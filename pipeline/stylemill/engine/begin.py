@@ -70,6 +70,9 @@ def begin(
         tiling=settings.tiling,
         window=settings.window,
         masks=[to_grid(mask, grid) for (_, grid), mask in masks.items()],
+        pixels=[] if not settings.refine_decoder_steps else _refined_on(pairs, images),
+        refine_steps=settings.refine_decoder_steps,
+        refine_rate=settings.refine_decoder_lr,
     )
     lost = {
         place: why
@@ -89,6 +92,15 @@ def begin(
         moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
         losses=torch.full((len(pairs), 2, 2), torch.nan),
     )
+
+
+def _refined_on(pairs: Sequence[Pair], images: dict[str, InputImage]) -> list[Tensor]:
+    """The pixels of each image that is the first style of a pair, for a resume reads no image again; else nothing."""
+    wanted = {pair.styles[0].name for pair in pairs}
+    return [
+        torch.tensor(image.pixels if name in wanted and image.pixels is not None else [], dtype=torch.uint8)
+        for name, image in images.items()
+    ]
 
 
 def _impossible(pair: Pair, made: PairInputs, settings: Sampling) -> str | None:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from stylemill.engine.begin import begin
+from stylemill.engine.decoder import UNSOUND, DecoderCache, RecentDecoders, by_decoder, refined
 from stylemill.engine.features import choose_layers
 from stylemill.engine.guidance import Guide
 from stylemill.engine.inputs import InputImage, Pair, Pixels
@@ -46,7 +47,7 @@ class Engine:
         self,
         model: DiffusionModel,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int | str] | None = None,
         threads: int = 1,
         micro_batch: int = 1,
         feature_budget_mb: int = 4096,
@@ -57,6 +58,7 @@ class Engine:
         self.feature_budget_mb = feature_budget_mb
         self.layers = choose_layers(model.unet, layers)
         self.passes: Counter[str] = Counter()
+        self.decoders = RecentDecoders()
 
     @classmethod
     def load(
@@ -66,7 +68,7 @@ class Engine:
         revision: str | None = None,
         dtype: DType = "auto",
         device: str = "auto",
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int | str] | None = None,
         threads: int = 1,
         micro_batch: int | str = "auto",
         feature_budget_mb: int = 4096,
@@ -134,19 +136,33 @@ class Engine:
                 sampler.advance(state)
             yield state
 
-    def decode(self, state: SampleState) -> list[Pixels | None]:
-        """The image of each pair, (H, W, 3) uint8; None where the pair failed."""
-        images: list[Pixels | None] = [None] * len(state.latents_of)
-        failures = state.failures
+    def decode(self, state: SampleState, decoders: DecoderCache | None = None) -> list[Pixels | None]:
+        """The image of each pair, (H, W, 3) uint8; None where the pair failed.
+
+        With `refine_decoder_steps` the VAE's decoder is first refined on the pair's first style, or taken from
+        `decoders`; without that cache the engine remembers the last few itself.
+        """
+        decoders = self.decoders if decoders is None else decoders
         # The micro-batch is measured on windows; an image made in them is larger.
         size = self.micro_batch if state.inputs.window is None else 1
-        with self._repeatable(), circular(state.inputs.tiling, self.model.vae.decoder):
-            for batch in micro_batches(state.inputs, size):
-                decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
-                for pair, image in zip(batch, decoded, strict=True):
-                    if pair not in failures:
-                        images[pair] = image
-        return images
+        images: dict[int, Pixels] = {}
+        failures = state.failures
+        with self._repeatable():
+            for style, batches in by_decoder(state.inputs, size):
+                pairs = [pair for batch in batches for pair in batch]
+                if all(pair in failures for pair in pairs):  # a style that could not be read, for one
+                    continue
+                with (
+                    refined(self.model, state.inputs, style, self.numerics, decoders) as usable,
+                    circular(state.inputs.tiling, self.model.vae.decoder),
+                ):
+                    if not usable:
+                        state.unreadable |= {pair: UNSOUND for pair in pairs if pair not in failures}
+                        continue
+                    for batch in batches:
+                        decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
+                        images |= zip(batch, decoded, strict=True)
+        return [None if pair in failures else images.get(pair) for pair in range(len(state.latents_of))]
 
     def gradient(
         self, pairs: Sequence[Pair], settings: Sampling, latents: Tensor, step: int, noise: Noise | None = None

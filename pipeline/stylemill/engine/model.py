@@ -121,7 +121,8 @@ class DiffusionModel:
     @torch.no_grad()
     def decode_image(self, latents: Tensor) -> list[Pixels]:
         """Latents (B, C, h, w) -> B images (H, W, 3) uint8."""
-        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        dtype = self.vae.decoder.conv_in.weight.dtype  # a refined decoder has one of its own
+        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype)).sample
         image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return list(image.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
