@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,12 +27,18 @@ class Model(Frozen):
     name: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: DType = "auto"  # float16 on CUDA, float32 on a CPU
-    layers: tuple[int, ...] | None = None  # self-attention layers in running order; None: the last six
+    layers: Annotated[  # self-attention layers whose features are used, numbered as they run; None: the last six
+        tuple[int | str, ...] | None,
+        Field(description="numbers of self-attention layers from 0 to 999, a range such as 10-15, or names of modules"),
+    ] = None
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _list_is_a_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    def _ranges_are_numbers(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, int | str) else value
+        if not isinstance(given, list | tuple):
+            return value
+        return tuple(layer for one in given for layer in _range(one))
 
 
 class Image(Frozen):
@@ -156,6 +163,17 @@ class Job(Frozen):
             for key, words in complaints.items()
         ]
         raise JobError("\n".join(lines))
+
+
+def _range(layers: Any) -> Sequence[Any]:
+    """The numbers of a range such as "10-15"; anything else as it is."""
+    ends = re.fullmatch(r"(\d{1,3})\s*-\s*(\d{1,3})", layers) if isinstance(layers, str) else None
+    if ends is None:
+        return [layers]
+    first, last = map(int, ends.groups())
+    if first > last:
+        raise ValueError(f"range {layers} runs backwards")
+    return range(first, last + 1)
 
 
 def _is_local(reference: str) -> bool:

@@ -14,8 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stylemill.engine.losses import ideal_attention
 from stylemill.errors import ModelError
-
-DEFAULT_LAYER_COUNT = 6  # the last six: 10–15 of SD 1.x, 64–69 of SDXL
+from stylemill.layer_names import choose
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,11 @@ def self_attention_layers(unet: Any) -> list[Layer]:
     ]
 
 
-def choose_layers(unet: Any, numbers: Sequence[int] | None) -> list[Layer]:
-    """The layers that features are read from; by default the last six. Raises ModelError for a number that is none."""
+def choose_layers(unet: Any, wanted: Sequence[int | str] | None) -> list[Layer]:
+    """The layers that features are read from, in running order. Raises ModelError for what names none, or several."""
     layers = self_attention_layers(unet)
-    if numbers is None:
-        return layers[-DEFAULT_LAYER_COUNT:]
-    if not numbers or min(numbers) < 0 or max(numbers) >= len(layers) or len(set(numbers)) < len(numbers):
-        raise ModelError(f"model.layers {list(numbers)}: choose distinct ones of 0 to {len(layers) - 1}")
-    return [layers[number] for number in sorted(numbers)]
+    names = {module: name for name, module in unet.named_modules()}
+    return [layers[number] for number in choose([names[layer.attention] for layer in layers], wanted)]
 
 
 @dataclass(frozen=True)

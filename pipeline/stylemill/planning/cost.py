@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stylemill.errors import JobError, ModelError
 from stylemill.job import Job
+from stylemill.layer_names import choose
 from stylemill.manifest import Row
-from stylemill.model_files import count_parameters, model_paths, refuse_other_architectures
+from stylemill.model_files import ModelFiles
+from stylemill.model_fit import read_config, refuse_misfits
 from stylemill.settings import cpu_micro_batch
 
-DEFAULT_LAYER_COUNT = 6  # the last six self-attention layers
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Scalars that a gradient through the UNet keeps for each latent position and channel of the first block. Measured:
 # 790 for Stable Diffusion 1.5 at 512², 960 for the demo model.
 _ACTIVATIONS = 900
 
 
+class AttentionLayer(NamedTuple):
+    """A self-attention layer: at level n the latent grid is halved n times; `name` is its module's in the UNet."""
+
+    level: int
+    channels: int
+    name: str
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What costs depend on, read from the configuration of a model folder.
 
-    `attention` lists the self-attention layers in running order (down, mid, up) as (level, channels): at level n the
-    latent grid is halved n times.
+    `attention` lists the self-attention layers in running order: down, mid, up.
     """
 
-    attention: tuple[tuple[int, int], ...]
+    attention: tuple[AttentionLayer, ...]
     channels: int  # of the first block
     levels: int
     latent_channels: int
@@ -41,11 +50,16 @@ class ModelShape:
         """Pixels that an image's sides must be multiples of."""
         return int(self.pixels_per_latent * 2 ** (self.levels - 1))
 
-    def feature_elements(self, layers: tuple[int, ...] | None, latent_size: tuple[int, int]) -> int:
-        """Scalars in q, k and v of one image at the chosen layers (None: the last six)."""
+    def choose_layers(self, wanted: Sequence[int | str] | None) -> list[AttentionLayer]:
+        """The layers that `model.layers` names; None: the last six. Raises ModelError for one that is not there."""
+        return [self.attention[number] for number in choose([layer.name for layer in self.attention], wanted)]
+
+    def feature_elements(self, layers: Sequence[int | str] | None, latent_size: tuple[int, int]) -> int:
+        """Scalars in q, k and v of one image at the chosen layers."""
         width, height = latent_size
-        chosen = self.attention[-DEFAULT_LAYER_COUNT:] if layers is None else [self.attention[n] for n in layers]
-        return sum(3 * (height >> level) * (width >> level) * channels for level, channels in chosen)
+        return sum(
+            3 * (height >> level) * (width >> level) * channels for level, channels, _ in self.choose_layers(layers)
+        )
 
 
 def read_shape(folder: Path) -> ModelShape:
@@ -78,19 +92,24 @@ def _config(part: Path) -> dict[str, Any]:
     return config
 
 
-def _self_attention(unet: dict[str, Any]) -> Iterator[tuple[int, int]]:
+def _self_attention(unet: dict[str, Any]) -> Iterator[AttentionLayer]:
+    def layers(level: int, name: str, attentions: int) -> Iterator[AttentionLayer]:
+        for attention, transformer in product(range(attentions), range(transformers[level])):
+            path = f"{name}.attentions.{attention}.transformer_blocks.{transformer}.attn1"
+            yield AttentionLayer(level, channels[level], path)
+
     channels = unet["block_out_channels"]
     count, deepest = len(channels), len(channels) - 1
     resnets = _each(unet.get("layers_per_block", 2), count)
     transformers = _each(unet.get("transformer_layers_per_block", 1), count)
     for level, block in enumerate(unet["down_block_types"]):
         if "CrossAttn" in block:
-            yield from [(level, channels[level])] * (resnets[level] * transformers[level])
-    yield from [(deepest, channels[deepest])] * transformers[deepest]
+            yield from layers(level, f"down_blocks.{level}", resnets[level])
+    yield from layers(deepest, "mid_block", 1)
     for place, block in enumerate(unet["up_block_types"]):
         level = deepest - place
         if "CrossAttn" in block:
-            yield from [(level, channels[level])] * ((resnets[level] + 1) * transformers[level])
+            yield from layers(level, f"up_blocks.{place}", resnets[level] + 1)
 
 
 def _each(value: Any, count: int) -> list[int]:
@@ -104,11 +123,9 @@ def check_against_model(job: Job, shape: ModelShape) -> None:
     if width % grid or height % grid:
         near = "×".join(str(max(grid, round(side / grid) * grid)) for side in (width, height))
         raise JobError(f"image.size {width}×{height}: sides must be multiples of {grid} for this model, such as {near}")
-    layers, last = job.model.layers, len(shape.attention) - 1
-    if layers is not None and (
-        not layers or len(set(layers)) < len(layers) or not 0 <= min(layers) <= max(layers) <= last
-    ):
-        raise JobError(f"model.layers {list(layers)}: choose distinct self-attention layers from 0 to {last}")
+    chosen, weights = len(shape.choose_layers(job.model.layers)), job.sampling.layer_weights
+    if weights is not None and len(weights) != chosen:
+        raise JobError(f"sampling.layer_weights has {len(weights)} numbers for the {chosen} layers of model.layers")
 
 
 @dataclass(frozen=True)
@@ -152,9 +169,11 @@ class Cost:
 def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | None) -> Cost:
     """Stream the rows of all shards once and add up what sampling them takes."""
     sampling = job.sampling
-    guided = sampling.method == "guided"
-    denoising = sampling.steps * (2 if sampling.guidance_scale > 1 else 1) if guided else 0
-    guiding = (sampling.steps - sampling.start_step if sampling.iterations else 0) if guided else sampling.steps
+    optimized, injected = sampling.method == "optimization", sampling.method == "kv_injection"
+    halves = 2 if sampling.guidance_scale > 1 else 1
+    denoising = 0 if optimized else (sampling.steps - sampling.first_step) * halves
+    descents = 0 if injected else sampling.iterations
+    guiding = sampling.guided_steps if injected or descents else 0
     element = BYTES[assumed_dtype(job)]
     feature_bytes = shape.feature_elements(job.model.layers, _latent_size(job, shape)) * element if shape else 0
     capacity = job.cluster.feature_budget_mb * 2**20 // feature_bytes if feature_bytes else None
@@ -186,7 +205,7 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
         contents=len(contents),
         styles=len(styles),
         denoise=pairs * denoising,
-        gradient=pairs * sampling.iterations * guiding,
+        gradient=pairs * descents * guiding,
         shared_features=shared * guiding,
         unshared_features=unshared * guiding,
         blocks=most_blocks,
