@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stylemill.errors import ModelError
-from stylemill.model_files import PATTERNS, count_parameters, fetch_model, model_paths, resolve_model
+from stylemill.model_files import PATTERNS, fetch_model, model_paths, resolve_model
+from stylemill.safetensors_file import count_parameters
 
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 

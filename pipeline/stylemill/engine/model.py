@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from stylemill.engine.control import Control, LoadedControl, residuals
 from stylemill.engine.inputs import Pixels
 from stylemill.engine.text import Text
 from stylemill.errors import ModelError
-from stylemill.model_files import refuse_other_architectures
 
 DTYPES = {
     "float16": torch.float16,
@@ -38,6 +38,7 @@ class DiffusionModel:
     tokenizers: tuple[Any, ...]
     scheduler: Any
     device: torch.device
+    controls: tuple[LoadedControl, ...] = ()
 
     @classmethod
     def load(cls, folder: Path, dtype: str, device: str) -> DiffusionModel:
@@ -60,7 +61,6 @@ class DiffusionModel:
             scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             raise ModelError(f"{folder}: cannot be loaded as a Stable Diffusion model: {error}") from error
-        refuse_other_architectures(folder, unet.config, [encoder.config.to_dict() for encoder in text_encoders])
         for part in (unet, vae, *text_encoders):
             part.requires_grad_(False).eval().to(device)  # weight gradients would double the backward pass
         return cls(unet, vae, text_encoders, tokenizers, scheduler, torch.device(device))
@@ -126,9 +126,14 @@ class DiffusionModel:
         image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return list(image.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    def predict_noise(self, latents: Tensor, timestep: int, text: Text) -> Tensor:
-        """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w)."""
+    def predict_noise(self, latents: Tensor, timestep: int, text: Text, control: Control | None = None) -> Tensor:
+        """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).
+
+        With `control`, the ControlNets add to it; features and gradients are taken without.
+        """
         conditions = self.conditions(latents, text)
+        if control is not None:
+            conditions |= residuals(self.controls, latents, timestep, conditions, control)
         predicted: Tensor = self.unet(latents.to(self.unet.dtype), timestep, **conditions, return_dict=False)[0]
         return predicted.to(self.latent_dtype)
 
