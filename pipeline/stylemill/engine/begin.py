@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stylemill.engine.control import control_images, control_problem, to_tensor
 from stylemill.engine.features import Layer
 from stylemill.engine.inputs import InputImage, Pair
 from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
+from stylemill.engine.schedulers import Scheduler
 from stylemill.engine.state import Inputs, PairInputs, SampleState
 from stylemill.engine.windows import windows_problem
 from stylemill.errors import ModelError
@@ -26,6 +28,10 @@ def begin(
     On the grids of `layers`, each label of a pair's content mask must stand in its style masks; else the pair is lost.
     Raises ModelError for sizes off the model's grid and ValueError for pairs that contradict themselves.
     """
+    if settings.window and settings.window * model.pixels_per_latent % model.grid:
+        raise ModelError(
+            f"window {settings.window}: must be a multiple of {model.grid // model.pixels_per_latent} latents"
+        )
     images: dict[str, InputImage] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for pair in pairs:
@@ -42,6 +48,9 @@ def begin(
     ]
     masks = dict(mask for own in masks_of for mask in own)
     mask_places = {key: place for place, key in enumerate(masks)}
+    controls_of = [control_images(pair, len(model.controls)) for pair in pairs]
+    controls = {(image.name, pair.size): image for pair, own in zip(pairs, controls_of, strict=True) for image in own}
+    control_places = {key: place for place, key in enumerate(controls)}
     texts = list(dict.fromkeys(["", *(text for pair in pairs for text in (pair.prompt, pair.negative_prompt))]))
 
     inputs = Inputs(
@@ -52,11 +61,13 @@ def begin(
                 prompt=texts.index(pair.prompt),
                 negative=texts.index(pair.negative_prompt),
                 content_weight=settings.content_weight if pair.content_weight is None else pair.content_weight,
-                shape=_latent_shape(model, pair.size),
+                shape=_latent_shape(model, pair.size if pair.sized else (model.grid, model.grid)),
                 slot=pair.sized,
                 masks=tuple(mask_places[key] for key, _ in own_masks),
+                controls=tuple(control_places[image.name, pair.size] for image in own_controls),
+                identity=noise.identity(pair),
             )
-            for pair, own_masks in zip(pairs, masks_of, strict=True)
+            for pair, own_masks, own_controls in zip(pairs, masks_of, controls_of, strict=True)
         ],
         # An unreadable image stands in as zeros, so that slots and batches are what they would be with it.
         images=[
@@ -70,6 +81,7 @@ def begin(
         tiling=settings.tiling,
         window=settings.window,
         masks=[to_grid(mask, grid) for (_, grid), mask in masks.items()],
+        controls=[to_tensor(image, size) for (_, size), image in controls.items()],
         pixels=[] if not settings.refine_decoder_steps else _refined_on(pairs, images),
         refine_steps=settings.refine_decoder_steps,
         refine_rate=settings.refine_decoder_lr,
@@ -77,11 +89,19 @@ def begin(
     lost = {
         place: why
         for place, (pair, made) in enumerate(zip(pairs, inputs.pairs, strict=True))
-        if (why := _impossible(pair, made, settings) or absent_label(inputs, made, layers))
+        if (
+            why := _impossible(pair, made, settings)
+            or control_problem(pair, model.controls)
+            or absent_label(inputs, made, layers)
+        )
     }
-    latents = [_initial_latents(model, place, pair, inputs, settings, noise) for place, pair in enumerate(pairs)]
-    for place in lost:
-        latents[place] = torch.zeros_like(latents[place])
+    scheduler = Scheduler(model.scheduler, settings)
+    latents = [
+        torch.zeros(inputs.pairs[place].shape, dtype=model.latent_dtype)
+        if place in lost
+        else _initial_latents(scheduler, place, pair, inputs, settings, noise)
+        for place, pair in enumerate(pairs)
+    ]
     one_adam = settings.method == "optimization"
     return SampleState(
         inputs=inputs,
@@ -90,6 +110,7 @@ def begin(
         unreadable=lost,
         step=settings.first_step,
         moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
+        history_of=[torch.zeros(n, *z.shape, dtype=z.dtype) for z in latents] if (n := scheduler.history) else [],
         losses=torch.full((len(pairs), 2, 2), torch.nan),
     )
 
@@ -112,20 +133,17 @@ def _impossible(pair: Pair, made: PairInputs, settings: Sampling) -> str | None:
 
 
 def _initial_latents(
-    model: DiffusionModel, place: int, pair: Pair, inputs: Inputs, settings: Sampling, noise: Noise
+    scheduler: Scheduler, place: int, pair: Pair, inputs: Inputs, settings: Sampling, noise: Noise
 ) -> Tensor:
     """Where a pair starts: at noise, at its content, or at its content noised to the first timestep."""
     made = inputs.pairs[place]
     content = None if made.content is None else inputs.images[made.content].to("cpu")
     if settings.method == "optimization" and settings.init != "noise" and content is not None:
         return content.clone()
-    drawn = torch.from_numpy(noise.initial_latents(pair, made.shape)).to(model.latent_dtype)
+    drawn = torch.from_numpy(noise.initial_latents(pair, made.shape)).to(inputs.images[0].dtype)
     if settings.init == "content" and content is not None:
-        scheduler = model.with_steps(settings.steps).scheduler
-        first = scheduler.timesteps[settings.first_step : settings.first_step + 1].cpu()
-        noised: Tensor = scheduler.add_noise(content[None], drawn[None], first)
-        return noised[0]
-    return drawn * float(model.scheduler.init_noise_sigma)
+        return scheduler.add_noise(content, drawn, scheduler.timesteps[settings.first_step])
+    return drawn
 
 
 def _latent_shape(model: DiffusionModel, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -139,7 +157,7 @@ def _check(model: DiffusionModel, pair: Pair) -> None:
     for name, size in [("the pair", pair.size), *((image.name, image.size) for image in pair.images)]:
         if size and (size[0] % model.grid or size[1] % model.grid or min(size) < model.grid):
             raise ModelError(f"{name}: {size[0]}×{size[1]} is off this model's grid of {model.grid} pixels")
-    if pair.content and pair.content.size not in (None, pair.size):
-        raise ValueError(
-            f"content {pair.content.name} has size {pair.content.size}, its pair {pair.size}; fit it first"
-        )
+    own = [("content", image) for image in (pair.content,) if image] + [("control", image) for image in pair.controls]
+    for role, image in own:
+        if image.size not in (None, pair.size):
+            raise ValueError(f"{role} {image.name} has size {image.size}, its pair {pair.size}; fit it first")

@@ -59,7 +59,7 @@ class Pair:
     `size` is width and height of the output in pixels and of the content image, multiples of the VAE's factor.
     `content_weight` overrides λ of the settings; `seed` alone decides the initial latents when it is given.
     `content_mask`, of the pair's size, may stand without a content: it lays out a texture; `style_masks` has one for
-    each style.
+    each style. `controls`, of the pair's size, has one image for each ControlNet of the model.
     """
 
     styles: tuple[InputImage, ...]
@@ -72,6 +72,7 @@ class Pair:
     image_number: int = 0  # without a seed of its own, image n of a pair starts as the job with seed + n would
     content_mask: LabelImage | None = None
     style_masks: tuple[LabelImage, ...] = ()
+    controls: tuple[InputImage, ...] = ()
     sized: bool = True  # False: nobody knows its sizes, since an image could not be read; it is failed, without a slot
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 from stylemill.job import Job
 from stylemill.manifest import Manifest, open_manifest
 from stylemill.model_files import ModelFiles, resolve_model
+from stylemill.planning.controls import plan_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.store.paths import RunPaths
@@ -69,7 +70,7 @@ class Plan:
             ("job", job.name),
             ("manifest", f"{self.manifest.path}"),
             ("model", self.model.label + ("" if self.model.folder else " (not on this machine yet)")),
-            ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels"),
+            ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels{_sizes(job)}"),
             ("rows", f"{self.rows:,}"),
             ("unique images", f"{cost.contents:,} contents, {cost.styles:,} styles"),
             ("shards", f"{self.shards:,} of {size}"),
@@ -99,6 +100,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
     model = resolve_model(job.model.name, job.model.revision)
     if model.folder:
         check_against_model(job, read_shape(model.folder))
+    job, controlnets = plan_controlnets(job, model, manifest)
     asked = job.shards.pairs_per_shard
     if asked == "auto":
         asked = pairs_per_shard or automatic_shard(
@@ -109,7 +111,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         manifest=manifest,
         model=model,
         pairs_per_shard=asked,
-        fingerprint=fingerprint(job, model, manifest.sha256(), asked),
+        fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets),
         occurrences=manifest.repeated_rows(),
     )
     refuse_strangers(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
@@ -147,6 +149,12 @@ def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
         ("  latents", _size(memory.state)),
         ("  activations", f"{_size(memory.activations)} a pair, {memory.micro_batch} pairs in a micro-batch"),
     ]
+
+
+def _sizes(job: Job) -> str:
+    if job.image.fit == "keep":
+        return " at most, as each content is (fit: keep); all below are upper bounds"
+    return f" in windows of {job.sampling.window} latents" if job.sampling.window else ""
 
 
 def _size(count: int) -> str:

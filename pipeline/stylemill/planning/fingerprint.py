@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from stylemill.job import Job
 from stylemill.model_files import ModelFiles
@@ -13,7 +13,9 @@ Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]
 
 
-def fingerprint(job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_shard: int) -> Fingerprint:
+def fingerprint(
+    job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_shard: int, controlnets: Sequence[ModelFiles] = ()
+) -> Fingerprint:
     """What must not change between two starts of a run.
 
     Left out is what may: workers, address, retries, checkpoints; and threads, micro-batch and feature budget, which
@@ -25,10 +27,19 @@ def fingerprint(job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_sha
         **model.identity(),
         "model.dtype": job.model.dtype,
         "model.layers": "the last six" if job.model.layers is None else ",".join(map(str, job.model.layers)),
+        **{
+            f"model.controlnet.{place}.{name}": value
+            for place, (net, files) in enumerate(zip(job.model.controlnet, controlnets, strict=True))
+            for name, value in {
+                **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
+                **net.model_dump(include={"scale", "start", "end"}),
+            }.items()
+        },
         **{f"sampling.{name}": value for name, value in job.sampling.model_dump(mode="json").items()},
         **({} if job.images_per_pair == 1 else {"images_per_pair": job.images_per_pair}),
         "image.size": f"{width}x{height}",
         "image.fit": job.image.fit,
+        **({} if job.image.style_size is None else {"image.style_size": "{}x{}".format(*job.image.style_width_height)}),
         "shards.pairs_per_shard": pairs_per_shard,
         "shards.image_format": job.shards.image_format,
         **({} if job.shards.image_format == "png" else {"shards.quality": job.shards.quality}),
