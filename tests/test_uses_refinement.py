@@ -28,7 +28,7 @@ from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.paths import RunPaths
 
 SIZE = (64, 64)
-REFINED = Sampling(steps=1, refine_decoder_steps=3, refine_decoder_lr=1e-3)
+REFINED = Sampling(steps=1, refine_decoder_steps=3)
 PLAIN = Sampling(steps=1)
 
 
@@ -51,6 +51,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Engine:
     return load(folder, "float32")
+
+
+@pytest.fixture(scope="module")
+def state(engine: Engine) -> SampleState:
+    return last(engine)
+
+
+@pytest.fixture(scope="module")
+def images(engine: Engine, state: SampleState) -> list[Any]:
+    return engine.decode(state, Cache())
 
 
 def load(folder: Path, dtype: DType) -> Engine:
@@ -88,7 +98,7 @@ def test_refined_decoder_and_its_images_equal_the_oracle(folder: Path) -> None:
     assert [key[:32] for key in cache.made] == [STYLES[0].digest[:32], STYLES[1].digest[:32]]
     for pair, pixels, latents in zip(SHARD, images, state.latents, strict=True):
         style = pair.styles[0]  # of several, the first
-        naive, losses = oracle.refined(model, style.pixels, 3, 1e-3)
+        naive, losses = oracle.refined(model, style.pixels, 3, 1e-4)
         assert losses[0] > losses[1] > losses[2]
         made = next(arrays for key, arrays in cache.items() if key.startswith(style.digest[:32]))
         theirs, own = naive.vae.decoder.state_dict(), engine.model.vae.decoder.state_dict()
@@ -110,7 +120,7 @@ def test_loss_falls_and_only_what_changed_is_returned(engine: Engine) -> None:
     before = distance()
     with own_decoder(vae, torch.float32):
         assert refine(vae, latent, target, 0, 1e-3) == {}
-        changed = refine(vae, latent, target, 20, 1e-3)
+        changed = refine(vae, latent, target, 20, 1e-4)
         assert distance() < 0.9 * before
         assert set(changed) <= set(vae.decoder.state_dict())
     assert distance() == before
@@ -134,60 +144,59 @@ def test_decoder_is_restored_and_the_refined_one_is_single_precision(folder: Pat
     assert same(engine.decode(last(engine, settings=PLAIN)), plain)
 
 
-def test_decoder_is_restored_after_an_exception(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoder_is_restored_after_an_exception(
+    engine: Engine, state: SampleState, images: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Full(Cache):
         def put(self, key: str, arrays: Any) -> None:
             raise KeyboardInterrupt
 
-    own, state = engine.model.vae.decoder, last(engine)
+    own = engine.model.vae.decoder
     with pytest.raises(KeyboardInterrupt):
         engine.decode(state, Full())
     assert engine.model.vae.decoder is own
-    whole = engine.decode(state)
+    engine.decode(state)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.decode(state, Cache())
     assert engine.model.vae.decoder is own
-    assert same(engine.decode(state), whole)  # from the engine's own memory
+    assert same(engine.decode(state), images)  # from the engine's own memory
 
 
 # --- groups --------------------------------------------------------------------------------------------------------
 
 
-def test_each_pair_comes_out_as_it_does_alone(engine: Engine) -> None:
-    together = engine.decode(last(engine))
-    alone = [engine.decode(last(engine, [pair]), Cache())[0] for pair in SHARD]
-    assert same(together, alone)
+def test_each_pair_comes_out_as_it_does_alone(engine: Engine, images: list[Any]) -> None:
+    assert same(images, [engine.decode(last(engine, [pair]), Cache())[0] for pair in SHARD])
 
 
-def test_batches_keep_styles_apart_and_change_rounding_only(engine: Engine) -> None:
-    state = last(engine)
-    batched = Engine(engine.model, micro_batch=3).decode(state)
-    for ours, theirs in zip(batched, engine.decode(state), strict=True):
+def test_batches_keep_styles_apart_and_change_rounding_only(
+    engine: Engine, state: SampleState, images: list[Any]
+) -> None:
+    for ours, theirs in zip(Engine(engine.model, micro_batch=3).decode(state), images, strict=True):
         assert ours is not None
-        assert theirs is not None
         assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
-def test_unreadable_style_fails_its_pairs_and_is_not_refined(engine: Engine) -> None:
+def test_unreadable_style_fails_its_pairs_and_is_not_refined(engine: Engine, images: list[Any]) -> None:
     cache, pairs = Cache(), [Pair((InputImage("unreadable", None),), SIZE), *SHARD[1:]]
-    images = engine.decode(last(engine, pairs), cache)
-    assert images[0] is None
-    assert same(images[1:], engine.decode(last(engine))[1:])
+    first, *others = engine.decode(last(engine, pairs), cache)
+    assert first is None
+    assert same(others, images[1:])
     assert len(cache.made) == 2
 
 
 def test_decoder_that_became_nan_fails_its_pairs(engine: Engine) -> None:
     state = last(engine, settings=REFINED.model_copy(update={"refine_decoder_lr": 1e36}))
     assert engine.decode(state, Cache()) == [None] * 4
-    assert list(state.failures) == [0, 1, 2, 3]
+    assert sorted(state.failures) == [0, 1, 2, 3]
     assert "refine_decoder_lr" in state.failures[0]
 
 
-def test_tiling_is_for_the_image_and_not_for_what_is_learned(engine: Engine) -> None:
+def test_tiling_is_for_the_image_and_not_for_what_is_learned(engine: Engine, state: SampleState) -> None:
     cache, tiled = Cache(), Cache()
-    plain = engine.decode(last(engine), cache)
-    wrapped = engine.decode(last(engine, settings=REFINED.model_copy(update={"tiling": "both"})), tiled)
+    plain = engine.decode(state, cache)
+    wrapped = engine.decode(replace(state, inputs=replace(state.inputs, tiling="both")), tiled)
     assert not same(plain, wrapped)
     assert cache.keys() == tiled.keys()
     for key, arrays in cache.items():
@@ -197,8 +206,9 @@ def test_tiling_is_for_the_image_and_not_for_what_is_learned(engine: Engine) -> 
 # --- checkpoint and cache ------------------------------------------------------------------------------------------
 
 
-def test_restored_state_decodes_to_the_same_bytes_without_any_image(engine: Engine) -> None:
-    state = last(engine)
+def test_restored_state_decodes_to_the_same_bytes_without_any_image(
+    engine: Engine, state: SampleState, images: list[Any]
+) -> None:
     (arrays, facts), (progress, progress_facts) = state.export_inputs(), state.export_progress()
     kept = {name: array for name, array in arrays.items() if name.startswith("pixels")}
     assert sorted(array.size for array in kept.values()) == [0, 64 * 64 * 3, 64 * 64 * 3]  # no content's
@@ -207,10 +217,10 @@ def test_restored_state_decodes_to_the_same_bytes_without_any_image(engine: Engi
     facts, progress_facts = json.loads(json.dumps(facts)), json.loads(json.dumps(progress_facts))
     restored = SampleState.restore(arrays, facts, progress, progress_facts)
     assert list(engine.sample([], REFINED, restored)) == []
-    assert same(engine.decode(restored, Cache()), engine.decode(state, Cache()))
+    assert same(engine.decode(restored, Cache()), images)
 
 
-def test_recent_decoders_are_a_few(engine: Engine) -> None:
+def test_recent_decoders_are_a_few() -> None:
     recent = RecentDecoders(2)
     for key in "ab":
         recent.put(key, {})
@@ -231,9 +241,9 @@ def damaged(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], damaged, lambda _: b""])
 def test_run_cache_gives_equal_bytes_whatever_happens_to_it(
-    engine: Engine, tmp_path: Path, damage: Callable[[bytes], bytes]
+    engine: Engine, state: SampleState, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
-    paths, state = paths_of(tmp_path), last(engine)
+    paths = paths_of(tmp_path)
     made = engine.decode(state, RunDecoders(paths, "one"))
     files = {path.name: path.read_bytes() for path in paths.decoders_folder.iterdir()}
     assert [name[:32] for name in sorted(files)] == sorted(style.digest[:32] for style in STYLES)
@@ -246,26 +256,29 @@ def test_run_cache_gives_equal_bytes_whatever_happens_to_it(
     assert list(paths.tmp.iterdir()) == []
 
 
-def test_run_cache_is_used(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, state = paths_of(tmp_path), last(engine)
+def test_run_cache_is_used(engine: Engine, state: SampleState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = paths_of(tmp_path)
     made = engine.decode(state, RunDecoders(paths, "one"))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: 1 / 0)
     assert same(engine.decode(state, RunDecoders(paths, "two")), made)
-    other = replace(state.inputs, refine_steps=4)
-    state.inputs = other
+    longer = replace(state, inputs=replace(state.inputs, refine_steps=4))
     with pytest.raises(ZeroDivisionError):
-        engine.decode(state, RunDecoders(paths, "two"))
+        engine.decode(longer, RunDecoders(paths, "two"))
 
 
 def test_a_disk_that_keeps_nothing_stops_nobody(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: Engine,
+    state: SampleState,
+    images: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*_: Any) -> bool:
         raise StorageError("the disk is full")
 
     monkeypatch.setattr(decoder_cache, "publish_bytes", full)
-    state, paths = last(engine), paths_of(tmp_path)
-    assert same(engine.decode(state, RunDecoders(paths, "one")), engine.decode(state, Cache()))
+    assert same(engine.decode(state, RunDecoders(paths_of(tmp_path), "one")), images)
     assert "the disk is full" in caplog.text
 
 
