@@ -7,12 +7,13 @@ import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
-from stylemill.settings import DEFAULT_PRESET, PRESETS, DType, Fit, Frozen, Sampling
+from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Sampling
+from stylemill.single_file import CHECKPOINT_SUFFIXES
 from stylemill.strict_yaml import load_yaml
 
 # The description of a field that takes values of two kinds is what a message says was expected.
@@ -22,15 +23,17 @@ Side = Annotated[int, Field(ge=64, le=8192)]  # pixels
 
 
 class Model(Frozen):
-    """A diffusers model: a folder or a hub id. A plain string in the YAML is its `name`."""
+    """A diffusers model: a folder, a hub id or a .safetensors checkpoint. A plain string in the YAML is its `name`."""
 
     name: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
+    revision: str | None = None  # of a hub id; what a run was planned with is a commit
+    config: str | None = None  # of a single checkpoint file: folder or hub id with the configuration of its family
     dtype: DType = "auto"  # float16 on CUDA, float32 on a CPU
     layers: Annotated[  # self-attention layers whose features are used, numbered as they run; None: the last six
         tuple[int | str, ...] | None,
         Field(description="numbers of self-attention layers from 0 to 999, a range such as 10-15, or names of modules"),
     ] = None
+    controlnet: tuple[ControlNet, ...] = ()  # seen while denoising, in the order of the rows' control images
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -40,6 +43,21 @@ class Model(Frozen):
             return value
         return tuple(layer for one in given for layer in _range(one))
 
+    @field_validator("controlnet", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        given = value if isinstance(value, list | tuple) else [value]
+        return tuple({"name": net} if isinstance(net, str) else net for net in given)
+
+    @model_validator(mode="after")
+    def _pins_fit_the_name(self) -> Model:
+        single = self.name.endswith(CHECKPOINT_SUFFIXES)
+        if self.config is not None and not single:
+            raise ValueError(f"config {self.config!r} is for a single checkpoint file; {self.name!r} has its own")
+        if self.revision is not None and single:
+            raise ValueError(f"revision {self.revision!r} is for a hub id, not for the file {self.name!r}")
+        return self
+
 
 class Image(Frozen):
     """How inputs are brought onto the model's grid."""
@@ -47,9 +65,12 @@ class Image(Frozen):
     size: Annotated[
         Side | tuple[Side, Side], Field(description="a number of pixels or [width, height], each 64 to 8192")
     ] = 512
-    fit: Fit = "crop"
+    fit: Fit = "crop"  # keep: of each image its own size and shape, scaled down where it exceeds `size`
+    style_size: Annotated[
+        Side | tuple[Side, Side] | None, Field(description="a number of pixels or [width, height], each 64 to 8192")
+    ] = None  # of style images; None: as `size`
 
-    @field_validator("size", mode="before")
+    @field_validator("size", "style_size", mode="before")
     @classmethod
     def _list_is_a_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -57,6 +78,11 @@ class Image(Frozen):
     @property
     def width_height(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def style_width_height(self) -> tuple[int, int]:
+        size = self.size if self.style_size is None else self.style_size
+        return (size, size) if isinstance(size, int) else size
 
 
 class Shards(Frozen):
@@ -108,6 +134,21 @@ class Job(Frozen):
     def _name_is_a_model(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    def slot_size(self, pixels_per_latent: int) -> tuple[int, int]:
+        """The largest width and height, in pixels, that the UNet sees at once: an output's, or a window's."""
+        width, height = self.image.width_height
+        side = self.sampling.window * pixels_per_latent if self.sampling.window else max(width, height)
+        return min(width, side), min(height, side)
+
+    @model_validator(mode="after")
+    def _sizes_make_sense(self) -> Job:
+        if self.image.fit == "keep" and self.sampling.tiling != "none" and self.sampling.window is not None:
+            raise ValueError(
+                f"image.fit keep gives outputs many sizes, and sampling.tiling {self.sampling.tiling} in windows"
+                f" (sampling.window {self.sampling.window}) needs one"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _preset_below_sampling(cls, values: Any) -> Any:
@@ -121,6 +162,12 @@ class Job(Frozen):
         if isinstance(given, Sampling) or preset is None or not isinstance(given, dict):
             return values
         return {**values, "sampling": {**PRESETS[preset], **given}}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Job:
+        if self.model.controlnet and self.sampling.method == "optimization":
+            raise ValueError("model.controlnet acts while denoising, and sampling.method optimization does not denoise")
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> Job:
@@ -190,15 +237,30 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
     model = values.get("model")
     if isinstance(model, dict) and "name" in model:
         values["model"] = {**model, "name": _model_path(model["name"], base)}
+        if isinstance(model.get("config"), str):
+            values["model"]["config"] = _model_path(model["config"], base)
     elif isinstance(model, str):
         values["model"] = _model_path(model, base)
+    if "model.config" in values:
+        values["model.config"] = _model_path(values["model.config"], base)
+    for owner, key in ((values, "model.controlnet"), (values.get("model"), "controlnet")):
+        if isinstance(owner, dict) and key in owner:
+            owner[key] = _controlnet_path(owner[key], base)
 
 
 def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).is_dir())):
+    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
         return str((base / Path(name).expanduser()).resolve())
     return name
+
+
+def _controlnet_path(value: Any, base: Path) -> Any:
+    if isinstance(value, list):
+        return [_controlnet_path(one, base) for one in value]
+    if isinstance(value, dict) and "name" in value:
+        return {**value, "name": _model_path(value["name"], base)}
+    return _model_path(value, base)
 
 
 def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -217,7 +279,7 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
     """The dotted key of a problem and what to say of it. Each member of a union complains; a key is named once."""
-    kind, location = problem["type"], [str(part) for part in problem["loc"]]
+    kind, location = problem["type"], [str(part) for part in problem["loc"] if not isinstance(part, int)]
     keys, allowed = _known_part(location)
     if kind in ("extra_forbidden", "invalid_key"):
         unknown = location[len(keys)]
@@ -265,6 +327,8 @@ def _known_part(location: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _fields(annotation: Any) -> dict[str, Any]:
+    if get_origin(annotation) is tuple:  # of models, any number of them
+        annotation = get_args(annotation)[0]
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
 
 

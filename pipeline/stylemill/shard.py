@@ -31,14 +31,16 @@ def load_engine(run: Run, micro_batch: int | None) -> Engine:
     engine = Engine.load(
         model.name,
         revision=model.revision,
+        config=model.config,
         dtype=model.dtype,
         layers=model.layers,
+        controlnets=model.controlnet,
         threads=cluster.threads,
         micro_batch=micro_batch or cluster.micro_batch,
         feature_budget_mb=cluster.feature_budget_mb,
     )
     if micro_batch is None and cluster.micro_batch == "auto":
-        engine.calibrate(run.job.image.width_height)
+        engine.calibrate(run.job.slot_size(engine.model.pixels_per_latent))
     return engine
 
 
@@ -72,7 +74,7 @@ def process_shard(
         if checkpoint := keeper.load():
             resumed, items = keeper.restore(checkpoint, items)
         else:
-            pairs, items = read_pairs(run, items)
+            pairs, items = read_pairs(run, items, engine.model.grid)
 
     with device:
         if stopping():  # while it waited for the device: no step, no new checkpoint

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -15,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from stylemill.engine.begin import begin
+from stylemill.engine.control import load_control
 from stylemill.engine.decoder import UNSOUND, DecoderCache, RecentDecoders, by_decoder, refined
 from stylemill.engine.features import choose_layers
 from stylemill.engine.guidance import Guide
@@ -26,8 +28,9 @@ from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
 from stylemill.engine.tiling import circular
 from stylemill.engine.windows import Windows
-from stylemill.model_files import fetch_model
-from stylemill.settings import DType, Sampling, cpu_micro_batch
+from stylemill.model_files import CONTROLNET, fetch_model
+from stylemill.settings import ControlNet, DType, Sampling, cpu_micro_batch
+from stylemill.single_file import fetch_config, is_single_file
 
 LARGEST_MICRO_BATCH = 64
 
@@ -66,18 +69,20 @@ class Engine:
         model: str | Path,
         *,
         revision: str | None = None,
+        config: str | None = None,
         dtype: DType = "auto",
         device: str = "auto",
         layers: Sequence[int | str] | None = None,
+        controlnets: Sequence[ControlNet] = (),
         threads: int = 1,
         micro_batch: int | str = "auto",
         feature_budget_mb: int = 4096,
     ) -> Engine:
-        """Load a diffusers folder or hub id, safetensors only.
+        """Load a diffusers folder, hub id or single-file checkpoint with its `config`, safetensors only.
 
         `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles
-        it. Raises
-        ModelError when the model is absent, pickled or of another architecture.
+        it. `controlnets` are seen while denoising, in the order of `Pair.controls`. Raises
+        ModelError when the model or a ControlNet is absent, pickled or of another architecture.
         """
         # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -85,7 +90,13 @@ class Engine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = "float16" if device.startswith("cuda") else "float32"
-        loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+        if is_single_file(str(model)):
+            loaded = DiffusionModel.load(fetch_config(str(model), config), dtype, device, Path(model).expanduser())
+        else:
+            loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+        folders = [fetch_model(net.name, net.revision, CONTROLNET) for net in controlnets]
+        nets = [load_control(folder, net, loaded.unet) for folder, net in zip(folders, controlnets, strict=True)]
+        loaded = replace(loaded, controls=tuple(nets))
         return cls(
             loaded,
             layers=layers,
@@ -186,7 +197,8 @@ class Engine:
         """
         if self.model.device.type == "cuda":
             blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
-            used = [self._peak_memory(Pair((blank,), size, content=blank), count) for count in (1, 2)]
+            pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controls))
+            used = [self._peak_memory(pair, count) for count in (1, 2)]
             room = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
             fitting = 1 + int(room / max(used[1] - used[0], 1))
             self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from stylemill.engine.control import Control, LoadedControl, residuals
 from stylemill.engine.inputs import Pixels
+from stylemill.engine.parts import load_parts
 from stylemill.engine.text import Text
 from stylemill.errors import ModelError
 
@@ -41,26 +42,22 @@ class DiffusionModel:
     controls: tuple[LoadedControl, ...] = ()
 
     @classmethod
-    def load(cls, folder: Path, dtype: str, device: str) -> DiffusionModel:
-        """Load a diffusers folder, safetensors only. Raises ModelError naming the part that will not load."""
+    def load(cls, folder: Path, dtype: str, device: str, checkpoint: Path | None = None) -> DiffusionModel:
+        """Load a diffusers folder, or the weights of a single-file checkpoint whose configuration is there.
+
+        Raises ModelError naming the part that will not load.
+        """
         weights = DTYPES[dtype]
         transformers_logging.disable_progress_bar()  # a bar over the weights would tear the run's own
         try:
-            unet = _load_part(UNet2DConditionModel, folder, "unet", weights)
-            # SDXL's VAE overflows in half precision, and its configuration says so.
-            upcast = weights == torch.float16 and AutoencoderKL.load_config(folder, subfolder="vae").get("force_upcast")
-            vae = _load_part(AutoencoderKL, folder, "vae", torch.float32 if upcast else weights)
-            kinds = {"text_encoder": CLIPTextModel}
-            if unet.config.addition_embed_type == "text_time":
-                kinds["text_encoder_2"] = CLIPTextModelWithProjection
-            text_encoders = tuple(_load_part(kind, folder, name, weights) for name, kind in kinds.items())
-            tokenizers = tuple(
-                CLIPTokenizer.from_pretrained(folder, subfolder=name.replace("text_encoder", "tokenizer"))
-                for name in kinds
-            )
+            unet, vae, text_encoders = load_parts(folder, checkpoint, weights)
+            names = ("tokenizer", "tokenizer_2")[: len(text_encoders)]
+            tokenizers = tuple(CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in names)
             scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise ModelError(f"{folder}: cannot be loaded as a Stable Diffusion model: {error}") from error
+            raise ModelError(
+                f"{checkpoint or folder}: cannot be loaded as a Stable Diffusion model: {error}"
+            ) from error
         for part in (unet, vae, *text_encoders):
             part.requires_grad_(False).eval().to(device)  # weight gradients would double the backward pass
         return cls(unet, vae, text_encoders, tokenizers, scheduler, torch.device(device))
@@ -86,13 +83,6 @@ class DiffusionModel:
     @property
     def pixels_per_latent(self) -> int:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
-
-    def with_steps(self, steps: int) -> DiffusionModel:
-        """This model with a scheduler of its own, set to `steps` timesteps."""
-        # The spacing of the paper; with another, a step would not land on the timestep that comes next.
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="leading")
-        scheduler.set_timesteps(steps)
-        return replace(self, scheduler=scheduler)
 
     @torch.no_grad()
     def encode_text(self, text: str) -> Text:
@@ -151,10 +141,3 @@ class DiffusionModel:
                 "time_ids": time_ids.expand(len(latents), -1),
             }
         return told
-
-
-def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    # float64 exists only in memory, for tests: nobody ships such weights.
-    stored = torch.float32 if dtype == torch.float64 else dtype
-    part = kind.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
-    return part if part.dtype == dtype else part.to(dtype)

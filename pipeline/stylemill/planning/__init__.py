@@ -14,6 +14,7 @@ from stylemill.model_files import ModelFiles, resolve_model
 from stylemill.planning.controls import plan_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
+from stylemill.single_file import is_single_file, resolve_single_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_strangers
 
@@ -57,7 +58,8 @@ class Plan:
         """Count passes and estimate memory; streams the whole manifest."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
         rows = (self.manifest.images(rows.start, rows.stop) for rows in ranges)
-        return count_cost(self.job, rows, read_shape(self.model.folder) if self.model.folder else None)
+        model = self.model
+        return count_cost(self.job, rows, read_shape(model.folder, model.checkpoint) if model.folder else None)
 
     def describe(self) -> str:
         """What `stylemill plan` prints."""
@@ -97,9 +99,13 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
     elif overrides:
         raise TypeError("overrides go with a job file, not with a Job")
     manifest = open_manifest(job.manifest).with_copies(job.images_per_pair)
-    model = resolve_model(job.model.name, job.model.revision)
+    if is_single_file(job.model.name):
+        model = resolve_single_file(job.model.name, job.model.config)
+    else:
+        model = resolve_model(job.model.name, job.model.revision)
+    job = job.model_copy(update={"model": job.model.model_copy(update=model.pins)})
     if model.folder:
-        check_against_model(job, read_shape(model.folder))
+        check_against_model(job, read_shape(model.folder, model.checkpoint))
     job, controlnets = plan_controlnets(job, model, manifest)
     asked = job.shards.pairs_per_shard
     if asked == "auto":
