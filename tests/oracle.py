@@ -407,7 +407,7 @@ def naive_expansion(model: Model, pair: Any, settings: Any, noise: Any) -> Trace
     """
 
     def starts(size: int, wraps: bool) -> list[int]:
-        found = [0]
+        found, wraps = [0], wraps and size > settings.window
         while found[-1] + settings.window < size and not wraps:
             found.append(min(found[-1] + settings.window_stride, size - settings.window))
         while wraps and found[-1] + settings.window_stride < size:

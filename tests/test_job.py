@@ -124,7 +124,7 @@ def test_flags_go_over_the_file_and_leave_its_other_keys(load):
         ),
         ("sampling: {steps: 5, start_step: 5}", "sampling: start_step 5 leaves no guided step before steps 5"),
         ("sampling: [1]", "sampling: expected keys below it: method, steps, "),
-        ("image:", "image: expected keys below it: size, fit, not None"),
+        ("image:", "image: expected keys below it: size, fit, style_size, not None"),
         ("model: {name: a, revision: 123}", "model.revision: expected text, if need be in quotes, not 123"),
         ("model: {name: a, layers: [1, 2.5]}", "model.layers: expected numbers of self-attention layers from 0 to"),
         ("model: {name: a, layers: 15-10}", "model.layers: expected numbers of self-attention layers from 0 to"),

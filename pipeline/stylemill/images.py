@@ -57,22 +57,33 @@ class FittedImage:
     source: tuple[int, int]  # width and height of what was fitted, in pixels
 
 
-def load_image(path: str | None, data: bytes | None, base: str | Path, size: tuple[int, int], fit: Fit) -> FittedImage:
+def load_image(
+    path: str | None, data: bytes | None, base: str | Path, size: tuple[int, int], fit: Fit, grid: int = 1
+) -> FittedImage:
     """Read one image and bring it to `size` (width, height).
 
     `data`, where given, are the file's bytes and `path` only their name; otherwise `path` is read, relative to `base`.
     crop: the largest centred part of the right shape. pad: the whole image, centred on white. stretch: the whole image,
-    its shape not kept.
+    its shape not kept. keep: the image's own size and shape where it fits within `size`, else scaled down to fit; sides
+    are rounded to multiples of `grid`, and what that takes off the shape is cropped.
 
     Raises ImageError where the image can never be read, StorageError where trying again may help.
     """
     name, data = read_bytes(path, data, base)
     try:
         image = _rgb(open_image(data, name, largest=2 * max(size)), name)
-        fitted = _fit(image, size, fit)
+        fitted = _fit(image, kept_size(image.size, size, grid) if fit == "keep" else size, fit)
         return FittedImage(np.array(fitted), hashlib.sha256(data).hexdigest(), image.size)
     except MemoryError as error:
         raise StorageError(f"{name}: not enough memory to decode it; give the worker more memory") from error
+
+
+def kept_size(own: tuple[int, int], most: tuple[int, int], grid: int) -> tuple[int, int]:
+    """The size nearest to an image's `own` that fits within `most` and lies on the grid; never enlarged beyond it."""
+    scale = min(1.0, most[0] / own[0], most[1] / own[1])
+    sides = (max(1, round(side * scale / grid)) * grid for side in own)
+    width, height = (min(side, limit // grid * grid) for side, limit in zip(sides, most, strict=True))
+    return width, height
 
 
 def read_bytes(path: str | None, data: bytes | None, base: str | Path) -> tuple[str, bytes]:
@@ -229,7 +240,7 @@ def placement(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> P
         scale = min(width / image_width, height / image_height)
         inner = max(1, round(image_width * scale)), max(1, round(image_height * scale))
         corner = (width - inner[0]) // 2, (height - inner[1]) // 2
-    elif fit == "crop":
+    elif fit in ("crop", "keep"):
         scale = max(width / image_width, height / image_height)
         x, y = max(0.0, (image_width - width / scale) / 2), max(0.0, (image_height - height / scale) / 2)
     return Placement((x, y, image_width - x, image_height - y), corner, inner)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stylemill.scheduler_names import SCHEDULERS, refuse_scheduler
+
 Method = Literal["guided", "gradient", "optimization", "kv_injection"]
 Init = Literal["auto", "noise", "content"]
 Fit = Literal["crop", "pad", "stretch", "keep"]
@@ -66,6 +68,8 @@ class Sampling(Frozen):
     learning_rate: Annotated[float, Field(gt=0)] = 0.05
     content_weight: Annotated[float, Field(ge=0)] = 0.25  # λ, 0: no content; a manifest column overrides it per row
     content_schedule: tuple[float, float] = (1.0, 1.0)  # factors on λ at the first and last step, linear between
+    scheduler: str = "ddim"  # a name of scheduler_names.SCHEDULERS; lcm and tcd go with LoRAs for few steps
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None  # noise that ddim, tcd add; None: 0 and 0.3
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  # classifier-free guidance; 1 or less is off
     adain: bool = False  # before each guided step's descent, or injection, z takes the statistics of its styles
     query_scale: Annotated[float, Field(gt=0)] = 1.0  # Q · scale in the ideal attention; 1.5 sharpens the match
@@ -85,6 +89,27 @@ class Sampling(Frozen):
     @classmethod
     def _list_is_a_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, name: str) -> str:
+        if reason := refuse_scheduler(name):
+            raise ValueError(reason)
+        return name
+
+    @model_validator(mode="after")
+    def _scheduler_can_do_it(self) -> Sampling:
+        kind = SCHEDULERS[self.scheduler]
+        if self.steps > kind.most_steps:
+            raise ValueError(f"scheduler {self.scheduler} has {kind.most_steps} timesteps, not steps {self.steps}")
+        if self.eta is not None and not kind.takes_eta:
+            raise ValueError(f"eta {self.eta} belongs to schedulers ddim and tcd, not to scheduler {self.scheduler}")
+        if self.eta is not None and self.method == "optimization":
+            raise ValueError(f"eta {self.eta} acts while denoising, and method optimization does not denoise")
+        if self.window is not None and (kind.draws or kind.history or self.eta):
+            what = f"eta {self.eta} adds noise" if self.eta else f"scheduler {self.scheduler} keeps noise or history"
+            raise ValueError(f"window {self.window} cuts a latent anew at each step, and {what} for whole ones")
+        return self
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Sampling:
@@ -144,6 +169,15 @@ class Sampling(Frozen):
     def guided_steps(self) -> int:
         """How many steps are pulled towards style and content."""
         return sum(map(self.guides, range(self.first_step, self.steps)))
+
+    def window_starts(self, size: int, axis: Literal["x", "y"]) -> list[int]:
+        """Where windows begin along an axis of `size` latents: every stride, the last one moved inside, or wrapped."""
+        if self.window is None or size <= self.window:
+            return [0]
+        if self.tiling in (axis, "both"):
+            return list(range(0, size, self.window_stride))
+        last = size - self.window
+        return [min(start, last) for start in range(0, last + self.window_stride, self.window_stride)]
 
     def content_factor(self, step: int) -> float:
         """What λ is multiplied with at a step."""

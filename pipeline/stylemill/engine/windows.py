@@ -33,7 +33,7 @@ class View:
         return tensor[..., rows[:, None], columns]
 
     def parts(self, shape: tuple[int, ...]) -> Iterator[tuple[Any, Any]]:
-        """Where each part of the window lies in latents of `shape`, and where in the window: more than one if it wraps."""
+        """Where each part of the window lies in latents of `shape`, and where in itself; two an axis if it wraps."""
         for rows, inner_rows in _unwrapped(self.top, self.shape[0], shape[-2]):
             for columns, inner_columns in _unwrapped(self.left, self.shape[1], shape[-1]):
                 yield (..., rows, columns), (..., inner_rows, inner_columns)
@@ -43,15 +43,6 @@ def _unwrapped(start: int, length: int, size: int) -> list[tuple[slice, slice]]:
     inside = min(length, size - start)
     parts = [(slice(start, start + inside), slice(0, inside))]
     return parts if inside == length else [*parts, (slice(0, length - inside), slice(inside, length))]
-
-
-def starts(size: int, window: int, stride: int, wraps: bool) -> list[int]:
-    """Where windows begin along an axis: every `stride`, the last one moved inside, or wrapped around."""
-    if size <= window:
-        return [0]
-    if wraps:
-        return list(range(0, size, stride))
-    return [min(start, size - window) for start in range(0, size - window + stride, stride)]
 
 
 def windows_problem(pair: PairInputs, settings: Sampling) -> str | None:
@@ -96,6 +87,7 @@ class Windows:
                 replace(
                     pair,
                     shape=(pair.shape[0], *view.shape),
+                    content=pair.content if view.shape == pair.shape[1:] else None,
                     masks=(*content_mask, *pair.masks[1:]),
                     controls=tuple(cropped(controls, control, view, scale) for control, scale in scaled),
                 )
@@ -146,9 +138,11 @@ def _mean(z: Tensor, views: Sequence[View], made: Sequence[Tensor]) -> Tensor:
 
 def _views(shape: tuple[int, int, int], settings: Sampling) -> list[View]:
     _, height, width = shape
-    side, stride = settings.window or max(height, width), settings.window_stride
-    tops = starts(height, side, stride, settings.tiling in ("y", "both"))
-    lefts = starts(width, side, stride, settings.tiling in ("x", "both"))
+    side, tops, lefts = (
+        settings.window or max(height, width),
+        settings.window_starts(height, "y"),
+        settings.window_starts(width, "x"),
+    )
     return [View(top, left, (min(side, height), min(side, width))) for top in tops for left in lefts]
 
 
