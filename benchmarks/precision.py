@@ -5,9 +5,9 @@
 
 At every step each precision starts from the latents that a float32 run has there, and from the same clean latents and
 texts, encoded in float32; the UNet alone differs. Trajectories are not compared: Adam's sign-like steps amplify
-rounding whatever the precision. Shown are the worst of the pairs: the cosine to the float32 gradient, the share of
-exactly-zero elements less that of float32, the count of NaN and Inf, and, last, how far the gradient of a pair alone
-is from that of the same pair in a batch of all, |difference| / |gradient|.
+rounding whatever the precision. Shown are the cosine to the float32 gradient, of the worst pair; the share of
+exactly-zero elements less that of float32; the count of NaN and Inf; and, last, how far the gradient of a pair alone
+is from that of the same pair in a batch of all, |difference| / |gradient|, again of the worst.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Agreement:
-    """A gradient (P, C, h, w) in some precision beside float32's: the worst of its pairs."""
+    """A gradient (P, C, h, w) in some precision beside float32's."""
 
-    cosine: float
+    cosine: float  # of the worst pair
     zeros: float  # share of exactly-zero elements, less float32's
     broken: int  # elements that are NaN or Inf
 
     @classmethod
     def between(cls, gradient: Tensor, exact: Tensor) -> Agreement:
         flat, exact = gradient.double().flatten(1), exact.double().flatten(1)
-        zeros = (flat == 0).double().mean(1) - (exact == 0).double().mean(1)
+        zeros = (flat == 0).double().mean() - (exact == 0).double().mean()
         cosine = cosine_similarity(flat, exact, dim=1, eps=0)
-        return cls(cosine.min().item(), zeros.max().item(), int((~flat.isfinite()).sum()))
+        return cls(cosine.min().item(), zeros.item(), int((~flat.isfinite()).sum()))
 
 
 def in_precision(engine: Engine, dtype: torch.dtype) -> Engine:
