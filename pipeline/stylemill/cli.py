@@ -76,9 +76,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _demo_model(options: argparse.Namespace) -> int:
+    from stylemill.engine.demo_controlnet import write_demo_controlnet
     from stylemill.engine.demo_model import write_demo_model
 
-    print(write_demo_model(options.folder, options.seed, "sdxl" if options.sdxl else "sd"))
+    write = write_demo_controlnet if options.controlnet else write_demo_model
+    print(write(options.folder, options.seed, "sdxl" if options.sdxl else "sd"))
     return 0
 
 
@@ -266,4 +268,5 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("folder")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--sdxl", action="store_true", help="of SDXL's shape instead")
+    demo.add_argument("--controlnet", action="store_true", help="a ControlNet that fits the demo model instead")
     return parser

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,11 @@ def write_demo_model(folder: str | Path, seed: int = 0, kind: Kind = "sd") -> Pa
 
     A complete demo model of both is left as it is. Raises ModelError when the folder holds anything else.
     """
+    return write_once(folder, seed, kind, lambda unfinished: _write_parts(unfinished, seed, kind))
+
+
+def write_once(folder: str | Path, seed: int, kind: str, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder that appears complete or not at all. Raises ModelError when it holds anything else."""
     folder = Path(folder)
     if _is_complete(folder, seed, kind):
         return folder
@@ -53,7 +59,8 @@ def write_demo_model(folder: str | Path, seed: int = 0, kind: Kind = "sd") -> Pa
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write_parts(unfinished, seed, kind)
+        write(unfinished)
+        _write_json(unfinished / MANIFEST, {"kind": kind, "seed": seed, "sha256": _digests(unfinished)})
         os.replace(unfinished, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -65,14 +72,14 @@ def write_demo_model(folder: str | Path, seed: int = 0, kind: Kind = "sd") -> Pa
     return folder
 
 
-def _taken(folder: Path, seed: int, kind: Kind) -> ModelError:
+def _taken(folder: Path, seed: int, kind: str) -> ModelError:
     return ModelError(
         f"{folder}: already exists and is not a complete demo model of seed {seed} and kind {kind}; "
         "delete it or name another folder"
     )
 
 
-def _is_complete(folder: Path, seed: int, kind: Kind) -> bool:
+def _is_complete(folder: Path, seed: int, kind: str) -> bool:
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return bool(written == {"kind": kind, "seed": seed, "sha256": _digests(folder)})
@@ -88,9 +95,9 @@ def _digests(folder: Path) -> dict[str, str]:
 def _write_parts(folder: Path, seed: int, kind: Kind) -> None:
     vocabulary = _vocabulary()
     with torch.random.fork_rng(devices=[]):  # constructors draw initial weights; the caller's stream must not notice
-        unet, vae, text_encoders = _unet(kind), _vae(kind), _text_encoders(kind, vocabulary)
+        unet, vae, text_encoders = demo_unet(kind), _vae(kind), _text_encoders(kind, vocabulary)
     for part, model in {"unet": unet, "vae": vae, **text_encoders}.items():
-        _draw_weights(model, part, seed)
+        draw_weights(model, part, seed)
     with torch.no_grad():
         _open_unet(unet)
         _open_encoder(vae.encoder, vae.config.scaling_factor)
@@ -133,7 +140,6 @@ def _write_parts(folder: Path, seed: int, kind: Kind) -> None:
         index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         index |= {"tokenizer_2": index["tokenizer"], "force_zeros_for_empty_prompt": True}
     _write_json(folder / "model_index.json", index)
-    _write_json(folder / MANIFEST, {"kind": kind, "seed": seed, "sha256": _digests(folder)})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -143,7 +149,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # --- architecture -----------------------------------------------------------------------------------------------------
 
 
-def _unet(kind: Kind) -> Any:
+def demo_unet(kind: Kind) -> Any:
     if kind == "sdxl":
         return UNet2DConditionModel(
             sample_size=32,
@@ -210,7 +216,7 @@ def _text_encoders(kind: Kind, vocabulary: dict[str, int]) -> dict[str, Any]:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _draw_weights(model: torch.nn.Module, part: str, seed: int) -> None:
+def draw_weights(model: torch.nn.Module, part: str, seed: int) -> None:
     """Matrices uniform with variance 1 / fan-in, norms 1, biases 0.
 
     Drawn by numpy and uniform, since torch's normal draws differ between CPUs in the last bit.
