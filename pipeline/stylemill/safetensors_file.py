@@ -14,8 +14,11 @@ from stylemill.model_fit import FITTING
 SD_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 
-_UNET = "model.diffusion_model."
-_FIRST_CONVOLUTION = f"{_UNET}input_blocks.0.0.weight"
+_FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
+_SD, _SD_2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+_SDXL_FIRST, _SDXL_SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+_REFINER = "conditioner.embedders.0.model."
+_TEXT_ENCODERS = (_SD, _SD_2, _SDXL_FIRST, _SDXL_SECOND, _REFINER)
 _OTHERS = (  # part of a tensor's name -> what has such tensors
     ("lora_", "a LoRA, not a model; name the model here and the LoRA in model.loras"),
     (".lora_A.", "a LoRA, not a model; name the model here and the LoRA in model.loras"),
@@ -55,20 +58,19 @@ def usual_config(path: Path) -> str | None:
     None when they leave it open. Raises ModelError for what is no checkpoint that fits.
     """
     tensors = tensors_of(path)
+    for part, reason in _OTHERS:
+        if any(part in name for name in tensors):
+            raise ModelError(f"{path}: {reason}")
     first = tensors.get(_FIRST_CONVOLUTION)
     if first is None:
-        for part, reason in _OTHERS:
-            if any(part in name for name in tensors):
-                raise ModelError(f"{path}: {reason}")
-        raise ModelError(f"{path}: has no {_FIRST_CONVOLUTION}; it is no checkpoint of Stable Diffusion's own layout")
+        raise ModelError(f"{path}: has no {_FIRST_CONVOLUTION}; it is no checkpoint in Stable Diffusion's own layout")
     if len(first) == 4 and first[1] != 4:
         raise ModelError(f"{path}: its UNet takes {first[1]} channels, as inpainting models do; use the base model")
-    if any("time_stack." in name for name in tensors):
-        raise ModelError(f"{path}: a video model; {FITTING}")
-    if any(name.startswith("conditioner.embedders.1.") for name in tensors):
+    holds = {prefix for prefix in _TEXT_ENCODERS for name in tensors if name.startswith(prefix)}
+    if {_SDXL_FIRST, _SDXL_SECOND} <= holds:
         return SDXL_CONFIG
-    if any(name.startswith("conditioner.embedders.0.") for name in tensors):
+    if _REFINER in holds:
         raise ModelError(f"{path}: SDXL's refiner, with one text encoder only; name the base model")
-    if any(name.startswith("cond_stage_model.transformer.") for name in tensors):
-        return SD_CONFIG
-    return None  # Stable Diffusion 2.x, which predicts ε or v, or a checkpoint without its text encoder
+    if not holds or not any(name.startswith("first_stage_model.") for name in tensors):
+        raise ModelError(f"{path}: holds a UNet without its VAE or text encoder; name a whole checkpoint")
+    return SD_CONFIG if _SD in holds else None  # Stable Diffusion 2.x predicts ε or v

@@ -46,7 +46,8 @@ def _pinned_config(path: Path, config: str | None) -> str:
             '"from diffusers import StableDiffusionPipeline as P; '
             f"P.from_single_file('{path}').save_pretrained('NEW_FOLDER')\""
         )
-    source = usual_config(path) if config is None else config
+    usual = usual_config(path)  # also refuses what does not fit
+    source = config or usual
     if source is None:
         raise ModelError(
             f"model '{path}': its tensors leave open how it is configured (Stable Diffusion 2.x predicts ε or v); "
