@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from stylemill.engine.control import Control
 from stylemill.engine.features import Target, injecting
 from stylemill.engine.guidance import Guide, adain, adam_step
 from stylemill.engine.layout import Batch, Block
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
-from stylemill.engine.state import Inputs, SampleState, constant
+from stylemill.engine.schedulers import Scheduler
+from stylemill.engine.state import SampleState, constant
 from stylemill.engine.text import Text
 from stylemill.engine.tiling import circular
 from stylemill.engine.windows import Windows
@@ -32,13 +35,14 @@ class Sampler:
         blocks: list[Block],
         windows: Windows,
     ) -> None:
-        self.model = model.with_steps(settings.steps)
+        self.model = model
+        self.scheduler = Scheduler(model.scheduler, settings)
         self.guide = guide
         self.settings = settings
         self.noise = noise
         self.blocks = blocks
         self.windows = windows
-        self.timesteps: list[int] = self.model.scheduler.timesteps.tolist()
+        self.timesteps = self.scheduler.timesteps
 
     @property
     def passes(self) -> Counter[str]:
@@ -49,7 +53,7 @@ class Sampler:
         steps = {"optimization": self._optimized, "kv_injection": self._injected}
         work = self.windows.cut(state)
         # Features too: the losses compare what one and the same network makes of both.
-        with circular(self.windows.tiling, self.model.unet):
+        with circular(self.windows.tiling, self.model.unet, *(control.net for control in self.model.controls)):
             for block in self.blocks:
                 steps.get(self.settings.method, self._guided)(work, block)
         self.windows.join(work, state)
@@ -57,13 +61,13 @@ class Sampler:
 
     def _guided(self, state: SampleState, block: Block) -> None:
         """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam, or plainly."""
-        t, s = self.timesteps[state.step], self.guided_timestep(state.step)
+        t, s = self.timesteps[state.step], self.scheduler.next_timestep(state.step)
         guiding = self.settings.guides(state.step)
         noised = self.noised_images(state, block, s) if guiding else {}
         if descending := guiding and self.settings.iterations > 0:
             features = self.guide.extract(state.inputs, block.batches, noised, s)
         for batch in block.batches:
-            z = self._denoise(_gather(state.latents_of, batch), t, state.inputs, batch)
+            z = self._denoise(_gather(state.latents_of, batch), t, state, batch)
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
             if descending:
@@ -82,7 +86,7 @@ class Sampler:
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
             targets = features.targets(state.inputs, batch) if guiding else None
-            _put_back(state, batch, self._denoise(z, t, state.inputs, batch, targets))
+            _put_back(state, batch, self._denoise(z, t, state, batch, targets))
 
     def _optimized(self, state: SampleState, block: Block) -> None:
         """Pull each latent towards the features of the clean images at t, with one Adam over the run."""
@@ -103,7 +107,7 @@ class Sampler:
 
     def gradient(self, state: SampleState, latents: Tensor) -> Tensor:
         """The gradient (P, C, h, w) that guided sampling would follow from `latents` after denoising `state.step`."""
-        s = self.guided_timestep(state.step)
+        s = self.scheduler.next_timestep(state.step)
         gradient = torch.zeros_like(latents)
         for block in self.blocks:
             features = self.guide.extract(state.inputs, block.batches, self.noised_images(state, block, s), s)
@@ -112,10 +116,6 @@ class Sampler:
                 pull = self.guide.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
                 gradient[list(batch)] = pull.gradient
         return gradient
-
-    def guided_timestep(self, step: int) -> int:
-        """s: the timestep the latents stand at after the denoising of `step`."""
-        return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
 
     def noised_images(self, state: SampleState, block: Block, s: int) -> dict[int, Tensor]:
         """The block's clean latents noised to s, each with the noise of its own picture at this step."""
@@ -126,12 +126,14 @@ class Sampler:
 
     def _add_noise(self, latent: Tensor, digest: str, step: int, s: int) -> Tensor:
         noise = torch.from_numpy(self.noise.image_noise(digest, step, tuple(latent.shape))).to(latent)
-        noised: Tensor = self.model.scheduler.add_noise(latent[None], noise[None], torch.tensor([s]))
-        return noised[0]
+        return self.scheduler.add_noise(latent, noise, s)
 
     @torch.no_grad()
-    def _denoise(self, z: Tensor, t: int, inputs: Inputs, batch: Batch, inject: list[Target] | None = None) -> Tensor:
+    def _denoise(
+        self, z: Tensor, t: int, state: SampleState, batch: Batch, inject: list[Target] | None = None
+    ) -> Tensor:
         """One scheduler step t -> s, with classifier-free guidance when its scale is above 1."""
+        inputs = state.inputs
         pairs = [inputs.pairs[pair] for pair in batch]
         texts = [inputs.texts[pair.prompt] for pair in pairs]
         doubled = self.settings.guidance_scale > 1
@@ -140,13 +142,25 @@ class Sampler:
             inject = inject and [target.twice() for target in inject]
         many = torch.cat([z, z]) if doubled else z
         self.passes["denoise"] += len(many)
+        control = None
+        if self.model.controls:
+            control = Control.of(inputs, pairs, state.step, len(self.timesteps), len(many) // len(z))
         with injecting(self.guide.layers, inject, self.settings.query_scale) if inject else nullcontext():
-            epsilon = self.model.predict_noise(many, t, Text.stack(texts))
+            epsilon = self.model.predict_noise(many, t, Text.stack(texts), control)
         if doubled:
             without, towards = epsilon.chunk(2)
             epsilon = without + self.settings.guidance_scale * (towards - without)
-        previous: Tensor = self.model.scheduler.step(epsilon, t, z).prev_sample
-        return previous
+
+        def draw() -> Tensor:
+            own = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
+            return torch.from_numpy(np.stack(own)).to(z)
+
+        history = _gather(state.history_of, batch) if state.history_of else None
+        z, history = self.scheduler.step(epsilon, z, state.step, history, draw)
+        if history is not None:
+            for place, pair in enumerate(batch):
+                state.history_of[pair] = history[place]
+        return z
 
     def _descend(
         self, state: SampleState, batch: Batch, z: Tensor, moments: Tensor, done: int, s: int, targets: list[Target]

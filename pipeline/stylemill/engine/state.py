@@ -36,6 +36,7 @@ class PairInputs:
     slot: bool = True  # False: its sizes are unknown, and no batch has a place for it
     masks: tuple[int, ...] = ()  # none; or the content's, then one for each style
     controls: tuple[int, ...] = ()  # one for each ControlNet of the model
+    identity: str = ""  # what the noise of its steps is keyed by
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class SampleState:
     unreadable: dict[int, str]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
+    history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, of schedulers that look back
     losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content, or NaN
 
     def note_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
@@ -133,9 +135,11 @@ class SampleState:
         """Arrays and JSON-able facts of this very step."""
         arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
+        arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
         arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
         unreadable = {str(pair): why for pair, why in self.unreadable.items()}
-        return arrays, {"step": self.step, "moments": len(self.moments_of), "unreadable": unreadable}
+        counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
+        return arrays, {"step": self.step, **counts, "unreadable": unreadable}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
@@ -161,6 +165,7 @@ class SampleState:
             unreadable={int(pair): why for pair, why in facts["unreadable"].items()},
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
+            history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
             losses=torch.from_numpy(arrays["losses"]),
         )
 
@@ -175,6 +180,7 @@ class SampleState:
         )
         self.latents_of = [z.to(device) for z in self.latents_of]
         self.moments_of = [moments.to(device) for moments in self.moments_of]
+        self.history_of = [history.to(device) for history in self.history_of]
         self.lost_at, self.losses = self.lost_at.to(device), self.losses.to(device)
         return self
 
