@@ -1,4 +1,4 @@
-"""Write docs/uses.md and docs/uses/*.jpg: each job file's settings, UNet passes an image, and what the demo model makes.
+"""Write docs/uses.md and docs/uses/*.jpg: each job file's settings, UNet passes and a picture of what it makes.
 
     python docs/make_uses.py            # all job files, a few minutes on 2 cores
     python docs/make_uses.py texture    # one of them, and the page
@@ -27,7 +27,7 @@ JOBS = sorted((DOCS.parent / "jobs").glob("*.yaml"))
 SHOWN = (3, 4)  # contents down, styles across
 HEAD = """# Uses
 
-One job file each, as they stand in `jobs/`. Passes are rows of UNet batches an image, with features shared in the shards
+One job file each, as they stand in `jobs/`. Passes are rows of UNet batches an image, features shared in the shards
 of the job; without sharing in brackets. Written by `python docs/make_uses.py` from runs of the demo models, which are
 **untrained**: the pictures show that a use runs and what it acts on, not what a trained model makes of it.
 """
