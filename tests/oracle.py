@@ -34,6 +34,7 @@ class Model:
     text_encoder: Any
     scheduler_config: dict[str, Any]
     sdxl: Any = None  # diffusers' pipeline over these parts; only its words for prompts and sizes are used
+    controlnets: tuple[tuple[Any, float, float, float], ...] = ()  # each with its scale, and when it starts and ends
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float64) -> Model:
@@ -298,14 +299,31 @@ class NaivePair:
     def next_timestep(self, step: int) -> int:
         return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
 
+    def predicted(self, z: Tensor, timestep: int, prompt: str) -> Tensor:
+        """ε with what the ControlNets that act now add to the skips and the middle of the UNet."""
+        told, added = self.model.told(prompt, z), {}
+        share = self.timesteps.index(timestep) / len(self.timesteps), 1 / len(self.timesteps)
+        for place, (net, scale, start, end) in enumerate(self.model.controlnets):
+            if share[0] < start or share[0] + share[1] > end + 1e-9:
+                continue
+            picture = self.tensor(self.pair.controls[place].pixels).permute(0, 3, 1, 2) / 255
+            heard = net(z, timestep, controlnet_cond=picture, **told)
+            tensors = [scale * tensor for tensor in (*heard.down_block_res_samples, heard.mid_block_res_sample)]
+            added = {i: added.get(i, 0) + tensor for i, tensor in enumerate(tensors)}
+        if not added:
+            return self.model.unet(z, timestep, **told).sample  # type: ignore[no-any-return]
+        *down, middle = added.values()
+        return self.model.unet(  # type: ignore[no-any-return]
+            z, timestep, down_block_additional_residuals=down, mid_block_additional_residual=middle, **told
+        ).sample
+
     @torch.no_grad()
     def denoise(self, z: Tensor, timestep: int) -> Tensor:
         """One DDIM step, with classifier-free guidance when its scale is above 1."""
         scale = self.settings.guidance_scale
-        unet, told = self.model.unet, self.model.told
-        epsilon = unet(z, timestep, **told(self.pair.prompt, z)).sample
+        epsilon = self.predicted(z, timestep, self.pair.prompt)
         if scale > 1:
-            negative = unet(z, timestep, **told(self.pair.negative_prompt, z)).sample
+            negative = self.predicted(z, timestep, self.pair.negative_prompt)
             epsilon = negative + scale * (epsilon - negative)
         return self.scheduler.step(epsilon, timestep, z, eta=0.0).prev_sample  # type: ignore[no-any-return]
 
