@@ -282,7 +282,7 @@ def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
     kind, location = problem["type"], [str(part) for part in problem["loc"] if not isinstance(part, int)]
     keys, allowed = _known_part(location)
     if kind in ("extra_forbidden", "invalid_key"):
-        unknown = location[len(keys)]
+        unknown = str(problem["loc"][-1])
         near = difflib.get_close_matches(unknown, allowed, n=1) or _elsewhere(unknown)
         meant = f"did you mean '{near[0]}'? " if near else ""
         return ".".join([*keys, unknown]), (
