@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import stylemill
+from stylemill.engine.demo_controlnet import write_demo_controlnet
 from stylemill.engine.demo_model import write_demo_model
 from stylemill.job import Job
 
@@ -23,6 +24,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name)
     write_demo_model(folder / "runs/models/demo")
     write_demo_model(folder / "runs/models/demo-sdxl", kind="sdxl")
+    write_demo_controlnet(folder / "runs/models/demo-controlnet")
     return folder
 
 
