@@ -219,6 +219,7 @@ def test_a_hub_id_is_pinned_by_its_commit_and_downloaded_only_when_fetched(hub):
     assert (resolved.folder, resolved.commit, resolved.digests) == (None, COMMIT, {})
     assert resolved.identity() == {"model.name": "org/model", "model.commit": COMMIT}
     assert resolved.label == f"org/model@{COMMIT}"
+    assert resolved.pins == {"revision": COMMIT}
     assert hub.downloads == []
     folder = fetch_model("org/model", COMMIT)
     assert folder.name == COMMIT

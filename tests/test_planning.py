@@ -327,6 +327,7 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     made = plan(_with(job, model={"name": "org/model"}))
     assert made.fingerprint["model.commit"] == "f" * 40
+    assert made.job.model.revision == "f" * 40  # what workers load, even if the hub moves on
     assert "org/model@ffff" in made.describe()
     assert "once the model is on this machine" in made.describe()
 

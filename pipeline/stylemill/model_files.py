@@ -288,16 +288,19 @@ def _hub_commit(name: str, revision: str | None, kind: Kind) -> str:
     import huggingface_hub
 
     try:
-        commit = huggingface_hub.HfApi().model_info(name, revision=revision).sha
+        info = huggingface_hub.HfApi().model_info(name, revision=revision)
     except Exception as error:  # whatever the hub's HTTP client raises
         if not _is_final(error):
             cached = _cached(name, revision, kind)
             if cached is not None:
                 return cached.name  # snapshots lie in folders named by their commit
         _refuse(name, revision, error, kind)
-    if not commit:
+    files = [file.rfilename for file in getattr(info, "siblings", None) or []]
+    if kind is MODEL and (reason := other_kind(files)):  # known before gigabytes are downloaded
+        raise ModelError(f"{kind.name} {name!r}: {reason}")
+    if not info.sha:
         raise ModelError(f"{kind.name} {name!r}: the hub names no commit for it; give one as model.revision")
-    return commit
+    return str(info.sha)
 
 
 def _is_final(error: Exception) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from stylemill.job import Job
 from stylemill.layer_names import choose
 from stylemill.manifest import Row
 from stylemill.model_files import model_paths
-from stylemill.model_fit import read_config, refuse_misfits
+from stylemill.model_fit import is_sdxl, read_config, refuse_misfits
 from stylemill.safetensors_file import count_parameters
 from stylemill.settings import cpu_micro_batch
 
@@ -22,6 +21,7 @@ PIXELS_PER_LATENT = 8  # of a model that is not on this machine yet; so it is fo
 # Scalars that a gradient through the UNet keeps for each latent position and channel of the first block. Measured:
 # 790 for Stable Diffusion 1.5 at 512², 960 for the demo model.
 _ACTIVATIONS = 900
+_ACTIVATIONS_OF_SDXL = 1250  # never measured: counted, autograd keeps 1.37 times as much as in Stable Diffusion 1.5
 
 
 class AttentionLayer(NamedTuple):
@@ -44,7 +44,8 @@ class ModelShape:
     levels: int
     latent_channels: int
     pixels_per_latent: int
-    parameters: int  # of UNet, VAE and text encoder together
+    parameters: int  # of UNet, VAE and text encoders together
+    activations: int = _ACTIVATIONS
 
     @property
     def grid(self) -> int:
@@ -80,29 +81,33 @@ def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:
             latent_channels=int(unet["in_channels"]),
             pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1),
             parameters=sum(map(count_parameters, weights)),
+            activations=_ACTIVATIONS_OF_SDXL if is_sdxl(unet) else _ACTIVATIONS,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{folder}: unet/ or vae/config.json is not Stable Diffusion's: {error!r}") from error
 
 
 def _self_attention(unet: dict[str, Any]) -> Iterator[AttentionLayer]:
-    def layers(level: int, name: str, attentions: int) -> Iterator[AttentionLayer]:
-        for attention, transformer in product(range(attentions), range(transformers[level])):
-            path = f"{name}.attentions.{attention}.transformer_blocks.{transformer}.attn1"
-            yield AttentionLayer(level, channels[level], path)
+    def layers(level: int, name: str, depths: Any, attentions: int) -> Iterator[AttentionLayer]:
+        for attention, depth in enumerate(_each(depths, attentions)):
+            for transformer in range(depth):
+                path = f"{name}.attentions.{attention}.transformer_blocks.{transformer}.attn1"
+                yield AttentionLayer(level, channels[level], path)
 
     channels = unet["block_out_channels"]
     count, deepest = len(channels), len(channels) - 1
     resnets = _each(unet.get("layers_per_block", 2), count)
     transformers = _each(unet.get("transformer_layers_per_block", 1), count)
+    on_the_way_up = unet.get("reverse_transformer_layers_per_block") or transformers[::-1]  # pruned SDXLs differ there
     for level, block in enumerate(unet["down_block_types"]):
         if "CrossAttn" in block:
-            yield from layers(level, f"down_blocks.{level}", resnets[level])
-    yield from layers(deepest, "mid_block", 1)
+            yield from layers(level, f"down_blocks.{level}", transformers[level], resnets[level])
+    if "CrossAttn" in (unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""):
+        yield from layers(deepest, "mid_block", transformers[deepest], 1)
     for place, block in enumerate(unet["up_block_types"]):
         level = deepest - place
         if "CrossAttn" in block:
-            yield from layers(level, f"up_blocks.{place}", resnets[level] + 1)
+            yield from layers(level, f"up_blocks.{place}", on_the_way_up[place], resnets[level] + 1)
 
 
 def _each(value: Any, count: int) -> list[int]:
@@ -217,13 +222,13 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
             weight = sampling.content_weight if row.content_weight is None else row.content_weight
             # λ = 0: nobody asks for its features
             contents_read = [(row.content.key, content_size)] if row.content and weight > 0 else []
-            needs.append((contents_read, [(key, style_size) for key in style_keys]))
+            needs.append((contents_read, [(key, style_size) for key in style_keys], row.content_mask is not None))
         blocks = _blocks(needs, assumed_micro_batch(job), windows, feature_bytes, budget)
         pairs += len(needs)
         shared += sum(map(len, blocks))
-        unshared += sum(len(own_content) + len(own_styles) for own_content, own_styles in needs)
+        unshared += sum(len(own_content) + len(own_styles) for own_content, own_styles, _ in needs)
         most_pairs = max(most_pairs, len(needs))
-        most_images = max(most_images, len({key for need in needs for keys in need for key in keys}))
+        most_images = max(most_images, len({key for need in needs for keys in need[:2] for key in keys}))
         held = max(held, *(sum(feature_bytes[size] for _, size in block) for block in blocks))
         most_blocks = max(most_blocks, len(blocks))
     return Cost(
@@ -240,7 +245,8 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
 
 Size = tuple[int, int]  # width and height in pixels
 Fitted = tuple[str, Size]  # an image by its key, at the size that it is fitted to
-Need = tuple[list[Fitted], list[Fitted]]  # content and style images whose features a pair is pulled towards
+# Content and style images whose features a pair is pulled towards, and whether it has masks.
+Need = tuple[list[Fitted], list[Fitted], bool]
 
 
 def _blocks(
@@ -250,9 +256,9 @@ def _blocks(
 
     A pair takes as many slots as it has windows.
     """
-    alike: dict[tuple[int, int], list[set[Fitted]]] = {}
-    for content_keys, style_keys in needs:
-        alike.setdefault((len(content_keys), len(style_keys)), []).append({*content_keys, *style_keys})
+    alike: dict[tuple[int, int, bool], list[set[Fitted]]] = {}
+    for content_keys, style_keys, masked in needs:
+        alike.setdefault((len(content_keys), len(style_keys), masked), []).append({*content_keys, *style_keys})
     found: list[set[Fitted]] = []
     images: set[Fitted] = set()
     for group in alike.values():
@@ -284,7 +290,7 @@ def _memory(job: Job, shape: ModelShape, pairs: int, images: int, features: int)
         state=4  # latents are float32
         * shape.latent_channels
         * (pairs * (positions * (1 + moments) + in_windows) + images * max(positions, style_positions)),
-        activations=_ACTIVATIONS * shape.channels * seen * BYTES[dtype],
+        activations=shape.activations * shape.channels * seen * BYTES[dtype],
         micro_batch=assumed_micro_batch(job),
     )
 
