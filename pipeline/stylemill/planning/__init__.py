@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stylemill.job import Job
 from stylemill.manifest import Manifest, open_manifest
 from stylemill.model_files import ModelFiles, resolve_model
-from stylemill.planning.controls import plan_controlnets
+from stylemill.planning.controls import controlnet_parameters, plan_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.single_file import is_single_file, resolve_single_file
@@ -34,6 +34,7 @@ class Plan:
     pairs_per_shard: int
     fingerprint: Fingerprint
     occurrences: dict[int, int]  # rows that repeat an earlier row -> which repetition; tells their ids apart
+    controlnets: tuple[ModelFiles, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -58,8 +59,11 @@ class Plan:
         """Count passes and estimate memory; streams the whole manifest."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
         rows = (self.manifest.images(rows.start, rows.stop) for rows in ranges)
-        model = self.model
-        return count_cost(self.job, rows, read_shape(model.folder, model.checkpoint) if model.folder else None)
+        model, shape = self.model, None
+        if model.folder:
+            shape = read_shape(model.folder, model.checkpoint)
+            shape = replace(shape, parameters=shape.parameters + sum(map(controlnet_parameters, self.controlnets)))
+        return count_cost(self.job, rows, shape)
 
     def describe(self) -> str:
         """What `stylemill plan` prints."""
@@ -72,6 +76,7 @@ class Plan:
             ("job", job.name),
             ("manifest", f"{self.manifest.path}"),
             ("model", self.model.label + ("" if self.model.folder else " (not on this machine yet)")),
+            *(("controlnet", files.label) for files in self.controlnets),
             ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels{_sizes(job)}"),
             ("rows", f"{self.rows:,}"),
             ("unique images", f"{cost.contents:,} contents, {cost.styles:,} styles"),
@@ -119,6 +124,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         pairs_per_shard=asked,
         fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets),
         occurrences=manifest.repeated_rows(),
+        controlnets=tuple(controlnets),
     )
     refuse_strangers(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
     return made

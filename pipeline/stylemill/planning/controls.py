@@ -5,8 +5,9 @@ from __future__ import annotations
 from stylemill.errors import JobError
 from stylemill.job import Job
 from stylemill.manifest import Manifest
-from stylemill.model_files import CONTROLNET, ModelFiles, resolve_model
+from stylemill.model_files import CONTROLNET, ModelFiles, model_paths, resolve_model
 from stylemill.model_fit import read_config, refuse_other_controlnet
+from stylemill.safetensors_file import count_parameters
 
 
 def plan_controlnets(job: Job, model: ModelFiles, manifest: Manifest) -> tuple[Job, list[ModelFiles]]:
@@ -30,3 +31,11 @@ def plan_controlnets(job: Job, model: ModelFiles, manifest: Manifest) -> tuple[J
         for net, found in zip(nets, files, strict=True)
     )
     return job.model_copy(update={"model": job.model.model_copy(update={"controlnet": pinned})}), files
+
+
+def controlnet_parameters(files: ModelFiles) -> int:
+    """Its number of weights; 0 while it is not on this machine."""
+    if files.folder is None:
+        return 0
+    paths = model_paths(files.folder, CONTROLNET)
+    return sum(count_parameters(files.folder / path) for path in paths if path.endswith(".safetensors"))
