@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,19 @@ def test_pairs_with_and_without_masks_in_one_shard(engine: Engine) -> None:
     together = last(engine, MIXED, settings)
     for pair, latents in zip(MIXED, together.latents_of, strict=True):
         assert_equal(latents[None], last(engine, [pair], settings).latents)
+
+
+def test_a_layout_larger_than_a_window_is_cut_with_the_latents(engine: Engine) -> None:
+    large, settings = (128, 128), Sampling(steps=1, content_weight=0.0, window=8, window_stride=4)
+    drawn = Pair((STYLE,), large, seed=1, content_mask=labels([[1], [2]], large), style_masks=(labels([[2, 1]]),))
+    one = replace(drawn, content_mask=labels([[1]], large), style_masks=(labels([[1]]),))
+    two = replace(drawn, content_mask=labels([[2]], large))
+    state = last(engine, [drawn, one, replace(one, content_mask=None, style_masks=())], settings)
+    assert_equal(state.latents_of[1], state.latents_of[2])
+    below, all_two = state.latents_of[0], last(engine, [two], settings).latents_of[0]
+    assert state.failures == {}
+    assert_equal(below[:, 12:], all_two[:, 12:])  # in one step, only windows over both halves know of the upper one
+    assert (below - all_two)[:, :2].abs().max() > 1e-3
 
 
 def test_a_label_that_no_style_bears_fails_its_pair_alone(engine: Engine) -> None:
