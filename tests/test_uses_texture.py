@@ -16,10 +16,12 @@ from torch import Tensor
 import oracle
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.demo_model import write_demo_model
+from stylemill.engine.state import Inputs, PairInputs
 from stylemill.engine.tiling import circular
+from stylemill.engine.windows import Windows
 from stylemill.settings import PRESETS, Sampling
 
-SMALL, WIDE, LARGE = (64, 64), (128, 64), (128, 128)  # pixels; 8 x 8, 16 x 8 and 16 x 16 latents (columns x rows)
+SMALL, WIDE, TALL, LARGE = (64, 64), (128, 64), (64, 128), (128, 128)  # pixels; a latent has 8 of them a side
 
 
 def image(number: int, size: tuple[int, int] = SMALL) -> InputImage:
@@ -90,9 +92,7 @@ def test_a_tile_moved_around_stays_the_same_tile(
 
 
 @pytest.mark.parametrize("tiling", ["x", "y", "both"])
-def test_a_tile_equals_the_oracle_built_with_circular_padding(
-    engine: Engine, model: oracle.Model, tiling: Any
-) -> None:
+def test_a_tile_equals_the_oracle_built_with_circular_padding(engine: Engine, model: oracle.Model, tiling: Any) -> None:
     pair, settings = Pair((STYLES[0],), SMALL, image(3)), Sampling(steps=2, guidance_scale=2.0, tiling=tiling)
     wrapped = oracle.tiled(model, tiling)
     state = last(engine, [pair], settings)
@@ -122,9 +122,14 @@ def test_the_model_is_as_before_even_after_an_error(engine: Engine) -> None:
     sampling = engine.sample([Pair((STYLES[0],), SMALL)], Sampling(steps=2, tiling="both"))
     next(sampling)
     assert (own(unet), own(vae), str(unet), str(vae)) == before  # between two steps the model is the caller's
-    with pytest.raises(RuntimeError, match="on the way"), circular("x", unet, vae):
-        assert own(unet) != before[0]
-        raise RuntimeError("on the way")
+
+    def fails() -> None:
+        with circular("x", unet, vae):
+            assert own(unet) != before[0]
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fails()
     assert (own(unet), own(vae), str(unet), str(vae)) == before
 
 
@@ -170,7 +175,7 @@ EXPANSION = Sampling(steps=2, iterations=2, content_weight=0.0, window=8, window
 PAIRS = [
     Pair((STYLES[0],), WIDE),
     Pair((STYLES[1], STYLES[0]), WIDE, prompt="bricks"),
-    Pair((STYLES[1],), LARGE, seed=4),
+    Pair((STYLES[1],), TALL, seed=4),
     Pair((STYLES[0],), SMALL, image(3)),  # fits the window: λ of its own and a content are no trouble
 ]
 
@@ -182,7 +187,7 @@ def test_each_expanded_texture_of_a_shard_equals_the_oracle(engine: Engine, mode
     assert [pixels.shape for pixels in engine.decode(state) if pixels is not None] == [
         (64, 128, 3),
         (64, 128, 3),
-        (128, 128, 3),
+        (128, 64, 3),
         (64, 64, 3),
     ]
 
@@ -193,15 +198,41 @@ def test_windows_take_guidance_and_adain_each(engine: Engine, model: oracle.Mode
     assert_equal(actual, oracle.naive_expansion(model, PAIRS[1], settings, Noise(0)).latents[-1])
 
 
-@pytest.mark.parametrize(("tiling", "size"), [("x", WIDE), ("both", WIDE)])
+@pytest.mark.parametrize(
+    ("tiling", "size", "convolutions"), [("x", WIDE, "none"), ("both", WIDE, "y"), ("x", LARGE, "none")]
+)
 def test_windows_wrap_around_a_seamless_texture(
-    engine: Engine, model: oracle.Model, tiling: Any, size: tuple[int, int]
+    engine: Engine, model: oracle.Model, tiling: Any, size: tuple[int, int], convolutions: str
 ) -> None:
     """Along an axis that is cut the windows wrap; along one that a window fills, the convolutions do."""
-    pair, settings = Pair((STYLES[0],), size), EXPANSION.model_copy(update={"tiling": tiling, "iterations": 1})
-    unet = oracle.tiled(model, "y") if tiling == "both" else model
+    changes = {"tiling": tiling, "iterations": 1, "steps": 1, "window_stride": 6}
+    pair, settings = Pair((STYLES[0],), size), EXPANSION.model_copy(update=changes)
+    unet = model if convolutions == "none" else oracle.tiled(model, convolutions)
     actual = last(engine, [pair], settings).latents
     assert_equal(actual, oracle.naive_expansion(unet, pair, settings, Noise(0)).latents[-1])
+
+
+def test_masks_and_control_images_are_cut_with_their_latents() -> None:
+    mask = torch.arange(16 * 8, dtype=torch.int32).view(16, 8)
+    control = torch.arange(3 * 32 * 16, dtype=torch.uint8).view(3, 32, 16)  # two pixels a latent
+    pair = PairInputs(None, (0,), 0, 0, 0.0, (4, 16, 8), masks=(0, 1), controls=(0,))
+    style_mask = torch.zeros(8, 8, dtype=torch.int32)
+    inputs = Inputs([pair], [torch.zeros(4, 8, 8)], [""], [], masks=[mask, style_mask], controls=[control])
+    cut = Windows(inputs, Sampling(window=8, window_stride=6, tiling="y")).inputs
+    tops = [0, 6, 12]
+    assert len(cut.pairs) == len(tops)
+    for made, top in zip(cut.pairs, tops, strict=True):
+        assert made.shape == (4, 8, 8)
+        assert torch.equal(cut.masks[made.masks[0]], mask.roll(-top, 0)[:8])
+        assert cut.masks[made.masks[1]] is style_mask
+        assert torch.equal(cut.controls[made.controls[0]], control.roll(-2 * top, 1)[:, :16])
+
+
+def test_tiling_outputs_on_both_sides_of_the_window_is_refused() -> None:
+    pairs = [PairInputs(None, (0,), 0, 0, 0.0, (4, 8, width)) for width in (8, 16)]
+    inputs = Inputs(pairs, [torch.zeros(4, 8, 8)], [""], [])
+    with pytest.raises(ValueError, match="tiling x and window 8"):
+        Windows(inputs, Sampling(window=8, tiling="x"))
 
 
 def test_one_window_is_the_same_path_to_the_bit(engine: Engine) -> None:
