@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
-from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Sampling
+from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Lora, Sampling
 from stylemill.single_file import CHECKPOINT_SUFFIXES
 from stylemill.strict_yaml import load_yaml
 
@@ -33,6 +33,7 @@ class Model(Frozen):
         tuple[int | str, ...] | None,
         Field(description="numbers of self-attention layers from 0 to 999, a range such as 10-15, or names of modules"),
     ] = None
+    loras: tuple[Lora, ...] = ()  # added to the weights, in this order
     controlnet: tuple[ControlNet, ...] = ()  # seen while denoising, in the order of the rows' control images
 
     @field_validator("layers", mode="before")
@@ -43,11 +44,11 @@ class Model(Frozen):
             return value
         return tuple(layer for one in given for layer in _range(one))
 
-    @field_validator("controlnet", mode="before")
+    @field_validator("controlnet", "loras", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         given = value if isinstance(value, list | tuple) else [value]
-        return tuple({"name": net} if isinstance(net, str) else net for net in given)
+        return tuple({"name": one} if isinstance(one, str) else one for one in given)
 
     @model_validator(mode="after")
     def _pins_fit_the_name(self) -> Model:
@@ -243,9 +244,10 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
         values["model"] = _model_path(model, base)
     if "model.config" in values:
         values["model.config"] = _model_path(values["model.config"], base)
-    for owner, key in ((values, "model.controlnet"), (values.get("model"), "controlnet")):
-        if isinstance(owner, dict) and key in owner:
-            owner[key] = _controlnet_path(owner[key], base)
+    for name in ("controlnet", "loras"):
+        for owner, key in ((values, f"model.{name}"), (values.get("model"), name)):
+            if isinstance(owner, dict) and key in owner:
+                owner[key] = _named_paths(owner[key], base)
 
 
 def _model_path(name: Any, base: Path) -> Any:
@@ -255,9 +257,9 @@ def _model_path(name: Any, base: Path) -> Any:
     return name
 
 
-def _controlnet_path(value: Any, base: Path) -> Any:
+def _named_paths(value: Any, base: Path) -> Any:
     if isinstance(value, list):
-        return [_controlnet_path(one, base) for one in value]
+        return [_named_paths(one, base) for one in value]
     if isinstance(value, dict) and "name" in value:
         return {**value, "name": _model_path(value["name"], base)}
     return _model_path(value, base)

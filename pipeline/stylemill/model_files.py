@@ -203,7 +203,7 @@ def _check_folder(folder: Path, name: str | None, kind: Kind) -> None:
         missing = _missing(folder, kind)
         if missing:
             raise ModelError(f"{kind.name} {name or str(folder)!r}: {_advice(folder, missing)}")
-        if kind is not CONTROLNET:
+        if kind in (MODEL, CONFIGURATION):
             refuse_misfits(folder)
         for path in model_paths(folder, kind):
             if path.endswith(".safetensors"):

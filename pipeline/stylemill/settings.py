@@ -53,6 +53,15 @@ class ControlNet(Frozen):
         return step / steps >= self.start and (step + 1) / steps <= self.end
 
 
+class Lora(Frozen):
+    """A LoRA that is added to the model's weights: a .safetensors file, or a folder or hub id with such a file."""
+
+    name: Annotated[str, Field(min_length=1)]
+    file: str | None = None  # of the folder or hub id; None: pytorch_lora_weights.safetensors, or the only one
+    revision: str | None = None
+    scale: float = 1.0
+
+
 class Sampling(Frozen):
     """How every pair of a job is sampled. Names follow diffusers; λ of the paper is `content_weight`.
 
@@ -198,10 +207,12 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "text-to-image":        ("guided",        50,  3, 0.015, 0.0,   7.5, True),
     "text-to-image-sdxl":   ("guided",        50,  2, 0.015, 0.0,   7.0, True),
     "kv-injection":         ("kv_injection",  50,  1, 0.05,  0.25,  1.0, False),
+    "few-steps":            ("optimization",  28,  3, 0.25,  0.33,  1.0, False),  # and scheduler lcm, see below
 }
 # fmt: on
 PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)) for name, row in _ROWS.items()}
 PRESETS["texture-expansion"] |= {"window": 64, "window_stride": 8}
+PRESETS["few-steps"] |= {"scheduler": "lcm"}  # with LCM-LoRA; with Hyper-SD: tcd, rate 0.15, λ 0.38
 DEFAULT_PRESET = "guided-transfer"
 
 

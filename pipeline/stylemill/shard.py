@@ -34,6 +34,7 @@ def load_engine(run: Run, micro_batch: int | None) -> Engine:
         config=model.config,
         dtype=model.dtype,
         layers=model.layers,
+        loras=model.loras,
         controlnets=model.controlnet,
         threads=cluster.threads,
         micro_batch=micro_batch or cluster.micro_batch,

@@ -12,7 +12,7 @@ from stylemill.engine.features import Layer
 from stylemill.engine.inputs import InputImage, Pair
 from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid
 from stylemill.engine.model import DiffusionModel
-from stylemill.engine.noise import Noise
+from stylemill.engine.noise import Noise, identity
 from stylemill.engine.schedulers import Scheduler
 from stylemill.engine.state import Inputs, PairInputs, SampleState
 from stylemill.engine.windows import windows_problem
@@ -65,7 +65,7 @@ def begin(
                 slot=pair.sized,
                 masks=tuple(mask_places[key] for key, _ in own_masks),
                 controls=tuple(control_places[image.name, pair.size] for image in own_controls),
-                identity=noise.identity(pair),
+                identity=identity(pair),
             )
             for pair, own_masks, own_controls in zip(pairs, masks_of, controls_of, strict=True)
         ],

@@ -22,14 +22,16 @@ from stylemill.engine.features import choose_layers
 from stylemill.engine.guidance import Guide
 from stylemill.engine.inputs import InputImage, Pair, Pixels
 from stylemill.engine.layout import blocks, micro_batches
+from stylemill.engine.lora import fuse_lora
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
 from stylemill.engine.tiling import circular
 from stylemill.engine.windows import Windows
+from stylemill.lora_files import fetch_lora
 from stylemill.model_files import CONTROLNET, fetch_model
-from stylemill.settings import ControlNet, DType, Sampling, cpu_micro_batch
+from stylemill.settings import ControlNet, DType, Lora, Sampling, cpu_micro_batch
 from stylemill.single_file import fetch_config, is_single_file
 
 LARGEST_MICRO_BATCH = 64
@@ -73,6 +75,7 @@ class Engine:
         dtype: DType = "auto",
         device: str = "auto",
         layers: Sequence[int | str] | None = None,
+        loras: Sequence[Lora] = (),
         controlnets: Sequence[ControlNet] = (),
         threads: int = 1,
         micro_batch: int | str = "auto",
@@ -81,8 +84,8 @@ class Engine:
         """Load a diffusers folder, hub id or single-file checkpoint with its `config`, safetensors only.
 
         `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles
-        it. `controlnets` are seen while denoising, in the order of `Pair.controls`. Raises
-        ModelError when the model or a ControlNet is absent, pickled or of another architecture.
+        it. `loras` are added to the weights; `controlnets` are seen while denoising, in the order of
+        `Pair.controls`. Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture.
         """
         # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -94,6 +97,8 @@ class Engine:
             loaded = DiffusionModel.load(fetch_config(str(model), config), dtype, device, Path(model).expanduser())
         else:
             loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+        for lora in loras:
+            fuse_lora(loaded, fetch_lora(lora), lora)
         folders = [fetch_model(net.name, net.revision, CONTROLNET) for net in controlnets]
         nets = [load_control(folder, net, loaded.unet) for folder, net in zip(folders, controlnets, strict=True)]
         loaded = replace(loaded, controls=tuple(nets))

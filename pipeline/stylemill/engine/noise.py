@@ -29,26 +29,32 @@ class Noise:
         It depends on the pair's own seed when there is one, else on the job's seed and on what the pair shows; never
         on ids, settings or position, so that a sweep over settings compares like with like.
         """
-        return _normal(shape, *self._identity(pair))
-
-    def identity(self, pair: Pair) -> str:
-        """What the draws of a pair's steps are keyed by; pairs of equal initial latents have it in common."""
-        return sha256(repr(self._identity(pair)).encode()).hexdigest()
+        if pair.seed is not None:
+            return _normal(shape, "initial latents of a seed", pair.seed)
+        content = pair.content.digest if pair.content else None
+        return _normal(
+            shape,
+            "initial latents of a pair",
+            self.seed + pair.image_number,
+            content,
+            [s.digest for s in pair.styles],
+            pair.prompt,
+        )
 
     def step_noise(self, identity: str, step: int, shape: tuple[int, ...]) -> Array:
         """Noise of `shape` (C, h, w) that a scheduler adds to a pair in a step."""
-        return _normal(shape, "step of a pair", identity, step)
+        return _normal(shape, "pair at a step", self.seed, identity, step)
 
     def image_noise(self, digest: str, step: int, shape: tuple[int, ...]) -> Array:
         """Noise of `shape` (C, h, w) for the image with this digest at a step, whatever the image's role."""
         return _normal(shape, "image at a step", self.seed, digest, step)
 
-    def _identity(self, pair: Pair) -> tuple[Any, ...]:
-        if pair.seed is not None:
-            return "initial latents of a seed", pair.seed
-        content = pair.content.digest if pair.content else None
-        styles = [style.digest for style in pair.styles]
-        return "initial latents of a pair", self.seed + pair.image_number, content, styles, pair.prompt
+
+def identity(pair: Pair) -> str:
+    """What tells the noise of a pair's steps from another's: as with initial latents, its seed or what it shows."""
+    content = pair.content.digest if pair.content else None
+    shown = pair.image_number, content, [style.digest for style in pair.styles], pair.prompt
+    return sha256(repr(shown if pair.seed is None else pair.seed).encode()).hexdigest()
 
 
 def _normal(shape: tuple[int, ...], *key: Any) -> Array:

@@ -14,6 +14,7 @@ from stylemill.model_files import ModelFiles, resolve_model
 from stylemill.planning.controls import controlnet_parameters, plan_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
+from stylemill.planning.loras import plan_loras
 from stylemill.single_file import is_single_file, resolve_single_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_strangers
@@ -112,6 +113,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
     if model.folder:
         check_against_model(job, read_shape(model.folder, model.checkpoint))
     job, controlnets = plan_controlnets(job, model, manifest)
+    job, loras = plan_loras(job)
     asked = job.shards.pairs_per_shard
     if asked == "auto":
         asked = pairs_per_shard or automatic_shard(
@@ -122,7 +124,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         manifest=manifest,
         model=model,
         pairs_per_shard=asked,
-        fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets),
+        fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets, loras),
         occurrences=manifest.repeated_rows(),
         controlnets=tuple(controlnets),
     )

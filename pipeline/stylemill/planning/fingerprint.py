@@ -14,7 +14,12 @@ Fingerprint = dict[str, Value]
 
 
 def fingerprint(
-    job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_shard: int, controlnets: Sequence[ModelFiles] = ()
+    job: Job,
+    model: ModelFiles,
+    manifest_sha256: str,
+    pairs_per_shard: int,
+    controlnets: Sequence[ModelFiles] = (),
+    loras: Sequence[ModelFiles] = (),
 ) -> Fingerprint:
     """What must not change between two starts of a run.
 
@@ -33,6 +38,15 @@ def fingerprint(
             for name, value in {
                 **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
                 **net.model_dump(include={"scale", "start", "end"}),
+            }.items()
+        },
+        **{
+            f"model.loras.{place}.{name}": value
+            for place, (lora, files) in enumerate(zip(job.model.loras, loras, strict=True))
+            for name, value in {
+                **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
+                **({"file": lora.file} if files.commit and lora.file else {}),
+                "scale": lora.scale,
             }.items()
         },
         **{f"sampling.{name}": value for name, value in job.sampling.model_dump(mode="json").items()},
