@@ -30,5 +30,5 @@ def random_sd15(device: str, dtype: torch.dtype, seed: int = 0) -> DiffusionMode
             latent_channels=4,
         )
         text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
-    parts = [part.to(dtype).eval().requires_grad_(False) for part in (unet, vae, text_encoder)]
-    return DiffusionModel(*parts, tokenizer, scheduler, torch.device(device))
+    unet, vae, text_encoder = (p.to(dtype).eval().requires_grad_(False) for p in (unet, vae, text_encoder))
+    return DiffusionModel(unet, vae, (text_encoder,), (tokenizer,), scheduler, torch.device(device))

@@ -7,43 +7,57 @@ every pair and step. It shares no code with the engine; pair, settings and noise
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 USED_LAYERS = 6  # the last six self-attention layers in running order
 
 
 @dataclass(frozen=True)
 class Model:
-    """The frozen parts of a Stable-Diffusion-1.x-shaped model folder, all in one precision."""
+    """The frozen parts of a Stable-Diffusion-1.x- or SDXL-shaped model folder, all in one precision."""
 
     unet: Any
     vae: Any
     tokenizer: Any
     text_encoder: Any
     scheduler_config: dict[str, Any]
+    sdxl: Any = None  # diffusers' pipeline over these parts; only its words for prompts and sizes are used
+    controlnets: tuple[tuple[Any, float, float, float], ...] = ()  # each with its scale, and when it starts and ends
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float64) -> Model:
         def frozen(kind: Any, part: str) -> Any:
             return kind.from_pretrained(folder, subfolder=part, torch_dtype=dtype).eval().requires_grad_(False)
 
-        return cls(
-            unet=frozen(UNet2DConditionModel, "unet"),
-            vae=frozen(AutoencoderKL, "vae"),
-            tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-            text_encoder=frozen(CLIPTextModel, "text_encoder"),
-            scheduler_config=dict(DDIMScheduler.load_config(folder, subfolder="scheduler")),
-        )
+        parts = {
+            "unet": frozen(UNet2DConditionModel, "unet"),
+            "vae": frozen(AutoencoderKL, "vae"),
+            "tokenizer": CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
+            "text_encoder": frozen(CLIPTextModel, "text_encoder"),
+        }
+        sdxl = None
+        if (Path(folder) / "text_encoder_2").is_dir():
+            sdxl = StableDiffusionXLPipeline(
+                **parts,
+                tokenizer_2=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
+                text_encoder_2=frozen(CLIPTextModelWithProjection, "text_encoder_2"),
+                scheduler=DDIMScheduler(),
+                add_watermarker=False,
+            )
+        config = dict(DDIMScheduler.load_config(folder, subfolder="scheduler"))
+        return cls(**parts, scheduler_config=config, sdxl=sdxl)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,6 +73,17 @@ class Model:
         length = self.tokenizer.model_max_length
         ids = self.tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(ids.input_ids)[0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def told(self, prompt: str, latent: Tensor) -> dict[str, Any]:
+        """What the UNet hears of a prompt, and for SDXL of the picture's size, uncropped."""
+        if self.sdxl is None:
+            return {"encoder_hidden_states": self.encode_prompt(prompt)}
+        hidden, _, pooled, _ = self.sdxl.encode_prompt(prompt, do_classifier_free_guidance=False)
+        size = tuple(side * self.sdxl.vae_scale_factor for side in latent.shape[2:])
+        width = self.sdxl.text_encoder_2.config.projection_dim
+        ids = self.sdxl._get_add_time_ids(size, (0, 0), size, self.dtype, text_encoder_projection_dim=width)
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
 
     @torch.no_grad()
     def encode_image(self, pixels: np.ndarray[Any, Any]) -> Tensor:  # (H, W, 3) uint8 -> (1, C, h, w)
@@ -82,14 +107,41 @@ class Layer(NamedTuple):
 
 @dataclass
 class Trace:
-    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w)."""
+    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w).
+
+    `losses` are L_AD and L_content (None without content) of each Adam step.
+    """
 
     latents: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
+    losses: list[tuple[float, float | None]] = field(default_factory=list)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1) @ v
+def attend(q: Tensor, k: Tensor, v: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    """`forbidden` (tokens, tokens of k): True where the one may not see the other."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, -math.inf)
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def forbidden(pair: Any, tokens: int) -> Tensor | None:
+    """Controllable synthesis: at a layer of so many tokens, a target sees style tokens of its own label alone.
+
+    Label images are brought to the layer's grid by F.interpolate's nearest neighbour. −1, no label, sees everything.
+    """
+    if pair.content_mask is None:
+        return None
+    width, height = pair.size
+    shrink = round(math.sqrt(width * height / tokens))  # pixels a token is wide and high
+
+    def labels(mask: Any) -> list[int]:
+        picture = torch.from_numpy(np.array(mask.labels)).double()[None, None]
+        grid = (picture.shape[2] // shrink, picture.shape[3] // shrink)
+        return torch.nn.functional.interpolate(picture, grid, mode="nearest").flatten().int().tolist()
+
+    style = [label for mask in pair.style_masks for label in labels(mask)]
+    return torch.tensor([[own not in (-1, other) for other in style] for own in labels(pair.content_mask)])
 
 
 def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS) -> list[Layer]:
@@ -121,26 +173,65 @@ def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS
         handle for name, module in model.unet.named_modules() if name.endswith(".attn1") for handle in hook(module)
     ]
     try:
-        model.unet(latent, timestep, encoder_hidden_states=model.encode_prompt(""))
+        model.unet(latent, timestep, **model.told("", latent))
     finally:
         for handle in hooks:
             handle.remove()
     return [Layer(**kept) for kept in running][-count:]
 
 
-def total_loss(
-    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, content_weight: float
-) -> Tensor:
-    """L_AD + λ · L_content, summed over layers (eqs. 3-5)."""
-    loss = torch.zeros((), dtype=target[0].q.dtype)
+@contextmanager
+def injected(
+    model: Model, styles: Sequence[list[Layer]], content: list[Layer] | None, query_scale: float, pair: Any
+) -> Iterator[None]:
+    """KV injection: the used layers attend to K, V of the styles, with the Q of the content where there is one."""
+    ran: list[Any] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: ran.append(module))
+        for name, module in model.unet.named_modules()
+        if name.endswith(".attn1")
+    ]
+    blank = torch.zeros(1, 4, 8, 8, dtype=model.dtype)
+    model.unet(blank, 0, **model.told("", blank))
+    for handle in hooks:
+        handle.remove()
+    used = ran[-USED_LAYERS:]
+
+    def patched(attn: Any, i: int) -> Any:
+        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (1, tokens, channels)
+            q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            q = q if content is None else content[i].q
+            style_k = torch.cat([style[i].k for style in styles], dim=2)
+            style_v = torch.cat([style[i].v for style in styles], dim=2)
+            out = attend(q * query_scale, style_k, style_v, forbidden(pair, q.shape[2]))
+            return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+        return forward
+
+    for i, attn in enumerate(used):
+        attn.forward = patched(attn, i)
+    try:
+        yield
+    finally:
+        for attn in used:
+            del attn.forward  # the class's own again
+
+
+def losses(
+    target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, settings: Any, pair: Any
+) -> tuple[Tensor, Tensor | None]:
+    """L_AD and L_content, summed over layers (eqs. 3-5), each layer with its weight, Q scaled in the ideal only."""
+    weights = settings.layer_weights or [1.0] * len(target)
+    ad = torch.zeros((), dtype=target[0].q.dtype)
+    preserved = None if content is None else torch.zeros_like(ad)
     for i, (q, k, v, _) in enumerate(target):
         style_k = torch.cat([style[i].k for style in styles], dim=2)
         style_v = torch.cat([style[i].v for style in styles], dim=2)
-        ideal = attend(q, style_k, style_v).detach()
-        loss = loss + (attend(q, k, v) - ideal).abs().mean()
-        if content is not None:
-            loss = loss + content_weight * (q - content[i].q).abs().mean()
-    return loss
+        ideal = attend(q * settings.query_scale, style_k, style_v, forbidden(pair, q.shape[2])).detach()
+        ad = ad + weights[i] * (attend(q, k, v) - ideal).abs().mean()
+        if content is not None and preserved is not None:
+            preserved = preserved + weights[i] * (q - content[i].q).abs().mean()
+    return ad, preserved
 
 
 class NaivePair:
@@ -158,48 +249,103 @@ class NaivePair:
     def tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.model.dtype)[None]
 
-    def initial_latents(self) -> Tensor:
+    def drawn(self) -> Tensor:
         width, height = self.pair.size
         factor = 2 ** (len(self.model.vae.config.block_out_channels) - 1)
         shape = (self.model.unet.config.in_channels, height // factor, width // factor)
-        return self.tensor(self.noise.initial_latents(self.pair, shape)) * self.scheduler.init_noise_sigma
+        return self.tensor(self.noise.initial_latents(self.pair, shape))
 
-    def noised(self, clean: Tensor, image: Any, step: int) -> Tensor:
-        """The image's latent at the timestep that `step` arrives at, with the image's own noise."""
+    def initial_latents(self) -> Tensor:
+        return self.drawn() * self.scheduler.init_noise_sigma  # type: ignore[no-any-return]
+
+    def noised_start(self) -> Tensor:
+        """The content's latent under the pair's own noise, at the first timestep that is not skipped."""
+        if self.content is None:
+            raise ValueError("no content to start from")
+        timestep = torch.tensor([self.timesteps[self.first_step]])
+        return self.scheduler.add_noise(self.content, self.drawn(), timestep)  # type: ignore[no-any-return]
+
+    @property
+    def first_step(self) -> int:
+        """A strength s leaves the last s · steps steps, and at least one."""
+        steps = self.settings.steps
+        return steps - max(1, round(self.settings.strength * steps))  # type: ignore[no-any-return]
+
+    def noised(self, clean: Tensor, image: Any, step: int, timestep: int | None = None) -> Tensor:
+        """The image's latent at `timestep`, or that which `step` arrives at, with the image's own noise."""
+        timestep = self.next_timestep(step) if timestep is None else timestep
         noise = self.tensor(self.noise.image_noise(image.digest, step, tuple(clean.shape[1:])))
-        return self.scheduler.add_noise(clean, noise, torch.tensor([self.next_timestep(step)]))  # type: ignore[no-any-return]
+        return self.scheduler.add_noise(clean, noise, torch.tensor([timestep]))  # type: ignore[no-any-return]
 
-    def noised_styles(self, step: int) -> list[Tensor]:
-        return [self.noised(clean, image, step) for clean, image in zip(self.styles, self.pair.styles, strict=True)]
+    def noised_styles(self, step: int, timestep: int | None = None) -> list[Tensor]:
+        return [
+            self.noised(clean, image, step, timestep)
+            for clean, image in zip(self.styles, self.pair.styles, strict=True)
+        ]
+
+    def noised_content(self, step: int, timestep: int | None = None) -> Tensor | None:
+        return None if self.content is None else self.noised(self.content, self.pair.content, step, timestep)
+
+    def weight_at(self, step: int) -> float:
+        """λ at a step: its factor moves evenly from the schedule's first number to its second."""
+        first, last = self.settings.content_schedule
+        way = step / (self.settings.steps - 1) if self.settings.steps > 1 else 0.0
+        return self.content_weight * (first * (1 - way) + last * way)  # type: ignore[no-any-return]
+
+    def is_guided(self, step: int) -> bool:
+        end = self.settings.end_step
+        return step >= self.settings.start_step and (end is None or step < end)
 
     def next_timestep(self, step: int) -> int:
         return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
+
+    def predicted(self, z: Tensor, timestep: int, prompt: str) -> Tensor:
+        """ε with what the ControlNets that act now add to the skips and the middle of the UNet."""
+        told, added = self.model.told(prompt, z), {}
+        share = self.timesteps.index(timestep) / len(self.timesteps), 1 / len(self.timesteps)
+        for place, (net, scale, start, end) in enumerate(self.model.controlnets):
+            if share[0] < start or share[0] + share[1] > end + 1e-9:
+                continue
+            picture = self.tensor(self.pair.controls[place].pixels).permute(0, 3, 1, 2) / 255
+            heard = net(z, timestep, controlnet_cond=picture, **told)
+            tensors = [scale * tensor for tensor in (*heard.down_block_res_samples, heard.mid_block_res_sample)]
+            added = {i: added.get(i, 0) + tensor for i, tensor in enumerate(tensors)}
+        if not added:
+            return self.model.unet(z, timestep, **told).sample  # type: ignore[no-any-return]
+        *down, middle = added.values()
+        return self.model.unet(  # type: ignore[no-any-return]
+            z, timestep, down_block_additional_residuals=down, mid_block_additional_residual=middle, **told
+        ).sample
 
     @torch.no_grad()
     def denoise(self, z: Tensor, timestep: int) -> Tensor:
         """One DDIM step, with classifier-free guidance when its scale is above 1."""
         scale = self.settings.guidance_scale
-        unet, encode = self.model.unet, self.model.encode_prompt
-        epsilon = unet(z, timestep, encoder_hidden_states=encode(self.pair.prompt)).sample
+        epsilon = self.predicted(z, timestep, self.pair.prompt)
         if scale > 1:
-            negative = unet(z, timestep, encoder_hidden_states=encode(self.pair.negative_prompt)).sample
+            negative = self.predicted(z, timestep, self.pair.negative_prompt)
             epsilon = negative + scale * (epsilon - negative)
         return self.scheduler.step(epsilon, timestep, z, eta=0.0).prev_sample  # type: ignore[no-any-return]
 
-    def gradient(self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None) -> Tensor:
+    def gradient(
+        self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None, step: int, trace: Trace
+    ) -> Tensor:
         """∂L_total/∂z at `timestep`, features of style and content latents computed anew."""
         with torch.no_grad():
             style_layers = [layers(self.model, style, timestep) for style in styles]
             content_layers = None if content is None else layers(self.model, content, timestep)
         z = z.detach().clone().requires_grad_(True)
-        loss = total_loss(layers(self.model, z, timestep), style_layers, content_layers, self.content_weight)
+        ad, preserved = losses(layers(self.model, z, timestep), style_layers, content_layers, self.settings, self.pair)
+        loss = ad if preserved is None else ad + self.weight_at(step) * preserved
         (gradient,) = torch.autograd.grad(loss, z)
+        trace.gradients.append(gradient.clone())
+        trace.losses.append((ad.item(), None if preserved is None else preserved.item()))
         return gradient
 
-    def guided_gradient(self, z: Tensor, step: int) -> Tensor:
+    def guided_gradient(self, z: Tensor, step: int, trace: Trace) -> Tensor:
         """The gradient of guided sampling: everything noised to the timestep that `step` arrives at."""
-        content = None if self.content is None else self.noised(self.content, self.pair.content, step)
-        return self.gradient(z, self.next_timestep(step), self.noised_styles(step), content)
+        styles, content = self.noised_styles(step), self.noised_content(step)
+        return self.gradient(z, self.next_timestep(step), styles, content, step, trace)
 
 
 def adain(z: Tensor, styles: Sequence[Tensor]) -> Tensor:
@@ -214,19 +360,24 @@ def adam(z: Tensor, learning_rate: float) -> torch.optim.Adam:
 
 
 def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    """Guided sampling of one pair: a DDIM step, AdaIN, then a fresh Adam at the timestep arrived at."""
+    """Guided sampling of one pair: a DDIM step, AdaIN, then a fresh Adam at the timestep arrived at.
+
+    With method `gradient` the latent takes plain steps down the gradient instead.
+    """
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
-    z = naive.initial_latents()
-    for step, timestep in enumerate(naive.timesteps):
-        z = naive.denoise(z, timestep)
-        if step >= settings.start_step:
+    z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
+    for step in range(naive.first_step if settings.init == "content" else 0, settings.steps):
+        z = naive.denoise(z, naive.timesteps[step])
+        if naive.is_guided(step):
             if settings.adain:
                 z = adain(z, naive.noised_styles(step))
             optimizer = adam(z, settings.learning_rate)
             for _ in range(settings.iterations):
-                z.grad = naive.guided_gradient(z, step)
-                trace.gradients.append(z.grad.clone())
-                optimizer.step()
+                if settings.method == "gradient":
+                    z = z - settings.learning_rate * naive.guided_gradient(z, step, trace)
+                else:
+                    z.grad = naive.guided_gradient(z, step, trace)
+                    optimizer.step()
         trace.latents.append(z.detach().clone())
     return trace
 
@@ -234,22 +385,143 @@ def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
 def naive_optimization(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
     """Latent optimization of one pair: one Adam for the whole run, features of clean latents at falling timesteps."""
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
-    z = naive.initial_latents() if naive.content is None else naive.content.clone()
+    from_noise = naive.content is None or settings.init == "noise"
+    z = naive.initial_latents() if from_noise else naive.content.clone()  # type: ignore[union-attr]
     optimizer = adam(z, settings.learning_rate)
-    for timestep in naive.timesteps:
-        for _ in range(settings.iterations):
-            z.grad = naive.gradient(z, timestep, naive.styles, naive.content)
-            trace.gradients.append(z.grad.clone())
+    for step, timestep in enumerate(naive.timesteps):
+        for _ in range(settings.iterations if naive.is_guided(step) else 0):
+            z.grad = naive.gradient(z, timestep, naive.styles, naive.content, step, trace)
             optimizer.step()
         trace.latents.append(z.detach().clone())
     return trace
 
 
+@torch.no_grad()
+def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    """The older method: denoising at t with K, V of the styles and Q of the content, both noised to t; no gradient."""
+    naive, trace = NaivePair(model, pair, settings, noise), Trace()
+    z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
+    for step in range(naive.first_step if settings.init == "content" else 0, settings.steps):
+        t = naive.timesteps[step]
+        if naive.is_guided(step):
+            styles, content = naive.noised_styles(step, t), naive.noised_content(step, t)
+            if settings.adain:
+                z = adain(z, styles)
+            # λ = 0 leaves the content aside in every method.
+            content_layers = None if content is None or not naive.content_weight else layers(model, content, t)
+            style_layers, scale = [layers(model, style, t) for style in styles], settings.query_scale
+            with injected(model, style_layers, content_layers, scale, pair):
+                z = naive.denoise(z, t)
+        else:
+            z = naive.denoise(z, t)
+        trace.latents.append(z.clone())
+    return trace
+
+
+def naive_expansion(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
+    """Guided sampling of latents larger than a window: each step in every window by itself, then the mean of them all.
+
+    Along an axis of `settings.tiling` windows go on at the other end, and there are as many as begin inside.
+    """
+
+    def starts(size: int, wraps: bool) -> list[int]:
+        found, wraps = [0], wraps and size > settings.window
+        while found[-1] + settings.window < size and not wraps:
+            found.append(min(found[-1] + settings.window_stride, size - settings.window))
+        while wraps and found[-1] + settings.window_stride < size:
+            found.append(found[-1] + settings.window_stride)
+        return found
+
+    naive, trace = NaivePair(model, pair, settings, noise), Trace()
+    z = naive.initial_latents()
+    tops = starts(z.shape[2], settings.tiling in ("y", "both"))
+    lefts = starts(z.shape[3], settings.tiling in ("x", "both"))
+    for step, timestep in enumerate(naive.timesteps):
+        total, count = torch.zeros_like(z), torch.zeros_like(z)
+        for top, left in [(top, left) for top in tops for left in lefts]:
+            window = torch.roll(z, (-top, -left), (2, 3))[:, :, : settings.window, : settings.window]
+            window = naive.denoise(window.clone(), timestep)
+            if settings.adain:
+                window = adain(window, naive.noised_styles(step))
+            optimizer = adam(window, settings.learning_rate)
+            for _ in range(settings.iterations):
+                window.grad = naive.guided_gradient(window, step, trace)
+                optimizer.step()
+            for part, value in ((total, window), (count, torch.ones_like(window))):
+                spread = torch.zeros_like(z)
+                spread[:, :, : settings.window, : settings.window] = value
+                part += torch.roll(spread, (top, left), (2, 3))
+        z = total / count
+        trace.latents.append(z.clone())
+    return trace
+
+
+class WrappedConv(torch.nn.Module):
+    """A convolution whose input is begun again at its ends along some axes (2: y, 3: x) and has zeros at the others."""
+
+    def __init__(self, conv: Any, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv, self.axes = copy.deepcopy(conv), axes
+        self.conv.padding = tuple(0 if axis in axes else conv.padding[axis - 2] for axis in (2, 3))
+        self.reach = {axis: conv.padding[axis - 2] for axis in axes}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, reach in self.reach.items():
+            size = x.shape[axis]
+            x = torch.cat([x.narrow(axis, size - reach, reach), x, x.narrow(axis, 0, reach)], dim=axis)
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+def tiled(model: Model, tiling: str) -> Model:
+    """A model built anew whose UNet and VAE decoder have no border along x, y or both."""
+
+    def wrapped(module: Any) -> Any:
+        module = copy.deepcopy(module)
+        for name, conv in list(module.named_modules()):
+            if isinstance(conv, torch.nn.Conv2d) and any(conv.padding):
+                parent, _, leaf = name.rpartition(".")
+                if tiling == "both":
+                    anew: Any = torch.nn.Conv2d(
+                        conv.in_channels,
+                        conv.out_channels,
+                        conv.kernel_size,  # type: ignore[arg-type]
+                        conv.stride,  # type: ignore[arg-type]
+                        conv.padding,
+                        padding_mode="circular",
+                        dtype=conv.weight.dtype,
+                    )
+                    anew.load_state_dict(conv.state_dict())
+                else:
+                    anew = WrappedConv(conv, (3,) if tiling == "x" else (2,))
+                setattr(module.get_submodule(parent), leaf, anew.requires_grad_(False))
+        return module
+
+    vae = copy.deepcopy(model.vae)
+    vae.decoder = wrapped(vae.decoder)
+    return replace(model, unet=wrapped(model.unet), vae=vae)
+
+
+def refined(model: Model, pixels: np.ndarray[Any, Any], steps: int, learning_rate: float) -> tuple[Model, list[float]]:
+    """A model whose decoder learned to decode one picture's latent to that picture, and the loss before each step."""
+    vae = copy.deepcopy(model.vae)
+    image = torch.from_numpy(pixels).to(model.dtype).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = model.encode_image(pixels) / vae.config.scaling_factor
+    optimizer = torch.optim.Adam(vae.decoder.requires_grad_(True).parameters(), lr=learning_rate)
+    seen = []
+    for _ in range(steps):
+        loss = torch.nn.functional.l1_loss(vae.decode(latents).sample, image)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    return replace(model, vae=vae.requires_grad_(False)), seen
+
+
 def naive_sample(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    naive = {"guided": naive_guided, "optimization": naive_optimization}[settings.method]
-    return naive(model, pair, settings, noise)
+    ways = {"optimization": naive_optimization, "kv_injection": naive_kv_injection}
+    return ways.get(settings.method, naive_guided)(model, pair, settings, noise)
 
 
 def naive_gradient(model: Model, pair: Any, settings: Any, noise: Any, latents: Tensor, step: int) -> Tensor:
     """∂L_total/∂z of guided sampling at `latents` (1, C, h, w) after the DDIM step of number `step`."""
-    return NaivePair(model, pair, settings, noise).guided_gradient(latents.to(model.dtype), step)
+    return NaivePair(model, pair, settings, noise).guided_gradient(latents.to(model.dtype), step, Trace())

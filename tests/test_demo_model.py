@@ -1,4 +1,4 @@
-"""The embedded model: deterministic, complete, and shaped like Stable Diffusion 1.x."""
+"""The embedded models: deterministic, complete, and shaped like Stable Diffusion 1.x and SDXL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stylemill.engine.demo_model import write_demo_model
 from stylemill.errors import ModelError
@@ -20,6 +20,11 @@ def _files(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_model(tmp_path_factory.mktemp("models") / "sdxl", kind="sdxl")
 
 
 def _part(cls, model: Path, name: str):
@@ -53,6 +58,8 @@ def test_a_complete_folder_is_left_and_any_other_refused(model, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
     with pytest.raises(ModelError, match="not a complete demo model of seed 1"):
         write_demo_model(folder, seed=1)
+    with pytest.raises(ModelError, match="of seed 0 and kind sdxl"):
+        write_demo_model(folder, kind="sdxl")
     (folder / "unet" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="delete it"):
         write_demo_model(folder)
@@ -75,17 +82,33 @@ def test_tokenizer(model):
     assert encoder(torch.tensor([padded]))[0].shape == (1, 77, 32)
 
 
-def test_sampling_stays_finite_and_pictures_pass_the_vae(model):
+def test_sdxl_has_two_encoders_of_different_widths(sdxl):
+    first, second = (
+        _part(CLIPTextModel, sdxl, "text_encoder"),
+        _part(CLIPTextModelWithProjection, sdxl, "text_encoder_2"),
+    )
+    ids = _part(CLIPTokenizer, sdxl, "tokenizer_2")("a painting", padding="max_length", return_tensors="pt").input_ids
+    widths = first(ids)[0].shape[-1], second(ids, output_hidden_states=True).hidden_states[-2].shape[-1]
+    assert sum(widths) == _part(UNet2DConditionModel, sdxl, "unet").config.cross_attention_dim == 48
+    assert second(ids).text_embeds.shape == (1, 16)
+
+
+SDXL_CONDITIONS = {"added_cond_kwargs": {"text_embeds": torch.zeros(2, 16), "time_ids": torch.full((2, 6), 64.0)}}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_sampling_stays_finite_and_pictures_pass_the_vae(model, sdxl, kind):
+    model, layers, told = (model, 16, {}) if kind == "sd" else (sdxl, 70, SDXL_CONDITIONS)
     unet = _part(UNet2DConditionModel, model, "unet")
     vae = _part(AutoencoderKL, model, "vae")
     scheduler = _part(DDIMScheduler, model, "scheduler")
-    assert sum(".attn1." in name for name in unet.attn_processors) == 16
+    assert sum(".attn1." in name for name in unet.attn_processors) == layers
     assert all(layer.heads > 1 for name, layer in unet.named_modules() if name.endswith("attn1"))
     scheduler.set_timesteps(50)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for timestep in scheduler.timesteps:
-            noise = unet(latents, timestep, torch.zeros(2, 77, 32)).sample
+            noise = unet(latents, timestep, torch.zeros(2, 77, unet.config.cross_attention_dim), **told).sample
             latents = scheduler.step(noise, timestep, latents).prev_sample
         assert 0.05 < latents.std() < 4
 

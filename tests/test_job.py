@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,16 @@ def test_flags_go_over_the_file_and_leave_its_other_keys(load):
         ("sampling: {content_weight: .nan}", "sampling.content_weight: expected a finite number, not nan"),
         ("sampling: {learning_rate: 0}", "sampling.learning_rate: expected greater than 0, not 0"),
         ("sampling: {adain: 1}", "sampling.adain: expected true or false, not 1"),
-        ("sampling: {method: guide}", "sampling.method: expected 'guided' or 'optimization', not 'guide'"),
-        ("sampling: {steps: 5, start_step: 5}", "sampling.start_step 5 leaves no guided step of 5"),
+        (
+            "sampling: {method: guide}",
+            "sampling.method: expected 'guided', 'gradient', 'optimization' or 'kv_injection', not",
+        ),
+        ("sampling: {steps: 5, start_step: 5}", "sampling: start_step 5 leaves no guided step before steps 5"),
         ("sampling: [1]", "sampling: expected keys below it: method, steps, "),
-        ("image:", "image: expected keys below it: size, fit, not None"),
+        ("image:", "image: expected keys below it: size, fit, style_size, not None"),
         ("model: {name: a, revision: 123}", "model.revision: expected text, if need be in quotes, not 123"),
-        ("model: {name: a, layers: [1, x]}", "model.layers: expected a valid integer, not [1, 'x']"),
+        ("model: {name: a, layers: [1, 2.5]}", "model.layers: expected numbers of self-attention layers from 0 to"),
+        ("model: {name: a, layers: 15-10}", "model.layers: expected numbers of self-attention layers from 0 to"),
         ("name: no", "name: expected text, if need be in quotes, not False"),
         ("preset: nope", "preset 'nope' is not one of: style-transfer, "),
         ("preset: [nope]", "preset ['nope'] is not one of: style-transfer, "),
@@ -160,6 +165,23 @@ def test_several_mistakes_get_a_line_each(load, tmp_path):
         ": image.size:",
         ", overridden by a flag: cluster.workers:",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("10-12", (10, 11, 12)),
+        ("7", (7,)),
+        ("[3, 10 - 11, mid_block]", (3, 10, 11, "mid_block")),
+        ("up_blocks.3.attentions.2", ("up_blocks.3.attentions.2",)),
+        ("null", None),
+    ],
+)
+def test_layers_by_number_range_and_name(load, text, layers):
+    job = load(f"model: {{name: a, layers: {text}}}\n", base=BASE.replace("model: some/model\n", ""))
+    assert job.model.layers == layers
+    assert Job.parse(job.model_dump()) == job
+    assert Job.parse(json.loads(job.model_dump_json())) == job
 
 
 @pytest.mark.parametrize(

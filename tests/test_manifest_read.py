@@ -44,6 +44,7 @@ def test_every_known_column_arrives_in_the_row(file: Path) -> None:
         "content_mask": ["m.png"],
         "style_mask": [["mx.png", "my.png"]],
         "content_weight": pa.array([0.5], pa.float32()),
+        "control": [["edges.png"]],
     }
     assert table.keys() == KNOWN.keys()
     manifest = open_manifest(write(file, table))
@@ -59,6 +60,7 @@ def test_every_known_column_arrives_in_the_row(file: Path) -> None:
         ("content_mask", "m.png"),
         ("style_mask", "mx.png"),
         ("style_mask", "my.png"),
+        ("control", "edges.png"),
     ]
 
 

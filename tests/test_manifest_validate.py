@@ -110,7 +110,7 @@ def test_decoding_opens_each_image_once_in_parallel(file: Path) -> None:
     opened: list[str] = []
     meeting = threading.Barrier(2, timeout=20)  # breaks unless two images are open at the same time
 
-    def decode(ref: ImageRef) -> None:
+    def decode(column: str, ref: ImageRef) -> None:
         opened.append(ref.reference)
         if ref.path in ("x.png", "a.png"):
             meeting.wait()
@@ -123,7 +123,7 @@ def test_decoding_opens_each_image_once_in_parallel(file: Path) -> None:
 
 
 def test_an_unforeseen_error_of_decoding_is_not_swallowed(file: Path) -> None:
-    def decode(ref: ImageRef) -> None:
+    def decode(column: str, ref: ImageRef) -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

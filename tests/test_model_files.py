@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stylemill.errors import ModelError
-from stylemill.model_files import PATTERNS, count_parameters, fetch_model, model_paths, resolve_model
+from stylemill.model_files import PATTERNS, fetch_model, model_paths, resolve_model
+from stylemill.safetensors_file import count_parameters
 
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 
@@ -218,6 +219,7 @@ def test_a_hub_id_is_pinned_by_its_commit_and_downloaded_only_when_fetched(hub):
     assert (resolved.folder, resolved.commit, resolved.digests) == (None, COMMIT, {})
     assert resolved.identity() == {"model.name": "org/model", "model.commit": COMMIT}
     assert resolved.label == f"org/model@{COMMIT}"
+    assert resolved.pins == {"revision": COMMIT}
     assert hub.downloads == []
     folder = fetch_model("org/model", COMMIT)
     assert folder.name == COMMIT

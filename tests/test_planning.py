@@ -216,13 +216,31 @@ def test_passes_are_counted_as_the_method_counts_them(job):
     assert (cost.denoise, cost.gradient, cost.shared_features) == (0, 24 * 200, 3 * 6 * 200)
 
 
-@pytest.mark.parametrize("method", ["guided", "optimization"])
+_CFG = {"guidance_scale": 3.0}
+
+
 @pytest.mark.parametrize("budget", [1, 4096])
-def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, method, budget):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"start_step": 1, **_CFG},
+        {"end_step": 1},
+        {"iterations": 0},
+        {"init": "content", "strength": 0.5, **_CFG},
+        {"method": "gradient", "end_step": 1, **_CFG},
+        {"method": "optimization", "start_step": 1},
+        {"method": "optimization", "end_step": 1, "init": "noise"},
+        {"method": "kv_injection", **_CFG},
+        {"method": "kv_injection", "iterations": 0, "start_step": 1},
+        {"method": "kv_injection", "init": "content", "strength": 0.5, "content_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, settings, budget):
     from stylemill.engine import Engine, InputImage, Pair
     from stylemill.engine.demo_model import write_demo_model
 
-    settings = {"method": method, "steps": 2, "iterations": 2, "start_step": 1, "guidance_scale": 3.0}
+    settings = {"steps": 2, "iterations": 2, **settings}
     cluster = {"micro_batch": 2, "feature_budget_mb": budget}
     model = {"name": str(write_demo_model(tmp_path / "demo"))}
     made = plan(_with(job, model=model, sampling=settings, cluster=cluster, image={"size": 128}))
@@ -239,11 +257,8 @@ def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, method, bu
         ]
         for _ in engine.sample(pairs, made.job.sampling):
             pass
-    assert engine.passes == {
-        **({"denoise": cost.denoise} if method == "guided" else {}),
-        "gradient": cost.gradient,
-        "feature": cost.shared_features,
-    }
+    made_passes = {"denoise": cost.denoise, "gradient": cost.gradient, "feature": cost.shared_features}
+    assert engine.passes == {kind: passes for kind, passes in made_passes.items() if passes}
 
 
 def test_features_above_the_budget_are_worked_in_blocks(job):
@@ -264,8 +279,8 @@ def test_features_above_the_budget_are_worked_in_blocks(job):
 def test_layers_and_their_sizes():
     sd15, sdxl = _shape(SD15), _shape(SDXL)
     assert (len(sd15.attention), len(sdxl.attention)) == (16, 70)
-    assert sd15.attention[6] == (3, 1280)
-    assert sd15.attention[10:] == ((1, 640),) * 3 + ((0, 320),) * 3
+    assert sd15.attention[6] == (3, 1280, "mid_block.attentions.0.transformer_blocks.0.attn1")
+    assert [layer[:2] for layer in sd15.attention[10:]] == [(1, 640)] * 3 + [(0, 320)] * 3
     assert sd15.feature_elements(None, (64, 64)) == 3 * (3 * 1024 * 640 + 3 * 4096 * 320)
     assert sd15.feature_elements((6,), (64, 32)) == 3 * 8 * 4 * 1280
     # 16 × 16 tile in fp16: K, V of styles and Q of contents are half of this, 0.5 GiB
@@ -312,6 +327,7 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     made = plan(_with(job, model={"name": "org/model"}))
     assert made.fingerprint["model.commit"] == "f" * 40
+    assert made.job.model.revision == "f" * 40  # what workers load, even if the hub moves on
     assert "org/model@ffff" in made.describe()
     assert "once the model is on this machine" in made.describe()
 
@@ -320,7 +336,12 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
     ("changes", "error", "message"),
     [
         ({"image": {"size": 500}}, JobError, "500×500: sides must be multiples of 64 for this model, such as 512×512"),
-        ({"model": {"layers": [10, 16]}}, JobError, r"layers \[10, 16\]: choose distinct .* from 0 to 15"),
+        ({"model": {"layers": [10, 16]}}, ModelError, r"layers: there is no self-attention layer 16; .* has 0 down_bl"),
+        ({"model": {"layers": "mid_block.attn2"}}, ModelError, r"layers: no self-attention layer is called 'mid_blo"),
+        ({"model": {"layers": "up_blocks.3"}}, ModelError, r"'up_blocks.3' fits several layers: 13 up_blocks.3.att"),
+        ({"model": {"layers": ["6", "mid_block"]}}, ModelError, r"no self-attention layer is called '6'"),
+        ({"model": {"layers": [6, "mid_block"]}}, ModelError, r"layers \[6, 'mid_block'\]: choose distinct layers"),
+        ({"sampling": {"layer_weights": [1.0]}}, JobError, r"layer_weights has 1 numbers for the 6 layers of model.l"),
         ({"model": {"name": "/no/model"}}, ModelError, "no such folder"),
         ({"manifest": "/no/pairs.parquet"}, ManifestError, "no such manifest"),
         ({"output": "s3://bucket/run"}, OutputError, "only local folders"),
@@ -340,8 +361,7 @@ def test_a_broken_configuration_is_named(model):
         read_shape(model)
 
 
-def test_repeated_rows_travel_with_their_shard(job, tmp_path):
+def test_repeated_rows_are_known_to_the_plan(job, tmp_path):
     pq.write_table(pa.table({"style": ["a.png", "b.png", "a.png", "a.png"]}), tmp_path / "pairs.parquet")
     made: Plan = plan(_with(job, shards={"pairs_per_shard": 2}))
     assert made.occurrences == {2: 2, 3: 3}
-    assert (made.occurrences_of(0), made.occurrences_of(1)) == ({}, {2: 2, 3: 3})

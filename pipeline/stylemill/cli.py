@@ -76,9 +76,11 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _demo_model(options: argparse.Namespace) -> int:
+    from stylemill.engine.demo_controlnet import write_demo_controlnet
     from stylemill.engine.demo_model import write_demo_model
 
-    print(write_demo_model(options.folder, options.seed))
+    write = write_demo_controlnet if options.controlnet else write_demo_model
+    print(write(options.folder, options.seed, "sdxl" if options.sdxl else "sd"))
     return 0
 
 
@@ -110,11 +112,13 @@ def _validate(options: argparse.Namespace) -> int:
     decode = None
     if options.decode:
         from stylemill.images import load_image
+        from stylemill.labels import load_labels
 
         base = Path(options.manifest).absolute().parent
 
-        def decode(ref: ImageRef) -> None:
-            load_image(ref.path, ref.data, base, (64, 64), "crop")
+        def decode(column: str, ref: ImageRef) -> None:
+            load = load_labels if column.endswith("_mask") else load_image
+            load(ref.path, ref.data, base, (64, 64), "crop")
 
     report = validate_manifest(options.manifest, decode, limit=options.limit)
     print(report)
@@ -263,4 +267,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("folder")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--sdxl", action="store_true", help="of SDXL's shape instead")
+    demo.add_argument("--controlnet", action="store_true", help="a ControlNet that fits the demo model instead")
     return parser

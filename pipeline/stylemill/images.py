@@ -54,17 +54,40 @@ _PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPE
 class FittedImage:
     pixels: NDArray[np.uint8]  # (H, W, 3) RGB, on the model's grid
     sha256: str  # of the file's bytes, before any decoding
+    source: tuple[int, int]  # width and height of what was fitted, in pixels
 
 
-def load_image(path: str | None, data: bytes | None, base: str | Path, size: tuple[int, int], fit: Fit) -> FittedImage:
+def load_image(
+    path: str | None, data: bytes | None, base: str | Path, size: tuple[int, int], fit: Fit, grid: int = 1
+) -> FittedImage:
     """Read one image and bring it to `size` (width, height).
 
     `data`, where given, are the file's bytes and `path` only their name; otherwise `path` is read, relative to `base`.
     crop: the largest centred part of the right shape. pad: the whole image, centred on white. stretch: the whole image,
-    its shape not kept.
+    its shape not kept. keep: the image's own size and shape where it fits within `size`, else scaled down to fit; sides
+    are rounded to multiples of `grid`, and what that takes off the shape is cropped.
 
     Raises ImageError where the image can never be read, StorageError where trying again may help.
     """
+    name, data = read_bytes(path, data, base)
+    try:
+        image = _rgb(open_image(data, name, largest=2 * max(size)), name)
+        fitted = _fit(image, kept_size(image.size, size, grid) if fit == "keep" else size, fit)
+        return FittedImage(np.array(fitted), hashlib.sha256(data).hexdigest(), image.size)
+    except MemoryError as error:
+        raise StorageError(f"{name}: not enough memory to decode it; give the worker more memory") from error
+
+
+def kept_size(own: tuple[int, int], most: tuple[int, int], grid: int) -> tuple[int, int]:
+    """The size nearest to an image's `own` that fits within `most` and lies on the grid; never enlarged beyond it."""
+    scale = min(1.0, most[0] / own[0], most[1] / own[1])
+    sides = (max(1, round(side * scale / grid)) * grid for side in own)
+    width, height = (min(side, limit // grid * grid) for side, limit in zip(sides, most, strict=True))
+    return width, height
+
+
+def read_bytes(path: str | None, data: bytes | None, base: str | Path) -> tuple[str, bytes]:
+    """The bytes of an image file, and its name in messages. Raises as `load_image` does."""
     name = _name(path, data)
     if data is None:
         data = _read(path, Path(base))
@@ -72,12 +95,7 @@ def load_image(path: str | None, data: bytes | None, base: str | Path, size: tup
         raise ImageError(f"{name}: is empty (0 bytes); write the file again or remove its rows")
     if len(data) > MAX_BYTES:
         raise ImageError(_too_many_bytes(name, len(data)))
-    try:
-        image = _decode(data, name, size)
-        fitted = _fit(image, size, fit)
-        return FittedImage(np.array(fitted), hashlib.sha256(data).hexdigest())
-    except MemoryError as error:
-        raise StorageError(f"{name}: not enough memory to decode it; give the worker more memory") from error
+    return name, data
 
 
 def encode_image(pixels: NDArray[np.uint8], image_format: Literal["png", "jpeg", "webp"], quality: int) -> bytes:
@@ -132,7 +150,11 @@ def _read(path: str | None, base: Path) -> bytes:
         raise ImageError(f"{name}: {what} (looked for {where}); correct the path or its rights") from error
 
 
-def _decode(data: bytes, name: str, size: tuple[int, int]) -> Image.Image:
+def open_image(data: bytes, name: str, largest: int | None = None, min_side: int = MIN_SIDE) -> Image.Image:
+    """Decode the bytes of an image in its own mode, EXIF rotation applied. Raises ImageError.
+
+    A JPEG may be decoded smaller, with sides of `largest` pixels or more.
+    """
     for begin, advice in _IMPOSTORS:
         if re.match(begin, data[:1024], re.DOTALL | re.IGNORECASE):
             raise ImageError(f"{name}: {advice}")
@@ -141,11 +163,12 @@ def _decode(data: bytes, name: str, size: tuple[int, int]) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{width} × {height} pixels")
-        if min(width, height) < MIN_SIDE:
-            raise ImageError(f"{name}: {width} × {height} pixels; a side has at least {MIN_SIDE}; use a larger image")
-        # JPEG only: decodes at 1/2, 1/4 or 1/8, leaving at least twice the pixels asked for, whichever way it is
-        # rotated; the resampling below then hides the difference.
-        image.draft(None, (2 * max(size), 2 * max(size)))
+        if min(width, height) < min_side:
+            raise ImageError(f"{name}: {width} × {height} pixels; a side has at least {min_side}; use a larger image")
+        if largest is not None:
+            # JPEG only: decodes at 1/2, 1/4 or 1/8. With twice the pixels asked for left, whichever way it is rotated,
+            # resampling hides the difference.
+            image.draft(None, (largest, largest))
         image.load()
     except (ImageError, MemoryError):
         raise
@@ -156,8 +179,14 @@ def _decode(data: bytes, name: str, size: tuple[int, int]) -> Image.Image:
         raise ImageError(f"{name}: {error}, over the limit of {MAX_PIXELS:,} pixels; scale it down first") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes; none of it comes from a disk
         raise ImageError(f"{name}: truncated or damaged ({error}); write the file again") from error
+    rotated = _rotated(image)
+    rotated.format = image.format
+    return rotated
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
     try:
-        return _to_rgb(_rotated(image))
+        return _to_rgb(image)
     except ValueError as error:
         raise ImageError(f"{name}: has no certain colours ({error}); save it as 8-bit RGB or grey") from error
 
@@ -193,23 +222,40 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values * (255.0 / top) + 0.5).astype(np.uint8))
 
 
-def _fit(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    (width, height), (image_width, image_height) = size, image.size
+@dataclass(frozen=True)
+class Placement:
+    """Which part of an image is kept, and where it comes to lie."""
+
+    box: tuple[float, float, float, float]  # left, upper, right, lower, in pixels of the image
+    corner: tuple[int, int]  # left and upper, in pixels of the result
+    inner: tuple[int, int]  # width and height there
+
+
+def placement(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> Placement:
+    """How an image of `image_size` is brought to `size`, both (width, height)."""
+    (width, height), (image_width, image_height) = size, image_size
+    x = y = 0.0
+    corner, inner = (0, 0), size
     if fit == "pad":
         scale = min(width / image_width, height / image_height)
         inner = max(1, round(image_width * scale)), max(1, round(image_height * scale))
-        canvas = Image.new("RGB", size, "white")
-        canvas.paste(_resize(image, inner), ((width - inner[0]) // 2, (height - inner[1]) // 2))
-        return canvas
-    if fit == "crop":
+        corner = (width - inner[0]) // 2, (height - inner[1]) // 2
+    elif fit in ("crop", "keep"):
         scale = max(width / image_width, height / image_height)
         x, y = max(0.0, (image_width - width / scale) / 2), max(0.0, (image_height - height / scale) / 2)
-        return _resize(image, size, (x, y, image_width - x, image_height - y))
-    return _resize(image, size)
+    return Placement((x, y, image_width - x, image_height - y), corner, inner)
 
 
-def _resize(
-    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float] | None = None
-) -> Image.Image:
+def _fit(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+    place = placement(image.size, size, fit)
+    resized = _resize(image, place.inner, place.box)
+    if place.inner == size:
+        return resized
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(resized, place.corner)
+    return canvas
+
+
+def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
     # reducing_gap shrinks very large images by a whole factor first; at 3 the result is the same to the eye.
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

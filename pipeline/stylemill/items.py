@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
+from math import isnan, nan
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from stylemill.engine import InputImage, Pair, Pixels, SampleState
+from stylemill.engine import InputImage, LabelImage, Pair, Pixels, SampleState
 from stylemill.errors import RowError, SamplingError
 from stylemill.images import FittedImage, encode_image, load_image
 from stylemill.job import Job
+from stylemill.labels import load_labels
 from stylemill.lease import Lease, Run
 from stylemill.manifest import ImageRef, Row
 from stylemill.store.writer import Failure, output_schema, write_failures, write_shard
@@ -39,54 +42,159 @@ class Item:
     content_sha256: str | None = None
     style_sha256: tuple[str, ...] = ()
     failure: Reason | None = None
+    losses: tuple[tuple[float, float], ...] = ((nan, nan), (nan, nan))  # first and last; AD and content
     image: bytes | None = None
+    size: tuple[int, int] = (0, 0)  # of the image, width and height
 
 
-def read_pairs(run: Run, items: list[Item]) -> tuple[list[Pair], list[Item]]:
-    """Read, decode and fit each unique image of the shard once. A bad image fails its rows, and only them."""
-    refs = {ref.key: ref for item in items for ref in _refs(item.row)}
+def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list[Item]]:
+    """Read, decode and fit each unique image of the shard once. A bad image fails its rows, and only them.
+
+    `grid` is the model's: what image sides are multiples of.
+    """
+    needs = list(dict.fromkeys(need for item in items for need in _needs(run, item.row)))
     with ThreadPoolExecutor(READERS) as readers:
-        loaded = dict(zip(refs, readers.map(lambda ref: _load(run, ref), refs.values()), strict=True))
-    inputs = {
-        key: InputImage(key, image.pixels if isinstance(image, FittedImage) else None) for key, image in loaded.items()
-    }
-    digests = {key: image.sha256 for key, image in loaded.items() if isinstance(image, FittedImage)}
+        loaded = dict(zip(needs, readers.map(lambda need: _load(run, need, grid), needs), strict=True))
+    keeps = run.job.image.fit == "keep"
+    inputs = {need: _input(need, image, keeps) for need, image in loaded.items()}
+    masks = _read_masks(run, items, loaded)
+    sizes = [_size(run, item.row, inputs) for item in items]
+    controls = _read_controls(run, items, sizes)
+    digests = {need: image.sha256 for need, image in loaded.items() if isinstance(image, FittedImage)}
     pairs, read = [], []
-    for item in items:
-        row, size = item.row, run.job.image.width_height
+    for item, size in zip(items, sizes, strict=True):
+        row = item.row
+        content, styles = _content(run, row), _styles(run, row)
+        lost = [problem for need in _needs(run, row) if isinstance(problem := loaded[need], Reason)]
         pairs.append(
             Pair(
-                styles=tuple(inputs[style.key] for style in row.styles),
+                styles=tuple(inputs[style] for style in styles),
                 size=size,
-                content=inputs[row.content.key] if row.content else None,
+                content=inputs[content] if content else None,
                 prompt=row.prompt or "",
                 negative_prompt=row.negative_prompt or "",
                 seed=row.seed,
+                image_number=row.image_number,
                 content_weight=row.content_weight,
+                content_mask=next((masks[need][0] for need in _masks(run, row)), None),
+                style_masks=tuple(masks[need][0] for need in _masks(run, row)[1:]),
+                controls=tuple(controls[need][0] for need in _controls(run, row, size)),
+                sized=not (keeps and lost),
             )
         )
-        problems = [problem for ref in _refs(row) if isinstance(problem := loaded[ref.key], Reason)]
+        problems = lost + [unusable for need in _masks(run, row) if (unusable := masks[need][1])]
+        problems += [unusable for need in _controls(run, row, size) if (unusable := controls[need][1])]
         read.append(
             replace(
                 item,
-                content_sha256=digests.get(row.content.key) if row.content else None,
-                style_sha256=tuple(digests.get(style.key, "") for style in row.styles),
+                content_sha256=digests.get(content) if content else None,
+                style_sha256=tuple(digests.get(style, "") for style in styles),
                 failure=problems[0] if problems else None,
             )
         )
     return pairs, read
 
 
-def _refs(row: Row) -> Iterator[ImageRef]:
-    if row.content:
-        yield row.content
-    yield from row.styles
+@dataclass(frozen=True)
+class Need:
+    """An image at the size that it is fitted to: the same file may be a content of one and a style of another."""
+
+    key: str
+    size: tuple[int, int]
+    ref: ImageRef = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.key} at {self.size[0]}×{self.size[1]}"
 
 
-def _load(run: Run, ref: ImageRef) -> FittedImage | Reason:
-    image = run.job.image
+def _size(run: Run, row: Row, inputs: Mapping[Need, InputImage]) -> tuple[int, int]:
+    """Of the pair: of its fitted content, where it has one."""
+    content = _content(run, row)
+    return (content and inputs[content].size) or run.job.image.width_height
+
+
+def _content(run: Run, row: Row) -> Need | None:
+    return Need(row.content.key, run.job.image.width_height, row.content) if row.content else None
+
+
+def _styles(run: Run, row: Row) -> tuple[Need, ...]:
+    return tuple(Need(style.key, run.job.image.style_width_height, style) for style in row.styles)
+
+
+def _needs(run: Run, row: Row) -> tuple[Need, ...]:
+    content = _content(run, row)
+    return (content, *_styles(run, row)) if content else _styles(run, row)
+
+
+def _input(need: Need, image: FittedImage | Reason, keeps: bool) -> InputImage:
+    if isinstance(image, FittedImage):
+        return InputImage(need.name, image.pixels)
+    return InputImage(need.name, None, None if keeps else need.size)
+
+
+Mask = tuple[str, Need | None]  # its path, and the image that it belongs to: it moves with that
+
+
+def _masks(run: Run, row: Row) -> list[Mask]:
+    """The masks of a row: the content's, then one for each style; or none."""
+    if row.content_mask is None:
+        return []
+    return [(row.content_mask, _content(run, row)), *zip(row.style_masks, _styles(run, row), strict=True)]
+
+
+def _read_masks(
+    run: Run, items: list[Item], images: dict[Need, FittedImage | Reason]
+) -> dict[Mask, tuple[LabelImage, Reason | None]]:
+    """Each unique mask of the shard, and why it cannot be used. One of an image that is lost is not looked at."""
+
+    def read(need: Mask) -> tuple[LabelImage, Reason | None]:
+        path, of = need
+        name, image = f"{path} of {of.name if of else 'no image'}", images[of] if of else None
+        if isinstance(image, Reason):
+            return LabelImage(name, None), None
+        size, source = run.job.image.width_height, None
+        if image is not None:
+            size, source = (image.pixels.shape[1], image.pixels.shape[0]), image.source
+        try:
+            labels = load_labels(path, None, run.manifest.base, size, run.job.image.fit, source)
+        except RowError as error:
+            return LabelImage(name, None), _reason(error)
+        return LabelImage(name, labels), None
+
+    needs = list(dict.fromkeys(need for item in items for need in _masks(run, item.row)))
+    with ThreadPoolExecutor(READERS) as readers:
+        return dict(zip(needs, readers.map(read, needs), strict=True))
+
+
+def _controls(run: Run, row: Row, size: tuple[int, int]) -> list[Need]:
+    """The control images of a row, as large as its content; none where the job has no ControlNet to look at them."""
+    return [Need(control.key, size, control) for control in row.controls] if run.job.model.controlnet else []
+
+
+def _read_controls(
+    run: Run, items: list[Item], sizes: list[tuple[int, int]]
+) -> dict[Need, tuple[InputImage, Reason | None]]:
+    """Each unique control image of the shard, fitted as the contents are, and why it cannot be used."""
+    fit = "crop" if run.job.image.fit == "keep" else run.job.image.fit  # the size to keep is the content's
+
+    def read(need: Need) -> tuple[InputImage, Reason | None]:
+        try:
+            image = load_image(need.ref.path, need.ref.data, run.manifest.base, need.size, fit)
+        except RowError as error:
+            return InputImage(need.name, None, need.size), _reason(error)
+        return InputImage(need.name, image.pixels), None
+
+    pairs = zip(items, sizes, strict=True)
+    needs = list(dict.fromkeys(need for item, size in pairs for need in _controls(run, item.row, size)))
+    with ThreadPoolExecutor(READERS) as readers:
+        return dict(zip(needs, readers.map(read, needs), strict=True))
+
+
+def _load(run: Run, need: Need, grid: int) -> FittedImage | Reason:
+    ref, fit = need.ref, run.job.image.fit
     try:
-        return load_image(ref.path, ref.data, run.manifest.base, image.width_height, image.fit)
+        return load_image(ref.path, ref.data, run.manifest.base, need.size, fit, grid)
     except RowError as error:
         return _reason(error)
 
@@ -95,11 +203,15 @@ def _reason(error: RowError) -> Reason:
     return Reason(error.stage, type(error).__name__, str(error))
 
 
-def note_lost(items: list[Item], state: SampleState) -> list[Item]:
-    """Items with the failures of sampling added; a reason known from reading stands."""
-    lost = state.failures
+def note_sampled(items: list[Item], state: SampleState) -> list[Item]:
+    """Items with the losses and failures of sampling added; a reason known from reading stands."""
+    lost, losses = state.failures, state.losses.tolist()
     return [
-        replace(item, failure=_reason(SamplingError(lost[place]))) if place in lost and not item.failure else item
+        replace(
+            item,
+            losses=tuple(losses[place]),
+            failure=item.failure or (_reason(SamplingError(lost[place])) if place in lost else None),
+        )
         for place, item in enumerate(items)
     ]
 
@@ -108,8 +220,8 @@ def encoded(run: Run, item: Item, pixels: Pixels | None) -> Item:
     """The item with its image file's bytes."""
     if item.failure or pixels is None:
         return item
-    shards = run.job.shards
-    return replace(item, image=encode_image(pixels, shards.image_format, shards.quality))
+    shards, (height, width, _) = run.job.shards, pixels.shape
+    return replace(item, image=encode_image(pixels, shards.image_format, shards.quality), size=(width, height))
 
 
 def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
@@ -119,7 +231,7 @@ def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
     if good:
         table = output_table(run, [items[place] for place in good])
         rows = run.rows_of(lease.shard)
-        carried = run.manifest.carried_rows(rows.start, rows.stop)
+        carried = run.manifest.carried_images(rows.start, rows.stop)
         for name in carried.column_names:
             table = table.append_column(carried.schema.field(name), carried[name].take(good))
         data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)))
@@ -135,7 +247,6 @@ def _schema(run: Run) -> pa.Schema:
 
 def output_table(run: Run, items: list[Item]) -> pa.Table:
     """The columns that stylemill itself makes, without the carried ones."""
-    width, height = run.job.image.width_height
     schema = _schema(run)
     rows = [
         {
@@ -144,10 +255,11 @@ def output_table(run: Run, items: list[Item]) -> pa.Table:
             "image": {"bytes": item.image, "path": f"{item.row.pair_id}.{run.job.shards.image_format}"},
             "content": item.row.content.reference if item.row.content else None,
             "style": _one_or_list(run, [style.reference for style in item.row.styles]),
-            "width": width,
-            "height": height,
-            "seed": run.job.sampling.seed if item.row.seed is None else item.row.seed,
+            "width": item.size[0],
+            "height": item.size[1],
+            "seed": run.job.sampling.seed + item.row.image_number if item.row.seed is None else item.row.seed,
             "settings": json.dumps(_settings(run.job, item.row), sort_keys=True),
+            **_losses(item),
             "content_sha256": item.content_sha256,
             "style_sha256": _one_or_list(run, list(item.style_sha256)),
             "sha256": sha256(item.image or b"").hexdigest(),
@@ -159,13 +271,32 @@ def output_table(run: Run, items: list[Item]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=own)
 
 
+def _losses(item: Item) -> dict[str, float | None]:
+    first, last = item.losses
+    return {
+        f"{name}_loss_{when}": None if isnan(losses[place]) else losses[place]
+        for place, name in enumerate(("ad", "content"))
+        for when, losses in (("first", first), ("last", last))
+    }
+
+
 def _one_or_list(run: Run, values: list[str]) -> Any:
     return values if run.manifest.style_is_list else values[0]
 
 
 def _settings(job: Job, row: Row) -> dict[str, Any]:
     settings = job.sampling.model_dump() | {"fit": job.image.fit}
+    if job.image.style_size is not None:
+        settings["style_size"] = list(job.image.style_width_height)
     for name in ("content_weight", "prompt", "negative_prompt"):
         if (value := getattr(row, name)) is not None:
             settings[name] = value
+    if row.content_mask is not None:
+        settings |= {"content_mask": row.content_mask, "style_mask": list(row.style_masks)}
+    if job.model.controlnet:
+        settings["control"] = [control.reference for control in row.controls]
+        settings["controlnet"] = [
+            {"name": Path(net.name).name, "scale": net.scale, "start": net.start, "end": net.end}
+            for net in job.model.controlnet
+        ]
     return settings

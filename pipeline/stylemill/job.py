@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
-from stylemill.settings import DEFAULT_PRESET, PRESETS, DType, Fit, Frozen, Sampling
+from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Lora, Sampling
+from stylemill.single_file import CHECKPOINT_SUFFIXES
 from stylemill.strict_yaml import load_yaml
 
 # The description of a field that takes values of two kinds is what a message says was expected.
@@ -21,17 +23,41 @@ Side = Annotated[int, Field(ge=64, le=8192)]  # pixels
 
 
 class Model(Frozen):
-    """A diffusers model: a folder or a hub id. A plain string in the YAML is its `name`."""
+    """A diffusers model: a folder, a hub id or a .safetensors checkpoint. A plain string in the YAML is its `name`."""
 
     name: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
+    revision: str | None = None  # of a hub id; what a run was planned with is a commit
+    config: str | None = None  # of a single checkpoint file: folder or hub id with the configuration of its family
     dtype: DType = "auto"  # float16 on CUDA, float32 on a CPU
-    layers: tuple[int, ...] | None = None  # self-attention layers in running order; None: the last six
+    layers: Annotated[  # self-attention layers whose features are used, numbered as they run; None: the last six
+        tuple[int | str, ...] | None,
+        Field(description="numbers of self-attention layers from 0 to 999, a range such as 10-15, or names of modules"),
+    ] = None
+    loras: tuple[Lora, ...] = ()  # added to the weights, in this order
+    controlnet: tuple[ControlNet, ...] = ()  # seen while denoising, in the order of the rows' control images
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _list_is_a_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    def _ranges_are_numbers(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, int | str) else value
+        if not isinstance(given, list | tuple):
+            return value
+        return tuple(layer for one in given for layer in _range(one))
+
+    @field_validator("controlnet", "loras", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        given = value if isinstance(value, list | tuple) else [value]
+        return tuple({"name": one} if isinstance(one, str) else one for one in given)
+
+    @model_validator(mode="after")
+    def _pins_fit_the_name(self) -> Model:
+        single = self.name.endswith(CHECKPOINT_SUFFIXES)
+        if self.config is not None and not single:
+            raise ValueError(f"config {self.config!r} is for a single checkpoint file; {self.name!r} has its own")
+        if self.revision is not None and single:
+            raise ValueError(f"revision {self.revision!r} is for a hub id, not for the file {self.name!r}")
+        return self
 
 
 class Image(Frozen):
@@ -40,9 +66,12 @@ class Image(Frozen):
     size: Annotated[
         Side | tuple[Side, Side], Field(description="a number of pixels or [width, height], each 64 to 8192")
     ] = 512
-    fit: Fit = "crop"
+    fit: Fit = "crop"  # keep: of each image its own size and shape, scaled down where it exceeds `size`
+    style_size: Annotated[
+        Side | tuple[Side, Side] | None, Field(description="a number of pixels or [width, height], each 64 to 8192")
+    ] = None  # of style images; None: as `size`
 
-    @field_validator("size", mode="before")
+    @field_validator("size", "style_size", mode="before")
     @classmethod
     def _list_is_a_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -50,6 +79,11 @@ class Image(Frozen):
     @property
     def width_height(self) -> tuple[int, int]:
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def style_width_height(self) -> tuple[int, int]:
+        size = self.size if self.style_size is None else self.style_size
+        return (size, size) if isinstance(size, int) else size
 
 
 class Shards(Frozen):
@@ -88,6 +122,7 @@ class Job(Frozen):
     model: Model
     preset: str | None = DEFAULT_PRESET
     sampling: Sampling = Sampling()
+    images_per_pair: Annotated[int, Field(ge=1, le=10_000)] = 1  # of each manifest row, each from noise of its own
     image: Image = Image()
     shards: Shards = Shards()
     checkpoint: Checkpoint = Checkpoint()
@@ -99,6 +134,21 @@ class Job(Frozen):
     @classmethod
     def _name_is_a_model(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    def slot_size(self, pixels_per_latent: int) -> tuple[int, int]:
+        """The largest width and height, in pixels, that the UNet sees at once: an output's, or a window's."""
+        width, height = self.image.width_height
+        side = self.sampling.window * pixels_per_latent if self.sampling.window else max(width, height)
+        return min(width, side), min(height, side)
+
+    @model_validator(mode="after")
+    def _sizes_make_sense(self) -> Job:
+        if self.image.fit == "keep" and self.sampling.tiling != "none" and self.sampling.window is not None:
+            raise ValueError(
+                f"image.fit keep gives outputs many sizes, and sampling.tiling {self.sampling.tiling} in windows"
+                f" (sampling.window {self.sampling.window}) needs one"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -116,10 +166,8 @@ class Job(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Job:
-        if self.sampling.start_step >= self.sampling.steps:
-            raise ValueError(
-                f"sampling.start_step {self.sampling.start_step} leaves no guided step of {self.sampling.steps}"
-            )
+        if self.model.controlnet and self.sampling.method == "optimization":
+            raise ValueError("model.controlnet acts while denoising, and sampling.method optimization does not denoise")
         return self
 
     @classmethod
@@ -165,6 +213,17 @@ class Job(Frozen):
         raise JobError("\n".join(lines))
 
 
+def _range(layers: Any) -> Sequence[Any]:
+    """The numbers of a range such as "10-15"; anything else as it is."""
+    ends = re.fullmatch(r"(\d{1,3})\s*-\s*(\d{1,3})", layers) if isinstance(layers, str) else None
+    if ends is None:
+        return [layers]
+    first, last = map(int, ends.groups())
+    if first > last:
+        raise ValueError(f"range {layers} runs backwards")
+    return range(first, last + 1)
+
+
 def _is_local(reference: str) -> bool:
     return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", reference) is None
 
@@ -179,15 +238,31 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
     model = values.get("model")
     if isinstance(model, dict) and "name" in model:
         values["model"] = {**model, "name": _model_path(model["name"], base)}
+        if isinstance(model.get("config"), str):
+            values["model"]["config"] = _model_path(model["config"], base)
     elif isinstance(model, str):
         values["model"] = _model_path(model, base)
+    if "model.config" in values:
+        values["model.config"] = _model_path(values["model.config"], base)
+    for name in ("controlnet", "loras"):
+        for owner, key in ((values, f"model.{name}"), (values.get("model"), name)):
+            if isinstance(owner, dict) and key in owner:
+                owner[key] = _named_paths(owner[key], base)
 
 
 def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).is_dir())):
+    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
         return str((base / Path(name).expanduser()).resolve())
     return name
+
+
+def _named_paths(value: Any, base: Path) -> Any:
+    if isinstance(value, list):
+        return [_named_paths(one, base) for one in value]
+    if isinstance(value, dict) and "name" in value:
+        return {**value, "name": _model_path(value["name"], base)}
+    return _model_path(value, base)
 
 
 def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -206,10 +281,10 @@ def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
     """The dotted key of a problem and what to say of it. Each member of a union complains; a key is named once."""
-    kind, location = problem["type"], [str(part) for part in problem["loc"]]
+    kind, location = problem["type"], [str(part) for part in problem["loc"] if not isinstance(part, int)]
     keys, allowed = _known_part(location)
     if kind in ("extra_forbidden", "invalid_key"):
-        unknown = location[len(keys)]
+        unknown = str(problem["loc"][-1])
         near = difflib.get_close_matches(unknown, allowed, n=1) or _elsewhere(unknown)
         meant = f"did you mean '{near[0]}'? " if near else ""
         return ".".join([*keys, unknown]), (
@@ -230,6 +305,8 @@ def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
         fields = _fields(field.annotation)
     if field is not None and field.description:
         message = f"expected {field.description}"
+    elif kind == "value_error" and isinstance(given, dict):  # of several keys together, which it names
+        return key, f"{key}: {message}"
     elif kind == "model_type":
         message = f"expected keys below it: {', '.join(fields)}"
     elif kind == "string_type":
@@ -252,6 +329,8 @@ def _known_part(location: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _fields(annotation: Any) -> dict[str, Any]:
+    if get_origin(annotation) is tuple:  # of models, any number of them
+        annotation = get_args(annotation)[0]
     return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
 
 

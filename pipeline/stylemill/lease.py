@@ -26,12 +26,12 @@ class Run:
 
     def rows_of(self, shard: int) -> range:
         first = shard * self.pairs_per_shard
-        return range(first, min(first + self.pairs_per_shard, self.manifest.num_rows))
+        return range(first, min(first + self.pairs_per_shard, self.manifest.num_images))
 
     def lease(self, shard: int, occurrences: Mapping[int, int]) -> Lease:
         """A new attempt at `shard`, under a name that no other attempt has."""
-        rows = self.rows_of(shard)
-        own = {row: count for row, count in occurrences.items() if row in rows}
+        rows = {image // self.manifest.copies for image in self.rows_of(shard)}
+        own = {row: occurrences[row] for row in rows if row in occurrences}
         return Lease(shard, uuid4().hex[:12], own)
 
 

@@ -151,7 +151,7 @@ class RunListener:
         self.numerics_file = run.paths.output / "numerics.json"
         self.settled = _read_json(self.numerics_file)
         totals = ledger.totals()
-        self.bar = ProgressBar(run.manifest.num_rows, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet)
+        self.bar = ProgressBar(run.manifest.num_images, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet)
         self.committed_now = 0
 
     @property

@@ -17,10 +17,11 @@ import PIL
 import pyarrow as pa
 
 from stylemill.engine import Engine, Pair, SampleState
-from stylemill.items import Item, Reason, encoded, note_lost, read_pairs, write_tables
+from stylemill.items import Item, Reason, encoded, note_sampled, read_pairs, write_tables
 from stylemill.lease import Lease, Progress, Run
 from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
 from stylemill.store.commit import commit
+from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.records import Ledger, Record
 
 
@@ -30,14 +31,17 @@ def load_engine(run: Run, micro_batch: int | None) -> Engine:
     engine = Engine.load(
         model.name,
         revision=model.revision,
+        config=model.config,
         dtype=model.dtype,
         layers=model.layers,
+        loras=model.loras,
+        controlnets=model.controlnet,
         threads=cluster.threads,
         micro_batch=micro_batch or cluster.micro_batch,
         feature_budget_mb=cluster.feature_budget_mb,
     )
     if micro_batch is None and cluster.micro_batch == "auto":
-        engine.calibrate(run.job.image.width_height)
+        engine.calibrate(run.job.slot_size(engine.model.pixels_per_latent))
     return engine
 
 
@@ -64,14 +68,14 @@ def process_shard(
 
     tell("read", 0)
     with clock.measure("read"):
-        items = [Item(row) for row in run.manifest.rows(rows.start, rows.stop, lease.occurrences)]
+        items = [Item(row) for row in run.manifest.images(rows.start, rows.stop, lease.occurrences)]
         keeper = CheckpointKeeper(run, lease, items, engine.numerics)
         pairs: list[Pair] = []
         resumed: SampleState | None = None
         if checkpoint := keeper.load():
             resumed, items = keeper.restore(checkpoint, items)
         else:
-            pairs, items = read_pairs(run, items)
+            pairs, items = read_pairs(run, items, engine.model.grid)
 
     with device:
         if stopping():  # while it waited for the device: no step, no new checkpoint
@@ -87,11 +91,11 @@ def process_shard(
                     return None
         assert state is not None  # it took a step now, or before the checkpoint that it was restored from
         with clock.measure("decode"):
-            images = engine.decode(state)
+            images = engine.decode(state, RunDecoders(run.paths, lease.attempt))
 
     tell("write", steps)
     with clock.measure("write"):
-        items = [encoded(run, item, image) for item, image in zip(note_lost(items, state), images, strict=True)]
+        items = [encoded(run, item, image) for item, image in zip(note_sampled(items, state), images, strict=True)]
         data, failures = write_tables(run, lease, items)
         draft = Record(
             shard=lease.shard,

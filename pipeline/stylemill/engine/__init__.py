@@ -1,8 +1,8 @@
 """Attention distillation on a resident model, all pairs of a shard in lockstep. Knows no files of a run and no Ray."""
 
 from stylemill.engine.engine import Engine
-from stylemill.engine.inputs import InputImage, Pair, Pixels
+from stylemill.engine.inputs import InputImage, LabelImage, Pair, Pixels
 from stylemill.engine.noise import Noise
 from stylemill.engine.state import SampleState
 
-__all__ = ["Engine", "InputImage", "Noise", "Pair", "Pixels", "SampleState"]
+__all__ = ["Engine", "InputImage", "LabelImage", "Noise", "Pair", "Pixels", "SampleState"]

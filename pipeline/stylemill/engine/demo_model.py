@@ -1,9 +1,9 @@
-"""A small untrained model shaped like Stable Diffusion 1.x, so that everything runs without a download.
+"""Small untrained models shaped like Stable Diffusion 1.x and SDXL, so that everything runs without a download.
 
-It has the real block types and 16 self-attention layers, in the diffusers folder format. Its weights are random, save
-for a thin identity path: the VAE averages 8 × 8 pixels and interpolates them back, the UNet predicts its own normalised
-input as noise. So pictures pass through blurred but recognisable, and sampling neither dies out nor explodes.
-It has learnt nothing: it shows how stylemill works, not how attention distillation looks.
+They have the real block types and 16 or 70 self-attention layers, in the diffusers folder format. Weights are random,
+save for a thin identity path: the VAE averages 8 × 8 pixels and interpolates them back, the UNet predicts its own
+normalised input as noise. So pictures pass blurred but recognisable, and sampling neither dies out nor explodes.
+They have learnt nothing: they show how stylemill works, not how attention distillation looks.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stylemill.errors import ModelError
 
 TOKENS = 77  # CLIP's context length
-SCALING_FACTOR = 0.18215  # Stable Diffusion 1.x
-MANIFEST = "demo.json"  # names the seed and the digest of every other file; a folder that matches it is complete
+WIDTHS = {"text_encoder": 32, "text_encoder_2": 16}  # of their hidden states; the second is SDXL's only
+MANIFEST = (
+    "demo.json"  # names the kind, the seed and the digest of every other file; a folder that matches it is complete
+)
 
 # Parts of a residual branch that write into the stream: kept small, so that depth does not drown the identity path.
 _RESIDUAL_OUTPUTS = tuple(f"{name}.weight" for name in ("conv2", "proj_out", "to_out.0", "net.2", "out_proj", "fc2"))
@@ -34,42 +37,52 @@ _RESIDUAL_GAIN = 0.35
 _NOISE_GAIN = 1.15  # sampling then ends at latents of about unit size, with room for the guidance to be seen
 
 
-def write_demo_model(folder: str | Path, seed: int = 0) -> Path:
-    """Write the demo model of `seed` to `folder` and return it; the same seed gives the same weights on any machine.
+Kind = Literal["sd", "sdxl"]
 
-    A complete demo model of the same seed is left as it is. Raises ModelError when the folder holds anything else.
+
+def write_demo_model(folder: str | Path, seed: int = 0, kind: Kind = "sd") -> Path:
+    """Write the demo model of `kind` and `seed` to `folder` and return it; the weights are the same on any machine.
+
+    A complete demo model of both is left as it is. Raises ModelError when the folder holds anything else.
     """
+    return write_once(folder, seed, kind, lambda unfinished: _write_parts(unfinished, seed, kind))
+
+
+def write_once(folder: str | Path, seed: int, kind: str, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder that appears complete or not at all. Raises ModelError when it holds anything else."""
     folder = Path(folder)
-    if _is_complete(folder, seed):
+    if _is_complete(folder, seed, kind):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise _taken(folder, seed)
+        raise _taken(folder, seed, kind)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write_parts(unfinished, seed)
+        write(unfinished)
+        _write_json(unfinished / MANIFEST, {"kind": kind, "seed": seed, "sha256": _digests(unfinished)})
         os.replace(unfinished, folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise ModelError(f"{folder}: the demo model cannot be written: {error.strerror or error}") from error
-        if not _is_complete(folder, seed):  # else another process finished the same model first
-            raise _taken(folder, seed) from None
+        if not _is_complete(folder, seed, kind):  # else another process finished the same model first
+            raise _taken(folder, seed, kind) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _taken(folder: Path, seed: int) -> ModelError:
+def _taken(folder: Path, seed: int, kind: str) -> ModelError:
     return ModelError(
-        f"{folder}: already exists and is not a complete demo model of seed {seed}; delete it or name another folder"
+        f"{folder}: already exists and is not a complete demo model of seed {seed} and kind {kind}; "
+        "delete it or name another folder"
     )
 
 
-def _is_complete(folder: Path, seed: int) -> bool:
+def _is_complete(folder: Path, seed: int, kind: str) -> bool:
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(written == {"seed": seed, "sha256": _digests(folder)})
+        return bool(written == {"kind": kind, "seed": seed, "sha256": _digests(folder)})
     except (OSError, ValueError):
         return False
 
@@ -79,24 +92,26 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _write_parts(folder: Path, seed: int) -> None:
+def _write_parts(folder: Path, seed: int, kind: Kind) -> None:
     vocabulary = _vocabulary()
     with torch.random.fork_rng(devices=[]):  # constructors draw initial weights; the caller's stream must not notice
-        unet, vae, text_encoder = _unet(), _vae(), _text_encoder(vocabulary)
-    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        _draw_weights(model, part, seed)
+        unet, vae, text_encoders = demo_unet(kind), _vae(kind), _text_encoders(kind, vocabulary)
+    for part, model in {"unet": unet, "vae": vae, **text_encoders}.items():
+        draw_weights(model, part, seed)
     with torch.no_grad():
         _open_unet(unet)
-        _open_encoder(vae.encoder)
-        _open_decoder(vae.decoder)
+        _open_encoder(vae.encoder, vae.config.scaling_factor)
+        _open_decoder(vae.decoder, vae.config.scaling_factor)
         _set_identity(vae.quant_conv.weight, range(8), range(8))
         _set_identity(vae.post_quant_conv.weight, range(4), range(4))
 
     for part, model in (("unet", unet), ("vae", vae)):
         model.save_pretrained(folder / part, safe_serialization=True)
-    text_encoder.config.architectures = ["CLIPTextModel"]
-    text_encoder.config.save_pretrained(folder / "text_encoder")  # the model's own save_pretrained prints a bar
-    save_file(text_encoder.state_dict(), folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    for part, model in text_encoders.items():
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder / part)  # the model's own save_pretrained prints a bar
+        save_file(model.state_dict(), folder / part / "model.safetensors", metadata={"format": "pt"})
+        _write_tokenizer(folder / part.replace("text_encoder", "tokenizer"), vocabulary)
     DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -108,23 +123,23 @@ def _write_parts(folder: Path, seed: int) -> None:
         timestep_spacing="leading",
         prediction_type="epsilon",
     ).save_pretrained(folder / "scheduler")
-    _write_tokenizer(folder / "tokenizer", vocabulary)
-    _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": [None, None],
-            "image_encoder": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
-    _write_json(folder / MANIFEST, {"seed": seed, "sha256": _digests(folder)})
+    index: dict[str, Any] = {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if kind == "sd":
+        index["_class_name"] = "StableDiffusionPipeline"
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    else:
+        index["_class_name"] = "StableDiffusionXLPipeline"
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index |= {"tokenizer_2": index["tokenizer"], "force_zeros_for_empty_prompt": True}
+    _write_json(folder / "model_index.json", index)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -134,7 +149,23 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # --- architecture -----------------------------------------------------------------------------------------------------
 
 
-def _unet() -> Any:
+def demo_unet(kind: Kind) -> Any:
+    if kind == "sdxl":
+        return UNet2DConditionModel(
+            sample_size=32,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            norm_num_groups=8,
+            cross_attention_dim=sum(WIDTHS.values()),
+            attention_head_dim=(2, 2, 4),  # as in SDXL, heads
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + WIDTHS["text_encoder_2"],
+        )
     return UNet2DConditionModel(
         sample_size=32,
         block_out_channels=(32, 64, 64, 64),
@@ -147,7 +178,7 @@ def _unet() -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae(kind: Kind) -> Any:
     return AutoencoderKL(
         block_out_channels=(16, 16, 16, 16),
         layers_per_block=1,
@@ -156,31 +187,36 @@ def _vae() -> Any:
         latent_channels=4,
         norm_num_groups=2,
         sample_size=256,
-        scaling_factor=SCALING_FACTOR,
+        scaling_factor=0.18215 if kind == "sd" else 0.13025,
     )
 
 
-def _text_encoder(vocabulary: dict[str, int]) -> Any:
-    return CLIPTextModel(
-        CLIPTextConfig(
+def _text_encoders(kind: Kind, vocabulary: dict[str, int]) -> dict[str, Any]:
+    configs = {
+        part: CLIPTextConfig(
             vocab_size=len(vocabulary),
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=TOKENS,
-            projection_dim=32,
+            projection_dim=width,
             bos_token_id=vocabulary["<|startoftext|>"],
             eos_token_id=vocabulary["<|endoftext|>"],
             pad_token_id=vocabulary["<|endoftext|>"],
         )
-    )
+        for part, width in WIDTHS.items()
+    }
+    encoders = {"text_encoder": CLIPTextModel(configs["text_encoder"])}
+    if kind == "sdxl":
+        encoders["text_encoder_2"] = CLIPTextModelWithProjection(configs["text_encoder_2"])
+    return encoders
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _draw_weights(model: torch.nn.Module, part: str, seed: int) -> None:
+def draw_weights(model: torch.nn.Module, part: str, seed: int) -> None:
     """Matrices uniform with variance 1 / fan-in, norms 1, biases 0.
 
     Drawn by numpy and uniform, since torch's normal draws differ between CPUs in the last bit.
@@ -207,14 +243,15 @@ def _open_unet(unet: Any) -> None:
     unet.conv_in.weight[:8] = 0
     for latent, (plus, minus) in enumerate(pairs):
         unet.conv_in.weight[plus, latent, 1, 1], unet.conv_in.weight[minus, latent, 1, 1] = 1, -1
-    last = unet.up_blocks[-1].resnets[-1].conv_shortcut.weight  # (32, 32 of the stream + 32 of the skip, 1, 1)
-    _set_identity(last, range(8), range(32, 40))
+    last = unet.up_blocks[-1].resnets[-1].conv_shortcut.weight
+    stream = len(last)  # (stream, stream + skip, 1, 1), both of equal width
+    _set_identity(last, range(8), range(stream, stream + 8))
     unet.conv_out.weight *= 0.15
     for latent, (plus, minus) in enumerate(pairs):
         unet.conv_out.weight[latent, plus, 1, 1], unet.conv_out.weight[latent, minus, 1, 1] = _NOISE_GAIN, -_NOISE_GAIN
 
 
-def _open_encoder(encoder: Any) -> None:
+def _open_encoder(encoder: Any, scaling_factor: float) -> None:
     """Latents 0-2 follow red, green, blue averaged over 8 × 8 pixels; latent 3 is a random mixture."""
     encoder.conv_in.weight[:8] = 0
     for colour, (plus, minus) in enumerate(_signed(3)):
@@ -229,17 +266,17 @@ def _open_encoder(encoder: Any) -> None:
     weight[:3], weight[4:] = 0, 0
     for latent, (plus, minus) in enumerate(_signed(3)):
         weight[latent, plus, 1, 1], weight[latent, minus, 1, 1] = 1, -1
-    weight[:4] /= SCALING_FACTOR
+    weight[:4] /= scaling_factor
     encoder.conv_out.bias[4:] = -10
 
 
-def _open_decoder(decoder: Any) -> None:
+def _open_decoder(decoder: Any, scaling_factor: float) -> None:
     """Colours come back from latents 0-2, interpolated smoothly."""
     decoder.conv_in.weight[:8] = 0
     for latent, (plus, minus) in enumerate(_signed(3)):
-        decoder.conv_in.weight[plus, latent, 1, 1] = SCALING_FACTOR
-        decoder.conv_in.weight[minus, latent, 1, 1] = -SCALING_FACTOR
-    decoder.conv_in.weight[8:] *= SCALING_FACTOR
+        decoder.conv_in.weight[plus, latent, 1, 1] = scaling_factor
+        decoder.conv_in.weight[minus, latent, 1, 1] = -scaling_factor
+    decoder.conv_in.weight[8:] *= scaling_factor
     decoder.conv_in.bias[6], decoder.conv_in.bias[7] = 1, -1
     _quiet_residuals(decoder)
     smooth = torch.tensor([1.0, 2.0, 1.0]) / 4

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -15,16 +16,23 @@ import transformers
 from torch import Tensor
 
 from stylemill.engine.begin import begin
+from stylemill.engine.control import load_control
+from stylemill.engine.decoder import UNSOUND, DecoderCache, RecentDecoders, by_decoder, refined
 from stylemill.engine.features import choose_layers
 from stylemill.engine.guidance import Guide
 from stylemill.engine.inputs import InputImage, Pair, Pixels
 from stylemill.engine.layout import blocks, micro_batches
+from stylemill.engine.lora import fuse_lora
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
-from stylemill.model_files import fetch_model
-from stylemill.settings import DType, Sampling, cpu_micro_batch
+from stylemill.engine.tiling import circular
+from stylemill.engine.windows import Windows
+from stylemill.lora_files import fetch_lora
+from stylemill.model_files import CONTROLNET, fetch_model
+from stylemill.settings import ControlNet, DType, Lora, Sampling, cpu_micro_batch
+from stylemill.single_file import fetch_config, is_single_file
 
 LARGEST_MICRO_BATCH = 64
 
@@ -44,7 +52,7 @@ class Engine:
         self,
         model: DiffusionModel,
         *,
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int | str] | None = None,
         threads: int = 1,
         micro_batch: int = 1,
         feature_budget_mb: int = 4096,
@@ -55,6 +63,7 @@ class Engine:
         self.feature_budget_mb = feature_budget_mb
         self.layers = choose_layers(model.unet, layers)
         self.passes: Counter[str] = Counter()
+        self.decoders = RecentDecoders()
 
     @classmethod
     def load(
@@ -62,17 +71,21 @@ class Engine:
         model: str | Path,
         *,
         revision: str | None = None,
+        config: str | None = None,
         dtype: DType = "auto",
         device: str = "auto",
-        layers: Sequence[int] | None = None,
+        layers: Sequence[int | str] | None = None,
+        loras: Sequence[Lora] = (),
+        controlnets: Sequence[ControlNet] = (),
         threads: int = 1,
         micro_batch: int | str = "auto",
         feature_budget_mb: int = 4096,
     ) -> Engine:
-        """Load a diffusers folder or hub id, safetensors only.
+        """Load a diffusers folder, hub id or single-file checkpoint with its `config`, safetensors only.
 
         `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles it.
-        Raises ModelError when the model is absent, pickled or of another architecture.
+        `loras` are added to the weights; `controlnets` are seen while denoising, in the order of `Pair.controls`.
+        Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture.
         """
         # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -80,7 +93,15 @@ class Engine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = "float16" if device.startswith("cuda") else "float32"
-        loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+        if is_single_file(str(model)):
+            loaded = DiffusionModel.load(fetch_config(str(model), config), dtype, device, Path(model).expanduser())
+        else:
+            loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+        for lora in loras:
+            fuse_lora(loaded, fetch_lora(lora), lora)
+        folders = [fetch_model(net.name, net.revision, CONTROLNET) for net in controlnets]
+        nets = [load_control(folder, net, loaded.unet) for folder, net in zip(folders, controlnets, strict=True)]
+        loaded = replace(loaded, controls=tuple(nets))
         return cls(
             loaded,
             layers=layers,
@@ -123,7 +144,7 @@ class Engine:
         noise = noise or Noise(settings.seed)
         with self._repeatable():
             if state is None:
-                state = begin(self.model, pairs, settings, noise)
+                state = begin(self.model, pairs, settings, noise, self.layers)
             state.to(self.model.device)
             sampler = self._sampler(state, settings, noise)
         if len(state.unreadable) == len(state.latents_of):
@@ -134,19 +155,33 @@ class Engine:
                 sampler.advance(state)
             yield state
 
-    def decode(self, state: SampleState) -> list[Pixels | None]:
-        """The image of each pair, (H, W, 3) uint8; None where the pair failed."""
-        images: list[Pixels | None] = [None] * len(state.latents_of)
+    def decode(self, state: SampleState, decoders: DecoderCache | None = None) -> list[Pixels | None]:
+        """The image of each pair, (H, W, 3) uint8; None where the pair failed.
+
+        With `refine_decoder_steps` the VAE's decoder is first refined on the pair's first style, or taken from
+        `decoders`; without that cache the engine remembers the last few itself.
+        """
+        decoders = self.decoders if decoders is None else decoders
+        # The micro-batch is measured on windows; an image made in them is larger.
+        size = self.micro_batch if state.inputs.window is None else 1
+        images: dict[int, Pixels] = {}
         failures = state.failures
         with self._repeatable():
-            for batch in micro_batches(state.inputs, self.micro_batch):
-                if all(pair in failures for pair in batch):
+            for style, batches in by_decoder(state.inputs, size):
+                pairs = [pair for batch in batches for pair in batch]
+                if all(pair in failures for pair in pairs):  # a style that could not be read, for one
                     continue
-                decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
-                for pair, image in zip(batch, decoded, strict=True):
-                    if pair not in failures:
-                        images[pair] = image
-        return images
+                with (
+                    refined(self.model, state.inputs, style, self.numerics, decoders) as usable,
+                    circular(state.inputs.tiling, self.model.vae.decoder),
+                ):
+                    if not usable:
+                        state.unreadable |= {pair: UNSOUND for pair in pairs if pair not in failures}
+                        continue
+                    for batch in batches:
+                        decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
+                        images |= zip(batch, decoded, strict=True)
+        return [None if pair in failures else images.get(pair) for pair in range(len(state.latents_of))]
 
     def gradient(
         self, pairs: Sequence[Pair], settings: Sampling, latents: Tensor, step: int, noise: Noise | None = None
@@ -155,9 +190,9 @@ class Engine:
 
         `latents` (P, C, h, w) -> (P, C, h, w). For measuring precision; sampling does not pass through here.
         """
-        noise = noise or Noise(settings.seed)
-        with self._repeatable():
-            state = begin(self.model, pairs, settings, noise).to(self.model.device)
+        noise, settings = noise or Noise(settings.seed), settings.model_copy(update={"window": None})
+        with self._repeatable(), circular(settings.tiling, self.model.unet):
+            state = begin(self.model, pairs, settings, noise, self.layers).to(self.model.device)
             state.step = step
             latents = latents.to(self.model.device, self.model.latent_dtype)
             return self._sampler(state, settings, noise).gradient(state, latents)
@@ -170,7 +205,8 @@ class Engine:
         """
         if self.model.device.type == "cuda":
             blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
-            used = [self._peak_memory(Pair((blank,), size, content=blank), count) for count in (1, 2)]
+            pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controls))
+            used = [self._peak_memory(pair, count) for count in (1, 2)]
             room = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
             fitting = 1 + int(room / max(used[1] - used[0], 1))
             self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)
@@ -188,11 +224,12 @@ class Engine:
         return torch.cuda.max_memory_allocated(device) - before
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
-        guide = Guide(self.model, self.layers, self.micro_batch, self.passes)
-        batches = micro_batches(state.inputs, self.micro_batch)
+        guide = Guide(self.model, self.layers, settings, self.micro_batch, self.passes)
+        windows = Windows(state.inputs, settings)
+        batches = micro_batches(windows.inputs, self.micro_batch)
         sizes = [self._feature_bytes(image) for image in state.inputs.images]
-        cut = blocks(state.inputs, batches, sizes, self.feature_budget_mb * 2**20)
-        return Sampler(self.model, guide, settings, noise, cut)
+        cut = blocks(windows.inputs, batches, sizes, self.feature_budget_mb * 2**20)
+        return Sampler(self.model, guide, settings, noise, cut, windows)
 
     def _feature_bytes(self, latent: Tensor) -> int:
         return sum(layer.feature_bytes(*latent.shape[-2:]) for layer in self.layers)

@@ -9,24 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stylemill.engine.features import Layer, Reading, reading
+from stylemill.engine.features import Layer, Reading, Target, reading
 from stylemill.engine.layout import Batch, uses_content
 from stylemill.engine.losses import ad_loss, content_loss
+from stylemill.engine.masks import attention_masks
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.state import Inputs
+from stylemill.engine.text import Text
+from stylemill.errors import ModelError
+from stylemill.settings import Sampling
 
 # The gradient of a mean over a million elements is about 1e-6, below fp16's normal range; a power of two is undone
 # exactly on the fp32 gradient.
 LOSS_SCALE = {torch.float16: 2.0**16}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one layer is pulled towards, for the pairs of one micro-batch."""
-
-    style_k: Tensor  # (B, heads, style tokens, head_dim)
-    style_v: Tensor
-    content_q: Tensor | None  # (B, heads, tokens, head_dim)
 
 
 @dataclass(frozen=True)
@@ -35,29 +30,50 @@ class Features:
 
     style_kv: list[dict[int, tuple[Tensor, Tensor]]]
     content_q: list[dict[int, Tensor]]
+    levels: list[int]  # of the layers
 
     def targets(self, inputs: Inputs, batch: Batch) -> list[Target]:
         """The targets of a micro-batch, layer by layer. Several styles of a pair are joined along their tokens."""
         pairs = [inputs.pairs[index] for index in batch]
         found = []
-        for kv, q in zip(self.style_kv, self.content_q, strict=True):
+        allowed = attention_masks(inputs, pairs, self.levels)
+        for kv, q, may in zip(self.style_kv, self.content_q, allowed, strict=True):
             k, v = (
                 torch.stack([torch.cat([kv[style][part] for style in pair.styles], dim=1) for pair in pairs])
                 for part in (0, 1)
             )
             contents = [q[pair.content] for pair in pairs if pair.content is not None and uses_content(pair)]
-            found.append(Target(k, v, torch.stack(contents) if contents else None))
+            found.append(Target(k, v, torch.stack(contents) if contents else None, may))
         return found
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Where the losses pull z: their gradient (B, C, h, w), and the losses, (B, 2): AD, and content or NaN."""
+
+    gradient: Tensor
+    losses: Tensor
 
 
 class Guide:
     """Extracts features once per image and computes per-pair gradients of L_AD + λ L_content against them."""
 
-    def __init__(self, model: DiffusionModel, layers: Sequence[Layer], micro_batch: int, passes: Counter[str]) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        layers: Sequence[Layer],
+        settings: Sampling,
+        micro_batch: int,
+        passes: Counter[str],
+    ) -> None:
         self.model = model
         self.layers = layers
+        self.layer_weights = settings.layer_weights or (1.0,) * len(layers)
+        self.query_scale = settings.query_scale
         self.micro_batch = micro_batch
         self.passes = passes
+        if len(self.layer_weights) != len(layers):
+            raise ModelError(f"sampling.layer_weights has {len(self.layer_weights)} numbers for {len(layers)} layers")
 
     @torch.no_grad()
     def extract(self, inputs: Inputs, batches: Sequence[Batch], latents: dict[int, Tensor], timestep: int) -> Features:
@@ -68,7 +84,9 @@ class Guide:
         pairs = [inputs.pairs[index] for batch in batches for index in batch]
         contents = {pair.content for pair in pairs if uses_content(pair)}
         styles = {style for pair in pairs for style in pair.styles}
-        features: Features = Features([{} for _ in self.layers], [{} for _ in self.layers])
+        features: Features = Features(
+            [{} for _ in self.layers], [{} for _ in self.layers], [layer.level for layer in self.layers]
+        )
         for images in _alike(latents, self.micro_batch):
             self.passes["feature"] += len(images)
             stacked = torch.stack([latents[image] for image in images])
@@ -81,8 +99,8 @@ class Guide:
                         features.content_q[layer][image] = read.q[place].clone()
         return features
 
-    def gradient(self, z: Tensor, timestep: int, null_text: Tensor, weights: Tensor, targets: list[Target]) -> Tensor:
-        """∂(L_AD + λ L_content)/∂z of each pair, z (B, C, h, w), λ = weights (B,) -> (B, C, h, w).
+    def gradient(self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target]) -> Pull:
+        """∂(L_AD + λ L_content)/∂z of each pair, z (B, C, h, w), λ = weights (B,).
 
         Per-pair losses are summed, never averaged over the batch: a pair's gradient is the same at every batch size.
         """
@@ -90,15 +108,19 @@ class Guide:
         scale = LOSS_SCALE.get(self.model.unet.dtype, 1.0)
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
-            loss = torch.zeros(len(z), dtype=z.dtype, device=z.device)
-            for read, target in zip(self._read(z, timestep, null_text), targets, strict=True):
-                loss = loss + ad_loss(read.q, read.out, target.style_k, target.style_v)
+            ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+            readings = self._read(z, timestep, null_text)
+            for read, target, weight in zip(readings, targets, self.layer_weights, strict=True):
+                style = target.style_k, target.style_v
+                ad = ad + weight * ad_loss(read.q, read.out, *style, self.query_scale, target.allowed)
                 if target.content_q is not None:
-                    loss = loss + weights * content_loss(read.q, target.content_q)
-            (gradient,) = torch.autograd.grad(loss.sum() * scale, z)
-        return gradient / scale
+                    content = content + weight * content_loss(read.q, target.content_q)
+            (gradient,) = torch.autograd.grad(((ad + weights * content) * scale).sum(), z)
+        if targets[0].content_q is None:
+            content = torch.full_like(content, torch.nan)
+        return Pull(gradient / scale, torch.stack([ad, content], dim=1).detach())
 
-    def _read(self, z: Tensor, timestep: int, null_text: Tensor) -> list[Reading]:
+    def _read(self, z: Tensor, timestep: int, null_text: Text) -> list[Reading]:
         with reading(self.layers) as readings:
             self.model.predict_noise(z, timestep, null_text)
         return readings

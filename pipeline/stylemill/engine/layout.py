@@ -22,20 +22,23 @@ class Block:
     images: tuple[int, ...]
 
 
-def micro_batches(inputs: Inputs, size: int) -> list[Batch]:
+def micro_batches(inputs: Inputs, size: int, by_style: bool = False) -> list[Batch]:
     """Cut the pairs into micro-batches of at most `size` with equal latent shapes and style tokens.
 
+    `by_style` also keeps pairs of different first styles apart.
     Who shares a batch is a function of the manifest rows alone, never of what failed: batch sizes change low bits.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, pair in enumerate(inputs.pairs):
-        alike.setdefault(_kind(inputs, pair), []).append(index)
+        if pair.slot:
+            own = pair.styles[0] if by_style else None
+            alike.setdefault((own, _kind(inputs, pair)), []).append(index)
     return [tuple(group[i : i + size]) for group in alike.values() for i in range(0, len(group), size)]
 
 
 def _kind(inputs: Inputs, pair: PairInputs) -> tuple[object, ...]:
     styles = tuple(tuple(inputs.images[style].shape) for style in pair.styles)
-    return pair.shape, styles, uses_content(pair)
+    return pair.shape, styles, uses_content(pair), bool(pair.masks)
 
 
 def uses_content(pair: PairInputs) -> bool:

@@ -8,12 +8,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 @torch.no_grad()
-def ideal_attention(q: Tensor, style_k: Tensor, style_v: Tensor) -> Tensor:
+def ideal_attention(
+    q: Tensor, style_k: Tensor, style_v: Tensor, query_scale: float = 1.0, allowed: Tensor | None = None
+) -> Tensor:
     """softmax(Q Ksᵀ / √d) Vs (eq. 3). Q (B, heads, N, d), Ks and Vs (B, heads, Ns, d) -> (B, heads, N, d).
 
+    `query_scale` above 1 sharpens which style tokens a query takes; `allowed` (B, 1, N, Ns) says which it may.
     It is a target: with a gradient, its activations would be kept until the backward pass.
     """
-    return scaled_dot_product_attention(q, style_k, style_v)
+    return scaled_dot_product_attention(q * query_scale, style_k, style_v, attn_mask=allowed)
 
 
 def mean_l1(a: Tensor, b: Tensor) -> Tensor:
@@ -25,9 +28,16 @@ def mean_l1(a: Tensor, b: Tensor) -> Tensor:
     return difference.abs().mean(dim=(1, 2, 3))
 
 
-def ad_loss(q: Tensor, out: Tensor, style_k: Tensor, style_v: Tensor) -> Tensor:
+def ad_loss(
+    q: Tensor,
+    out: Tensor,
+    style_k: Tensor,
+    style_v: Tensor,
+    query_scale: float = 1.0,
+    allowed: Tensor | None = None,
+) -> Tensor:
     """L_AD of one layer: distance of the attention output to the ideal one (eq. 4) -> (B,)."""
-    return mean_l1(out, ideal_attention(q, style_k, style_v))
+    return mean_l1(out, ideal_attention(q, style_k, style_v, query_scale, allowed))
 
 
 def content_loss(q: Tensor, content_q: Tensor) -> Tensor:

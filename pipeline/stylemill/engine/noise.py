@@ -17,7 +17,7 @@ class Noise:
     """Standard normal draws by numpy's Philox, keyed by SHA-256 of what the draw is for.
 
     torch's own generators give other numbers on other devices; these are the same everywhere. A test may pass any
-    object with these two methods to `Engine.sample(noise=…)`.
+    object with these methods to `Engine.sample(noise=…)`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -33,12 +33,28 @@ class Noise:
             return _normal(shape, "initial latents of a seed", pair.seed)
         content = pair.content.digest if pair.content else None
         return _normal(
-            shape, "initial latents of a pair", self.seed, content, [s.digest for s in pair.styles], pair.prompt
+            shape,
+            "initial latents of a pair",
+            self.seed + pair.image_number,
+            content,
+            [s.digest for s in pair.styles],
+            pair.prompt,
         )
+
+    def step_noise(self, identity: str, step: int, shape: tuple[int, ...]) -> Array:
+        """Noise of `shape` (C, h, w) that a scheduler adds to a pair in a step."""
+        return _normal(shape, "pair at a step", self.seed, identity, step)
 
     def image_noise(self, digest: str, step: int, shape: tuple[int, ...]) -> Array:
         """Noise of `shape` (C, h, w) for the image with this digest at a step, whatever the image's role."""
         return _normal(shape, "image at a step", self.seed, digest, step)
+
+
+def identity(pair: Pair) -> str:
+    """What tells the noise of a pair's steps from another's: as with initial latents, its seed or what it shows."""
+    content = pair.content.digest if pair.content else None
+    shown = pair.image_number, content, [style.digest for style in pair.styles], pair.prompt
+    return sha256(repr(shown if pair.seed is None else pair.seed).encode()).hexdigest()
 
 
 def _normal(shape: tuple[int, ...], *key: Any) -> Array:

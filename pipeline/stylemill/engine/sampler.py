@@ -1,17 +1,25 @@
-"""The two ways to use attention distillation, one timestep of a whole shard at a time."""
+"""The ways to use style and content features, one timestep of a whole shard at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from stylemill.engine.guidance import Features, Guide, adain, adam_step
+from stylemill.engine.control import Control
+from stylemill.engine.features import Target, injecting
+from stylemill.engine.guidance import Guide, adain, adam_step
 from stylemill.engine.layout import Batch, Block
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
-from stylemill.engine.state import Inputs, SampleState
+from stylemill.engine.schedulers import Scheduler
+from stylemill.engine.state import SampleState, constant
+from stylemill.engine.text import Text
+from stylemill.engine.tiling import circular
+from stylemill.engine.windows import Windows
 from stylemill.settings import Sampling
 
 
@@ -19,14 +27,22 @@ class Sampler:
     """Advances a SampleState by one step; holds what is fixed for a shard: scheduler, blocks, noise."""
 
     def __init__(
-        self, model: DiffusionModel, guide: Guide, settings: Sampling, noise: Noise, blocks: list[Block]
+        self,
+        model: DiffusionModel,
+        guide: Guide,
+        settings: Sampling,
+        noise: Noise,
+        blocks: list[Block],
+        windows: Windows,
     ) -> None:
-        self.model = model.with_steps(settings.steps)
+        self.model = model
+        self.scheduler = Scheduler(model.scheduler, settings)
         self.guide = guide
         self.settings = settings
         self.noise = noise
         self.blocks = blocks
-        self.timesteps: list[int] = self.model.scheduler.timesteps.tolist()
+        self.windows = windows
+        self.timesteps = self.scheduler.timesteps
 
     @property
     def passes(self) -> Counter[str]:
@@ -34,56 +50,72 @@ class Sampler:
 
     def advance(self, state: SampleState) -> None:
         """One step for every pair, in place."""
-        step_of_a_block = self._guided if self.settings.method == "guided" else self._optimized
-        for block in self.blocks:
-            step_of_a_block(state, block)
+        steps = {"optimization": self._optimized, "kv_injection": self._injected}
+        work = self.windows.cut(state)
+        # Features too: the losses compare what one and the same network makes of both.
+        with circular(self.windows.tiling, self.model.unet, *(control.net for control in self.model.controls)):
+            for block in self.blocks:
+                steps.get(self.settings.method, self._guided)(work, block)
+        self.windows.join(work, state)
         state.step += 1
 
     def _guided(self, state: SampleState, block: Block) -> None:
-        """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam."""
-        t, s = self.timesteps[state.step], self.guided_timestep(state.step)
-        guiding = state.step >= self.settings.start_step
+        """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam, or plainly."""
+        t, s = self.timesteps[state.step], self.scheduler.next_timestep(state.step)
+        guiding = self.settings.guides(state.step)
         noised = self.noised_images(state, block, s) if guiding else {}
         if descending := guiding and self.settings.iterations > 0:
             features = self.guide.extract(state.inputs, block.batches, noised, s)
         for batch in block.batches:
-            z = self._denoise(_gather(state.latents_of, batch), t, state.inputs, batch)
+            z = self._denoise(_gather(state.latents_of, batch), t, state, batch)
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
             if descending:
-                z, _ = self._descend(z, z.new_zeros(2, *z.shape), 0, s, state.inputs, batch, features)
+                targets = features.targets(state.inputs, batch)
+                z, _ = self._descend(state, batch, z, z.new_zeros(2, *z.shape), 0, s, targets)
             _put_back(state, batch, z)
+
+    def _injected(self, state: SampleState, block: Block) -> None:
+        """Denoise while the layers attend to the styles, noised to the same t, with the queries of the content."""
+        t = self.timesteps[state.step]
+        if guiding := self.settings.guides(state.step):
+            noised = self.noised_images(state, block, t)
+            features = self.guide.extract(state.inputs, block.batches, noised, t)
+        for batch in block.batches:
+            z = _gather(state.latents_of, batch)
+            if guiding and self.settings.adain:
+                z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
+            targets = features.targets(state.inputs, batch) if guiding else None
+            _put_back(state, batch, self._denoise(z, t, state, batch, targets))
 
     def _optimized(self, state: SampleState, block: Block) -> None:
         """Pull each latent towards the features of the clean images at t, with one Adam over the run."""
+        if not self.settings.guides(state.step):
+            return
         t = self.timesteps[state.step]
         clean = {image: state.inputs.images[image] for image in block.images}
         features = self.guide.extract(state.inputs, block.batches, clean, t)
-        done = state.step * self.settings.iterations
+        done = (state.step - self.settings.start_step) * self.settings.iterations
         for batch in block.batches:
+            targets = features.targets(state.inputs, batch)
             moments = _gather(state.moments_of, batch).transpose(0, 1)  # (2, B, C, h, w)
-            z, moments = self._descend(
-                _gather(state.latents_of, batch), moments, done, t, state.inputs, batch, features
-            )
+            z = _gather(state.latents_of, batch)
+            z, moments = self._descend(state, batch, z, moments, done, t, targets)
             _put_back(state, batch, z)
             for place, pair in enumerate(batch):
                 state.moments_of[pair] = moments[:, place]
 
     def gradient(self, state: SampleState, latents: Tensor) -> Tensor:
         """The gradient (P, C, h, w) that guided sampling would follow from `latents` after denoising `state.step`."""
-        s = self.guided_timestep(state.step)
+        s = self.scheduler.next_timestep(state.step)
         gradient = torch.zeros_like(latents)
         for block in self.blocks:
             features = self.guide.extract(state.inputs, block.batches, self.noised_images(state, block, s), s)
             for batch in block.batches:
-                targets, weights = features.targets(state.inputs, batch), _weights(latents, state.inputs, batch)
-                pulled = self.guide.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
-                gradient[list(batch)] = pulled
+                targets, weights = features.targets(state.inputs, batch), self._weights(latents, state, batch)
+                pull = self.guide.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
+                gradient[list(batch)] = pull.gradient
         return gradient
-
-    def guided_timestep(self, step: int) -> int:
-        """s: the timestep the latents stand at after the denoising of `step`."""
-        return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
 
     def noised_images(self, state: SampleState, block: Block, s: int) -> dict[int, Tensor]:
         """The block's clean latents noised to s, each with the noise of its own picture at this step."""
@@ -94,44 +126,65 @@ class Sampler:
 
     def _add_noise(self, latent: Tensor, digest: str, step: int, s: int) -> Tensor:
         noise = torch.from_numpy(self.noise.image_noise(digest, step, tuple(latent.shape))).to(latent)
-        noised: Tensor = self.model.scheduler.add_noise(latent[None], noise[None], torch.tensor([s]))
-        return noised[0]
+        return self.scheduler.add_noise(latent, noise, s)
 
     @torch.no_grad()
-    def _denoise(self, z: Tensor, t: int, inputs: Inputs, batch: Batch) -> Tensor:
+    def _denoise(
+        self, z: Tensor, t: int, state: SampleState, batch: Batch, inject: list[Target] | None = None
+    ) -> Tensor:
         """One scheduler step t -> s, with classifier-free guidance when its scale is above 1."""
+        inputs = state.inputs
         pairs = [inputs.pairs[pair] for pair in batch]
-        text = torch.stack([inputs.texts[pair.prompt] for pair in pairs])
-        if self.settings.guidance_scale > 1:
-            negative = torch.stack([inputs.texts[pair.negative] for pair in pairs])
-            both = self.model.predict_noise(torch.cat([z, z]), t, torch.cat([negative, text]))
-            self.passes["denoise"] += len(both)
-            without, towards = both.chunk(2)
+        texts = [inputs.texts[pair.prompt] for pair in pairs]
+        doubled = self.settings.guidance_scale > 1
+        if doubled:
+            texts = [inputs.texts[pair.negative] for pair in pairs] + texts
+            inject = inject and [target.twice() for target in inject]
+        many = torch.cat([z, z]) if doubled else z
+        self.passes["denoise"] += len(many)
+        control = None
+        if self.model.controls:
+            control = Control.of(inputs, pairs, state.step, len(self.timesteps), len(many) // len(z))
+        with injecting(self.guide.layers, inject, self.settings.query_scale) if inject else nullcontext():
+            epsilon = self.model.predict_noise(many, t, Text.stack(texts), control)
+        if doubled:
+            without, towards = epsilon.chunk(2)
             epsilon = without + self.settings.guidance_scale * (towards - without)
-        else:
-            epsilon = self.model.predict_noise(z, t, text)
-            self.passes["denoise"] += len(z)
-        previous: Tensor = self.model.scheduler.step(epsilon, t, z).prev_sample
-        return previous
+
+        def draw() -> Tensor:
+            own = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
+            return torch.from_numpy(np.stack(own)).to(z)
+
+        history = _gather(state.history_of, batch) if state.history_of else None
+        z, history = self.scheduler.step(epsilon, z, state.step, history, draw)
+        if history is not None:
+            for place, pair in enumerate(batch):
+                state.history_of[pair] = history[place]
+        return z
 
     def _descend(
-        self, z: Tensor, moments: Tensor, done: int, s: int, inputs: Inputs, batch: Batch, features: Features
+        self, state: SampleState, batch: Batch, z: Tensor, moments: Tensor, done: int, s: int, targets: list[Target]
     ) -> tuple[Tensor, Tensor]:
-        """`iterations` Adam steps on the micro-batch z, after `done` earlier ones."""
-        targets = features.targets(inputs, batch)
-        weights = _weights(z, inputs, batch)
+        """`iterations` steps down the losses from the micro-batch z, after `done` earlier ones of the same Adam."""
+        rate = self.settings.learning_rate
         for count in range(done + 1, done + 1 + self.settings.iterations):
-            # Optimization starts at the content itself, where L_content is 0 and |Q − Qc| has no slope; in another
-            # batch than the content's, rounding would give it one of random sign.
-            at_content = count == 1 and self.settings.method == "optimization"
-            pull = torch.zeros_like(weights) if at_content else weights
-            gradient = self.guide.gradient(z, s, inputs.null_text, pull, targets)
-            z, moments = adam_step(z, gradient, moments, count, self.settings.learning_rate)
+            weights = self._weights(z, state, batch)
+            if count == 1 and state.moments_of and self.settings.init != "noise":
+                # Optimization starts at the content itself, where L_content is 0 and |Q − Qc| has no slope; in another
+                # batch than the content's, rounding would give it one of random sign.
+                weights = torch.zeros_like(weights)
+            pull = self.guide.gradient(z, s, state.inputs.null_text, weights, targets)
+            state.note_losses(batch, pull.losses)
+            if self.settings.method == "gradient":
+                z = z - rate * pull.gradient
+            else:
+                z, moments = adam_step(z, pull.gradient, moments, count, rate)
         return z, moments
 
-
-def _weights(z: Tensor, inputs: Inputs, batch: Batch) -> Tensor:
-    return z.new_tensor([inputs.pairs[pair].content_weight for pair in batch])  # λ, (B,)
+    def _weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
+        """λ of each pair at this step, (B,)."""
+        own = tuple(state.inputs.pairs[pair].content_weight for pair in batch)
+        return constant(own, z.dtype, z.device) * self.settings.content_factor(state.step)
 
 
 def _gather(tensors: list[Tensor], batch: Batch) -> Tensor:
@@ -142,7 +195,7 @@ def _put_back(state: SampleState, batch: Batch, z: Tensor) -> None:
     """Store a micro-batch; a pair that is not finite any more is noted and zero-filled, in its slot."""
     finite = z.isfinite().flatten(1).all(1)
     z = torch.where(finite[:, None, None, None], z, 0)
-    where = torch.tensor(batch, device=state.lost_at.device)
+    where = constant(batch, torch.long, state.lost_at.device)
     newly = ~finite & (state.lost_at[where] < 0)
     state.lost_at[where] = torch.where(newly, state.step, state.lost_at[where])
     for place, pair in enumerate(batch):

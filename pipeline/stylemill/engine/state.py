@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stylemill.engine.text import Text
+from stylemill.settings import Tiling
+
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`values` as a tensor that must not be written to: sent to the device once, for each sending waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,10 @@ class PairInputs:
     negative: int
     content_weight: float
     shape: tuple[int, int, int]  # of its latents: (C, h, w)
+    slot: bool = True  # False: its sizes are unknown, and no batch has a place for it
+    masks: tuple[int, ...] = ()  # none; or the content's, then one for each style
+    controls: tuple[int, ...] = ()  # one for each ControlNet of the model
+    identity: str = ""  # what the noise of its steps is keyed by
 
 
 @dataclass(frozen=True)
@@ -32,10 +46,22 @@ class Inputs:
     pairs: list[PairInputs]
     images: list[Tensor]  # (C, h, w) each
     digests: list[str]
-    texts: list[Tensor]  # (tokens, dim) each; texts[0] is the null prompt
+    texts: list[Text]  # texts[0] is the null prompt
+    tiling: Tiling = "none"  # how the latents are decoded
+    window: int | None = None  # side of the windows that larger latents are made in
+    masks: list[Tensor] = field(default_factory=list)  # labels on a latent grid (h, w), int32
+    controls: list[Tensor] = field(default_factory=list)  # control images (3, H, W), uint8
+    pixels: list[Tensor] = field(default_factory=list)  # of the images a decoder is refined on, (H, W, 3) uint8
+    refine_steps: int = 0  # of the VAE's decoder on a style; 0: none is refined, and no pixels are kept
+    refine_rate: float = 0.0
 
     @property
-    def null_text(self) -> Tensor:
+    def conditions(self) -> dict[str, list[Tensor]]:
+        """What only some jobs have, by the name it has in a checkpoint."""
+        return {"mask": self.masks, "control": self.controls, "pixels": self.pixels}
+
+    @property
+    def null_text(self) -> Text:
         return self.texts[0]
 
 
@@ -54,6 +80,18 @@ class SampleState:
     unreadable: dict[int, str]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
+    history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, of schedulers that look back
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content, or NaN
+
+    def note_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
+        """Keep the losses (B, 2) of a micro-batch as the last ones, and as the first if there were none before.
+
+        They stay on the device until `losses` is asked for: no step waits for a number.
+        """
+        where = constant(batch, torch.long, losses.device)
+        first, losses = self.losses[where, 0], losses.to(self.losses.dtype)
+        self.losses[where, 0] = torch.where(first.isnan(), losses, first)
+        self.losses[where, 1] = losses
 
     @property
     def latents(self) -> Tensor:
@@ -72,12 +110,24 @@ class SampleState:
 
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
         """Arrays and JSON-able facts that never change; saved once a shard."""
-        arrays = {f"image.{i}": _array(image) for i, image in enumerate(self.inputs.images)}
-        arrays |= {f"text.{i}": _array(text) for i, text in enumerate(self.inputs.texts)}
+        arrays = {
+            f"{name}.{i}": _array(tensor)
+            for name, tensors in (("image", self.inputs.images), *self.inputs.conditions.items())
+            for i, tensor in enumerate(tensors)
+        }
+        for i, text in enumerate(self.inputs.texts):
+            arrays[f"text.{i}"] = _array(text.hidden)
+            if text.pooled is not None:
+                arrays[f"pooled.{i}"] = _array(text.pooled)
         facts = {
             "digests": self.inputs.digests,
             "texts": len(self.inputs.texts),
             "pairs": [vars(pair) for pair in self.inputs.pairs],
+            "tiling": self.inputs.tiling,
+            "window": self.inputs.window,
+            "refine_steps": self.inputs.refine_steps,
+            "refine_rate": self.inputs.refine_rate,
+            **{name: len(tensors) for name, tensors in self.inputs.conditions.items()},
         }
         return arrays, facts
 
@@ -85,44 +135,64 @@ class SampleState:
         """Arrays and JSON-able facts of this very step."""
         arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
-        arrays["lost_at"] = _array(self.lost_at)
+        arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
+        arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
         unreadable = {str(pair): why for pair, why in self.unreadable.items()}
-        return arrays, {"step": self.step, "moments": len(self.moments_of), "unreadable": unreadable}
+        counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
+        return arrays, {"step": self.step, **counts, "unreadable": unreadable}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
         """The state that was exported; `Engine.sample(state=…)` moves it to its device and goes on."""
-        pairs = [
-            PairInputs(**{**pair, "styles": tuple(pair["styles"]), "shape": tuple(pair["shape"])})
-            for pair in input_facts["pairs"]
-        ]
+        pairs = [PairInputs(**_with_tuples(pair)) for pair in input_facts["pairs"]]
         digests = list(input_facts["digests"])
         return cls(
             inputs=Inputs(
                 pairs=pairs,
                 images=[torch.from_numpy(inputs[f"image.{i}"]) for i in range(len(digests))],
                 digests=digests,
-                texts=[torch.from_numpy(inputs[f"text.{i}"]) for i in range(input_facts["texts"])],
+                texts=[_text(inputs, i) for i in range(input_facts["texts"])],
+                tiling=input_facts["tiling"],
+                window=input_facts["window"],
+                masks=[torch.from_numpy(inputs[f"mask.{i}"]) for i in range(input_facts["mask"])],
+                controls=[torch.from_numpy(inputs[f"control.{i}"]) for i in range(input_facts["control"])],
+                pixels=[torch.from_numpy(inputs[f"pixels.{i}"]) for i in range(input_facts["pixels"])],
+                refine_steps=input_facts["refine_steps"],
+                refine_rate=input_facts["refine_rate"],
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
             unreadable={int(pair): why for pair, why in facts["unreadable"].items()},
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
+            history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
+            losses=torch.from_numpy(arrays["losses"]),
         )
 
     def to(self, device: torch.device) -> SampleState:
-        """Move every tensor to `device`, in place."""
-        self.inputs = Inputs(
-            self.inputs.pairs,
-            [image.to(device) for image in self.inputs.images],
-            self.inputs.digests,
-            [text.to(device) for text in self.inputs.texts],
+        """Move every tensor that steps work on to `device`, in place."""
+        self.inputs = replace(
+            self.inputs,
+            images=[image.to(device) for image in self.inputs.images],
+            texts=[text.to(device) for text in self.inputs.texts],
+            masks=[mask.to(device) for mask in self.inputs.masks],
+            controls=[control.to(device) for control in self.inputs.controls],
         )
         self.latents_of = [z.to(device) for z in self.latents_of]
         self.moments_of = [moments.to(device) for moments in self.moments_of]
-        self.lost_at = self.lost_at.to(device)
+        self.history_of = [history.to(device) for history in self.history_of]
+        self.lost_at, self.losses = self.lost_at.to(device), self.losses.to(device)
         return self
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists for our tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _text(inputs: Arrays, number: int) -> Text:
+    pooled = inputs.get(f"pooled.{number}")
+    return Text(torch.from_numpy(inputs[f"text.{number}"]), None if pooled is None else torch.from_numpy(pooled))
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

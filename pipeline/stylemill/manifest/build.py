@@ -27,7 +27,7 @@ from stylemill.manifest.validate import validate_manifest
 Pairing = Literal["product", "zip", "sample"]
 Values = dict[str, Any]
 Pair = tuple[str | None, str, int]  # content path, style path, 1 for the first time these two meet
-_IMAGES = ("content", "style", "content_mask", "style_mask")
+_IMAGES = ("content", "style", "content_mask", "style_mask", "control")
 _TYPES: dict[str, Any] = {"seed": pa.int64(), "content_weight": pa.float64()}  # every other column is a string
 
 

@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,33 @@ class Manifest:
     style_is_list: bool
     group_starts: tuple[int, ...]  # first row of each row group, then num_rows
     batch_rows: int
+    copies: int = 1  # images made of each row
+
+    @property
+    def num_images(self) -> int:
+        return self.num_rows * self.copies
+
+    def with_copies(self, copies: int) -> Manifest:
+        """This manifest with `copies` images made of each row, which differ in their initial noise."""
+        return replace(self, copies=copies)
+
+    def images(self, start: int, stop: int, occurrences: Mapping[int, int] | None = None) -> Iterator[Row]:
+        """The rows of images start..stop: image i is number i % copies of row i // copies. Numbers and ids are the
+        images' own: `row` counts images, `pair_id` ends in `.<number>` and a seed grows by it, where copies > 1."""
+        if self.copies == 1:
+            yield from self.rows(start, stop, occurrences)
+            return
+        for row in self.rows(start // self.copies, -(-stop // self.copies), occurrences):
+            for number in range(self.copies):
+                if start <= (image := row.row * self.copies + number) < stop:
+                    seed = None if row.seed is None else (row.seed + number) % 2**63
+                    yield replace(row, row=image, pair_id=f"{row.pair_id}.{number}", seed=seed, image_number=number)
+
+    def carried_images(self, start: int, stop: int) -> pa.Table:
+        """The carried columns of images start..stop."""
+        first = start // self.copies
+        rows = self.carried_rows(first, -(-stop // self.copies))
+        return rows.take([image // self.copies - first for image in range(start, stop)]) if self.carried.names else rows
 
     def sha256(self) -> str:
         """Digest of the file, hex."""

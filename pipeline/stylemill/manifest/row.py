@@ -68,6 +68,16 @@ def parse_row(number: int, values: Mapping[str, Any], occurrence: int = 1) -> tu
     content_mask = text("content_mask")
     if content_mask is not None and (not content_mask or "\0" in content_mask):
         bad("content_mask", "is an empty path or has a NUL character")
+    if (content_mask is None) != (not masks):
+        lone, absent = ("style_mask", "content_mask") if masks else ("content_mask", "style_mask")
+        bad(lone, f"stands without a {absent}; a row has both or neither")
+
+    control = values.get("control")
+    controls = tuple(
+        image("control", item, f"item {index} " if isinstance(control, list) else "")
+        for index, item in enumerate(control if isinstance(control, list) else [control])
+        if control is not None
+    )
 
     seed = values.get("seed")
     if seed is not None and not 0 <= seed < 2**63:
@@ -93,6 +103,7 @@ def parse_row(number: int, values: Mapping[str, Any], occurrence: int = 1) -> tu
         content_weight=None if weight is None else float(weight),
         content_mask=content_mask,
         style_masks=masks,
+        controls=tuple(item for item in controls if item is not None),
     )
     if pair_id is None:
         row = _named(row, occurrence)
@@ -113,6 +124,7 @@ def _named(row: Row, occurrence: int) -> Row:
         "content_weight": row.content_weight,
         "content_mask": row.content_mask,
         "style_mask": list(row.style_masks),
+        "control": [control.key for control in row.controls],
     }
     # Unset fields are left out, so that an optional column full of nulls renames nothing.
     asked = {name: value for name, value in asked.items() if value is not None and value != []}

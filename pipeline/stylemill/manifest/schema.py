@@ -50,6 +50,8 @@ class Row:
     content_weight: float | None = None
     content_mask: str | None = None
     style_masks: tuple[str, ...] = ()  # none, or one a style
+    controls: tuple[ImageRef, ...] = ()  # none, or one a ControlNet of the job
+    image_number: int = 0  # which of several images made of one manifest row
 
     def images(self) -> Iterator[tuple[str, ImageRef]]:
         """Every image the row needs, with the column that names it."""
@@ -61,6 +63,8 @@ class Row:
             yield "content_mask", ImageRef(self.content_mask)
         for mask in self.style_masks:
             yield "style_mask", ImageRef(mask)
+        for control in self.controls:
+            yield "control", control
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,12 @@ _COLUMNS = (
         "path of the label image of the style; one for each style",
         lambda kind: _is_text(kind.value_type) if is_list(kind) else _is_string(kind),
     ),
+    Column(
+        "control",
+        "string, struct `{bytes, path}`, or a list of either",
+        "the image that the job's ControlNet denoises by (edges, depth, pose); one for each, where there are several",
+        lambda kind: _is_image(kind.value_type) if is_list(kind) else _is_image(kind),
+    ),
 )
 KNOWN: dict[str, Column] = {column.name: column for column in _COLUMNS}
 
@@ -159,6 +169,10 @@ OUTPUT_COLUMNS = (
     "height",
     "seed",
     "settings",
+    "ad_loss_first",
+    "ad_loss_last",
+    "content_loss_first",
+    "content_loss_last",
     "content_sha256",
     "style_sha256",
     "sha256",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class _Findings:
 
 def validate_manifest(
     path: str | Path,
-    decode: Callable[[ImageRef], None] | None = None,
+    decode: Callable[[str, ImageRef], None] | None = None,
     *,
     check_files: bool = True,
     workers: int = 4,
@@ -75,16 +75,16 @@ def validate_manifest(
 ) -> ValidationReport:
     """Check every row, streaming: memory grows by 8 bytes a row and some more for each unique image.
 
-    `decode` opens one image and raises a StylemillError when it cannot; it is called in `workers` threads, once for
-    each unique image, behind a bar. Without it, local files only have to be there (`check_files`). A problem of an
-    image is reported at the first row that uses it. At most `limit` problems are kept, all are counted.
+    `decode` opens one image of a column and raises a StylemillError when it cannot; it is called in `workers` threads,
+    once for each unique image, behind a bar. Without it, local files only have to be there (`check_files`). A problem
+    of an image is reported at the first row that uses it. At most `limit` problems are kept, all are counted.
 
     Raises ManifestError when the file is no manifest at all: absent, not Parquet, empty, wrong columns.
     """
     manifest = open_manifest(path)
     findings = _Findings(limit)
     ids = array("Q")
-    seen: dict[str, set[int]] = {"content": set(), "style": set(), "content_mask": set(), "style_mask": set()}
+    seen: defaultdict[str, set[int]] = defaultdict(set)
     checked: set[int] = set()
     without_content = 0
     pending: deque[tuple[int, str, Future[None]]] = deque()
@@ -117,7 +117,7 @@ def validate_manifest(
                     continue
                 checked.add(image)
                 if decode is not None:
-                    pending.append((number, column, pool.submit(decode, ref)))
+                    pending.append((number, column, pool.submit(decode, column, ref)))
                     if len(pending) > 4 * workers:  # a bounded window: embedded images wait in memory
                         settle()
                 elif check_files and (missing := _missing(manifest.base, ref)):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stylemill.job import Job
 from stylemill.manifest import Manifest, open_manifest
 from stylemill.model_files import ModelFiles, resolve_model
+from stylemill.planning.controls import controlnet_parameters, plan_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
+from stylemill.planning.loras import plan_loras
+from stylemill.single_file import is_single_file, resolve_single_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_strangers
 
@@ -32,10 +35,11 @@ class Plan:
     pairs_per_shard: int
     fingerprint: Fingerprint
     occurrences: dict[int, int]  # rows that repeat an earlier row -> which repetition; tells their ids apart
+    controlnets: tuple[ModelFiles, ...] = ()
 
     @property
     def rows(self) -> int:
-        return self.manifest.num_rows
+        return self.manifest.num_images
 
     @property
     def shards(self) -> int:
@@ -52,15 +56,15 @@ class Plan:
         first = shard * self.pairs_per_shard
         return range(first, min(first + self.pairs_per_shard, self.rows))
 
-    def occurrences_of(self, shard: int) -> dict[int, int]:
-        """The part of `occurrences` that a worker on this shard needs."""
-        return {row: self.occurrences[row] for row in self.rows_of(shard) if row in self.occurrences}
-
     def cost(self) -> Cost:
         """Count passes and estimate memory; streams the whole manifest."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
-        rows = (self.manifest.rows(rows.start, rows.stop) for rows in ranges)
-        return count_cost(self.job, rows, read_shape(self.model.folder) if self.model.folder else None)
+        rows = (self.manifest.images(rows.start, rows.stop) for rows in ranges)
+        model, shape = self.model, None
+        if model.folder:
+            shape = read_shape(model.folder, model.checkpoint)
+            shape = replace(shape, parameters=shape.parameters + sum(map(controlnet_parameters, self.controlnets)))
+        return count_cost(self.job, rows, shape)
 
     def describe(self) -> str:
         """What `stylemill plan` prints."""
@@ -73,7 +77,8 @@ class Plan:
             ("job", job.name),
             ("manifest", f"{self.manifest.path}"),
             ("model", self.model.label + ("" if self.model.folder else " (not on this machine yet)")),
-            ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels"),
+            *(("controlnet", files.label) for files in self.controlnets),
+            ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels{_sizes(job)}"),
             ("rows", f"{self.rows:,}"),
             ("unique images", f"{cost.contents:,} contents, {cost.styles:,} styles"),
             ("shards", f"{self.shards:,} of {size}"),
@@ -99,20 +104,29 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         job = Job.load(job, overrides)
     elif overrides:
         raise TypeError("overrides go with a job file, not with a Job")
-    manifest = open_manifest(job.manifest)
-    model = resolve_model(job.model.name, job.model.revision)
+    manifest = open_manifest(job.manifest).with_copies(job.images_per_pair)
+    if is_single_file(job.model.name):
+        model = resolve_single_file(job.model.name, job.model.config)
+    else:
+        model = resolve_model(job.model.name, job.model.revision)
+    job = job.model_copy(update={"model": job.model.model_copy(update=model.pins)})
     if model.folder:
-        check_against_model(job, read_shape(model.folder))
+        check_against_model(job, read_shape(model.folder, model.checkpoint))
+    job, controlnets = plan_controlnets(job, model, manifest)
+    job, loras = plan_loras(job)
     asked = job.shards.pairs_per_shard
     if asked == "auto":
-        asked = pairs_per_shard or automatic_shard(manifest.group_starts, _workers(job))
+        asked = pairs_per_shard or automatic_shard(
+            [start * manifest.copies for start in manifest.group_starts], _workers(job)
+        )
     made = Plan(
         job=job,
         manifest=manifest,
         model=model,
         pairs_per_shard=asked,
-        fingerprint=fingerprint(job, model, manifest.sha256(), asked),
+        fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets, loras),
         occurrences=manifest.repeated_rows(),
+        controlnets=tuple(controlnets),
     )
     refuse_strangers(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
     return made
@@ -149,6 +163,12 @@ def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
         ("  latents", _size(memory.state)),
         ("  activations", f"{_size(memory.activations)} a pair, {memory.micro_batch} pairs in a micro-batch"),
     ]
+
+
+def _sizes(job: Job) -> str:
+    if job.image.fit == "keep":
+        return " at most, as each content is (fit: keep); all below are upper bounds"
+    return f" in windows of {job.sampling.window} latents" if job.sampling.window else ""
 
 
 def _size(count: int) -> str:

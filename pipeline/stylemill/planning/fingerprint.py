@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from stylemill.job import Job
 from stylemill.model_files import ModelFiles
 
-Value = str | int | float
+Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]
 
 
-def fingerprint(job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_shard: int) -> Fingerprint:
+def fingerprint(
+    job: Job,
+    model: ModelFiles,
+    manifest_sha256: str,
+    pairs_per_shard: int,
+    controlnets: Sequence[ModelFiles] = (),
+    loras: Sequence[ModelFiles] = (),
+) -> Fingerprint:
     """What must not change between two starts of a run.
 
     Left out is what may: workers, address, retries, checkpoints; and threads, micro-batch and feature budget, which
@@ -25,9 +32,28 @@ def fingerprint(job: Job, model: ModelFiles, manifest_sha256: str, pairs_per_sha
         **model.identity(),
         "model.dtype": job.model.dtype,
         "model.layers": "the last six" if job.model.layers is None else ",".join(map(str, job.model.layers)),
-        **{f"sampling.{name}": value for name, value in job.sampling.model_dump().items()},
+        **{
+            f"model.controlnet.{place}.{name}": value
+            for place, (net, files) in enumerate(zip(job.model.controlnet, controlnets, strict=True))
+            for name, value in {
+                **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
+                **net.model_dump(include={"scale", "start", "end"}),
+            }.items()
+        },
+        **{
+            f"model.loras.{place}.{name}": value
+            for place, (lora, files) in enumerate(zip(job.model.loras, loras, strict=True))
+            for name, value in {
+                **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
+                **({"file": lora.file} if files.commit and lora.file else {}),
+                "scale": lora.scale,
+            }.items()
+        },
+        **{f"sampling.{name}": value for name, value in job.sampling.model_dump(mode="json").items()},
+        **({} if job.images_per_pair == 1 else {"images_per_pair": job.images_per_pair}),
         "image.size": f"{width}x{height}",
         "image.fit": job.image.fit,
+        **({} if job.image.style_size is None else {"image.style_size": "{}x{}".format(*job.image.style_width_height)}),
         "shards.pairs_per_shard": pairs_per_shard,
         "shards.image_format": job.shards.image_format,
         **({} if job.shards.image_format == "png" else {"shards.quality": job.shards.quality}),

@@ -49,7 +49,7 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
 
 
 def clean(paths: RunPaths) -> None:
-    """Empty tmp/ and remove the checkpoints of committed shards; a finished run keeps neither folder.
+    """Empty tmp/ and remove the checkpoints of committed shards; a finished run keeps neither folder, nor its cache.
 
     The caller holds the RunLock and has no worker at work. Raises StorageError.
     """
@@ -59,7 +59,7 @@ def clean(paths: RunPaths) -> None:
         discard(paths.commit_lock(shard))
     finished = len(committed) == paths.shards
     with storage_errors(paths.output):
-        for folder in (paths.tmp, paths.checkpoints_folder) if finished else (paths.tmp,):
+        for folder in (paths.tmp, paths.checkpoints_folder, paths.cache) if finished else (paths.tmp,):
             if folder.exists():
                 shutil.rmtree(folder)
         if not finished:

@@ -5,6 +5,7 @@
 <output>/failures/00000.parquet                    rows that failed for good
 <output>/records/00000.json                        published last: what makes a shard done
 <output>/checkpoints/00000/  00000.lock            shards in flight only
+<output>/cache/decoders/                           refined VAE decoders, until the run is finished
 <output>/tmp/                                      everything unfinished, on the same filesystem as the rest
 <output>/quarantine/                               damaged files, moved out of the way with the reason
 <output>/lock                                      held by the run that works here
@@ -83,6 +84,14 @@ class RunPaths:
     @property
     def checkpoints_folder(self) -> Path:
         return self.output / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        return self.output / "cache"
+
+    @property
+    def decoders_folder(self) -> Path:
+        return self.cache / "decoders"
 
     @property
     def tmp(self) -> Path:

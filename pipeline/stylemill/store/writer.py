@@ -67,6 +67,7 @@ def output_schema(carried: pa.Schema, style_is_list: bool, fingerprint: str) -> 
         pa.field("height", pa.int32()),
         pa.field("seed", pa.int64()),
         pa.field("settings", pa.string()),
+        *(pa.field(f"{name}_loss_{when}", pa.float32()) for name in ("ad", "content") for when in ("first", "last")),
         pa.field("content_sha256", pa.string()),
         pa.field("style_sha256", references),
         pa.field("sha256", pa.string()),

@@ -1,0 +1,147 @@
+"""How far half precision may be trusted: the losses' gradient in fp16 and bf16 against fp32, step by step.
+
+    python benchmarks/precision.py                                         # demo model, this CPU
+    python benchmarks/precision.py --model sd15 --size 512 --device cuda   # SD 1.5's dimensions, random weights
+
+At every step each precision starts from the latents that a float32 run has there, and from the same clean latents and
+texts, encoded in float32; the UNet alone differs. Trajectories are not compared: Adam's sign-like steps amplify
+rounding whatever the precision. Shown are the cosine to the float32 gradient, of the worst pair; the share of
+exactly-zero elements less that of float32; the count of NaN and Inf; and, last, how far the gradient of a pair alone
+is from that of the same pair in a batch of all, |difference| / |gradient|, again of the worst.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sd15 import random_sd15
+from stylemill.engine import Engine, InputImage, Pair
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.settings import Sampling
+
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A gradient (P, C, h, w) in some precision beside float32's."""
+
+    cosine: float  # of the worst pair
+    zeros: float  # share of exactly-zero elements, less float32's
+    broken: int  # elements that are NaN or Inf
+
+    @classmethod
+    def between(cls, gradient: Tensor, exact: Tensor) -> Agreement:
+        flat, exact = gradient.double().flatten(1), exact.double().flatten(1)
+        zeros = (flat == 0).double().mean() - (exact == 0).double().mean()
+        cosine = cosine_similarity(flat, exact, dim=1, eps=0)
+        return cls(cosine.min().item(), zeros.item(), int((~flat.isfinite()).sum()))
+
+
+def in_precision(engine: Engine, dtype: torch.dtype) -> Engine:
+    """The same engine with its UNet in `dtype`; VAE and text encoder stay, so that inputs are the same."""
+    unet = torch.nn.Module.to(copy.deepcopy(engine.model.unet), dtype)  # diffusers's own warns that nothing is kept
+    return Engine(replace(engine.model, unet=unet), threads=engine.threads, micro_batch=engine.micro_batch)
+
+
+def agreements(
+    exact: Engine, engines: Sequence[Engine], pairs: Sequence[Pair], settings: Sampling
+) -> Iterator[list[Agreement]]:
+    """For each step, how each of `engines` agrees with `exact`, from the latents of a run of `exact`."""
+    for step, state in enumerate(exact.sample(pairs, settings)):
+        latents = state.latents.clone()
+        expected = exact.gradient(pairs, settings, latents, step)
+        yield [Agreement.between(engine.gradient(pairs, settings, latents, step), expected) for engine in engines]
+
+
+def alone_against_batch(engine: Engine, pairs: Sequence[Pair], settings: Sampling, step: int) -> float:
+    """|difference| / |gradient| of a pair alone and in one batch with all others, the largest of the pairs."""
+    latents = torch.randn(len(pairs), *_latent_shape(engine, pairs[0]), generator=torch.Generator().manual_seed(0))
+    own, gradients = engine.micro_batch, []
+    for engine.micro_batch in (1, len(pairs)):
+        gradients.append(engine.gradient(pairs, settings, latents, step).double().flatten(1))
+    engine.micro_batch = own
+    alone, together = gradients
+    return ((together - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
+
+
+def pictures(count: int, size: int) -> list[InputImage]:
+    """Large patches with some grain."""
+    rng = np.random.default_rng(0)
+    patches = [np.kron(rng.integers(30, 226, (8, 8, 3)), np.ones((size // 8, size // 8, 1))) for _ in range(count)]
+    grain = [patch + rng.integers(-30, 30, patch.shape) for patch in patches]
+    return [InputImage(f"picture {number}", pixels.astype(np.uint8)) for number, pixels in enumerate(grain)]
+
+
+def content_style_pairs(count: int, size: int) -> list[Pair]:
+    """Pairs of pictures of their own."""
+    images = pictures(2 * count, size)
+    return [Pair((style,), (size, size), content) for content, style in zip(images[::2], images[1::2], strict=True)]
+
+
+def main() -> None:
+    options = _parse()
+    exact = _engine(options)
+    settings = Sampling(steps=options.steps)
+    batch = content_style_pairs(options.batch, options.size)
+    pairs = batch[: options.pairs]
+    halves = {name: in_precision(exact, HALVES[name]) for name in options.precision}
+    print(f"{options.model}, {options.size}² pixels, {options.pairs} pairs, {options.steps} steps; {exact.numerics}")
+
+    print("step  " + "  ".join(f"{name:>10}: cosine  zeros over fp32  NaN, Inf" for name in halves))
+    found: list[list[Agreement]] = []
+    for step, row in enumerate(agreements(exact, list(halves.values()), pairs, settings)):
+        found.append(row)
+        columns = (f"{one.cosine:>18.6f}  {one.zeros:>15.3%}  {one.broken:>8}" for one in row)
+        print(f"{step:>4}  " + "  ".join(columns), flush=True)
+    for name, column in zip(halves, zip(*found, strict=True), strict=True):
+        cosines = [one.cosine for one in column]
+        print(
+            f"{name}: cosine {min(cosines):.6f} to {max(cosines):.6f}, at most {max(one.zeros for one in column):.3%} "
+            f"more zeros than float32, {sum(one.broken for one in column)} NaN or Inf"
+        )
+    for name, engine in {"float32": exact, **halves}.items():
+        differences = [alone_against_batch(engine, batch, settings, step) for step in {0, options.steps - 1}]
+        print(f"{name}: alone against in a batch of {len(batch)}: {max(differences):.2g} of the gradient")
+
+
+def _latent_shape(engine: Engine, pair: Pair) -> tuple[int, int, int]:
+    width, height = (side // engine.model.pixels_per_latent for side in pair.size)
+    return engine.model.latent_channels, height, width
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    if options.model == "sd15":
+        return Engine(random_sd15(options.device, torch.float32), threads=options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_demo_model(Path(folder) / "demo")
+        return Engine.load(model, dtype="float32", device=options.device, threads=options.threads)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", choices=["demo", "sd15"], default="demo", help="sd15: its dimensions, random weights"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=128, help="pixels")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--pairs", type=int, default=2, help="sampled in float32 and compared at each step")
+    parser.add_argument("--batch", type=int, default=16, help="pairs in the batch that a pair alone is compared with")
+    parser.add_argument("--precision", nargs="+", choices=HALVES, default=list(HALVES))
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

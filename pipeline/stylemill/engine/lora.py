@@ -1,0 +1,95 @@
+"""LoRAs, added to the weights once and for all: W + scale · α/r · B A. Nothing of them is left to slow a step down."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+from torch import Tensor
+
+from stylemill.engine.model import DiffusionModel
+from stylemill.errors import ModelError
+from stylemill.settings import Lora
+
+# How the two factors are called by kohya's trainer, by diffusers before PEFT, and by PEFT.
+_FACTOR = re.compile(r"\.(?:lora\.|lora_linear_layer\.|lora_)(down|up|A|B)\.weight$")
+_OLDEST = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")  # diffusers of 2023
+
+
+class Change(NamedTuple):
+    """What is added to the weight of one module: `scale` · up @ down, flattened to matrices."""
+
+    module: Any
+    down: Tensor  # (r, in)
+    up: Tensor  # (out, r)
+    scale: float
+
+
+def fuse_lora(model: DiffusionModel, file: Path, lora: Lora) -> None:
+    """Add a LoRA to the weights of the UNet and, where it has some for them, of the text encoders, in place.
+
+    Raises ModelError, before any weight is changed, for a LoRA of another architecture or kind.
+    """
+    loader = StableDiffusionXLLoraLoaderMixin if model.is_sdxl else StableDiffusionLoraLoaderMixin
+    try:
+        tensors, alphas = loader.lora_state_dict(
+            str(file.parent),
+            weight_name=file.name,
+            use_safetensors=True,
+            local_files_only=True,
+            unet_config=model.unet.config,
+        )
+    except Exception as error:  # its converters raise what they happen to stumble on
+        raise ModelError(f"lora {lora.name!r}: cannot be read as a LoRA of this model: {error}") from error
+    for change in _changes(model, lora, tensors, alphas or {}):
+        weight = change.module.weight
+        # In float64: the sum is rounded to the weight's precision alone, and so the same with any number of threads.
+        delta = change.up.to(weight.device, torch.float64) @ change.down.to(weight.device, torch.float64)
+        weight.data = (weight.double() + change.scale * delta.view_as(weight)).to(weight.dtype)
+
+
+def _changes(model: DiffusionModel, lora: Lora, tensors: dict[str, Tensor], alphas: dict[str, Any]) -> list[Change]:
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name = _OLDEST.sub(lambda found: f".{found[1].replace('to_out', 'to_out.0')}.lora.", key)
+        if not (found := _FACTOR.search(name)):
+            raise ModelError(f"lora {lora.name!r}: not a plain LoRA, for it has {key}; DoRA, LoHa and LoKr do not fit")
+        factors.setdefault(name[: found.start()], {})["up" if found[1] in ("up", "B") else "down"] = tensor
+    if not factors:
+        raise ModelError(f"lora {lora.name!r}: has no weights that diffusers knows as those of a LoRA")
+    scales = {_module_name(name.removesuffix(".alpha")): float(alpha) for name, alpha in alphas.items()}
+    modules = _modules(model)
+    changes = []
+    for name, pair in factors.items():
+        module = modules.get(_module_name(name))
+        if module is None or pair.keys() != {"down", "up"}:
+            what = "this model has not" if module is None else "only one of its two factors is there"
+            raise ModelError(f"lora {lora.name!r}: was made for another architecture: it changes {name}, and {what}")
+        down, up = pair["down"].flatten(1), pair["up"].flatten(1)
+        rank, (has, needs) = len(down), ((len(up), down.shape[1]), (len(module.weight), module.weight[0].numel()))
+        if has != needs or up.shape[1] != rank:
+            raise ModelError(
+                f"lora {lora.name!r}: was made for another architecture: its {name} has the shape {has[0]}×{has[1]}, "
+                f"the model's {needs[0]}×{needs[1]}"
+            )
+        changes.append(Change(module, down, up, lora.scale * scales.get(_module_name(name), rank) / rank))
+    return changes
+
+
+def _modules(model: DiffusionModel) -> dict[str, Any]:
+    """Every module with a matrix or kernels, by the name that a LoRA has for it."""
+    parts = {"unet": model.unet, **dict(zip(("text_encoder", "text_encoder_2"), model.text_encoders, strict=False))}
+    return {
+        _module_name(f"{part}.{name}"): module
+        for part, whole in parts.items()
+        for name, module in whole.named_modules()
+        if getattr(module, "weight", None) is not None and module.weight.dim() > 1
+    }
+
+
+def _module_name(name: str) -> str:
+    # transformers has had its text model with and without this level.
+    return name.replace("text_encoder.text_model.", "text_encoder.").replace("_2.text_model.", "_2.")

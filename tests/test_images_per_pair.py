@@ -1,0 +1,70 @@
+"""`images_per_pair`: several images of each manifest row, each a row of its own in the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import stylemill
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.manifest import open_manifest
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "s"):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    table = pa.table(
+        {
+            "pair_id": ["a", "b", "c"],
+            "content": ["a.png", "b.png", None],
+            "style": ["s.png"] * 3,
+            "seed": [None, 7, None],
+            "label": [1, 2, 3],
+        }
+    )
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    return tmp_path / "pairs.parquet"
+
+
+def test_any_range_of_images_is_part_of_the_whole(manifest: Path):
+    opened = open_manifest(manifest).with_copies(3)
+    whole = list(opened.images(0, opened.num_images))
+    assert [row.pair_id for row in whole] == ["a.0", "a.1", "a.2", "b.0", "b.1", "b.2", "c.0", "c.1", "c.2"]
+    assert [row.row for row in whole] == list(range(9))
+    assert [row.seed for row in whole] == [None] * 3 + [7, 8, 9] + [None] * 3
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            assert list(opened.images(start, stop)) == whole[start:stop]
+            labels = opened.carried_images(start, stop)["label"].to_pylist()
+            assert labels == [1, 1, 1, 2, 2, 2, 3, 3, 3][start:stop]
+
+
+def test_images_of_a_pair_differ_and_the_first_is_that_of_a_run_of_one(manifest: Path, tmp_path: Path):
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"manifest: pairs.parquet\nmodel: {write_demo_model(tmp_path / 'demo')}\noutput: many\nimages_per_pair: 2\n"
+        "sampling: {steps: 2}\nimage: {size: 64}\nshards: {pairs_per_shard: 6}\ncluster: {micro_batch: 1}\n"
+    )
+    many = _rows(stylemill.run(job, inline=True, quiet=True))
+    one = _rows(
+        stylemill.run(job, {"images_per_pair": 1, "output": str(tmp_path / "one")}, inline=True, quiet=True),
+    )
+    assert list(many) == ["a.0", "a.1", "b.0", "b.1", "c.0", "c.1"]
+    assert [row["seed"] for row in many.values()] == [0, 1, 7, 8, 0, 1]
+    assert [row["label"] for row in many.values()] == [1, 1, 2, 2, 3, 3]
+    assert len({row["sha256"] for row in many.values()}) == 6
+    assert [many[f"{name}.0"]["sha256"] for name in "abc"] == [one[name]["sha256"] for name in "abc"]
+    assert stylemill.verify(tmp_path / "many", deep=True).ok
+
+
+def _rows(result: stylemill.runner.RunResult) -> dict[str, dict[str, object]]:
+    assert result.exit_code == 0
+    table = pa.concat_tables(pq.read_table(path) for path in sorted(result.summary.paths.data_folder.iterdir()))
+    return {row["pair_id"]: row for row in table.drop_columns("image").to_pylist()}

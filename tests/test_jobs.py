@@ -1,0 +1,44 @@
+"""Every job file in jobs/ runs: as it stands but for fewer steps and smaller images."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import stylemill
+from stylemill.engine.demo_controlnet import write_demo_controlnet
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.job import Job
+
+ROOT = Path(__file__).parent.parent
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """jobs/, manifests/ and the models that the jobs name, in a folder where they may write their runs."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("jobs", "manifests"):
+        shutil.copytree(ROOT / name, folder / name)
+    write_demo_model(folder / "runs/models/demo")
+    write_demo_model(folder / "runs/models/demo-sdxl", kind="sdxl")
+    write_demo_controlnet(folder / "runs/models/demo-controlnet")
+    return folder
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_job_runs_as_it_stands(project: Path, job: Path):
+    file = project / "jobs" / job.name
+    steps = 2 if Job.load(file).sampling.first_step == 0 else 4
+    small = {"sampling.steps": steps, "image.size": 64}
+    result = stylemill.run(file, small, inline=True, quiet=True)
+    assert result.exit_code == 0, result.describe()
+    assert result.summary.paths.output == project / "runs" / job.stem, "a job writes into a run folder of its own name"
+    assert stylemill.verify(result.summary.paths.output, deep=True).ok
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_job_says_what_it_is_for(job: Path):
+    assert job.read_text().startswith("# "), "the first line of a job file says what it shows"

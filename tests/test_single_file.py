@@ -1,0 +1,294 @@
+"""Single-file checkpoints: the demo models written in Stable Diffusion's own layout load as the very same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.engine.model import DiffusionModel
+from stylemill.errors import JobError, ModelError
+from stylemill.job import Job
+from stylemill.safetensors_file import SD_CONFIG, SDXL_CONFIG, usual_config
+from stylemill.single_file import fetch_config, resolve_single_file
+
+Kind = Literal["sd", "sdxl"]
+Tensors = dict[str, Tensor]
+
+
+# --- diffusers' names -> the names of the original checkpoints --------------------------------------------------------
+
+
+def _renamed(tensors: Tensors, prefix: str, renames: list[tuple[str, str]]) -> Tensors:
+    """Each name with all fitting `renames` done, the first one that fits a block before what is inside it."""
+
+    def rename(name: str) -> str:
+        for old, new in renames:
+            name = name.replace(old, new)
+        return prefix + name
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def _unet(tensors: Tensors, kind: Kind) -> Tensors:
+    levels, with_attention = (4, {0, 1, 2}) if kind == "sd" else (3, {1, 2})
+    renames = []
+    for level in range(levels):
+        for j in range(2):
+            renames.append((f"down_blocks.{level}.resnets.{j}.", f"input_blocks.{3 * level + j + 1}.0."))
+            renames.append((f"down_blocks.{level}.attentions.{j}.", f"input_blocks.{3 * level + j + 1}.1."))
+        for j in range(3):
+            renames.append((f"up_blocks.{level}.resnets.{j}.", f"output_blocks.{3 * level + j}.0."))
+            renames.append((f"up_blocks.{level}.attentions.{j}.", f"output_blocks.{3 * level + j}.1."))
+        renames.append((f"down_blocks.{level}.downsamplers.0.conv.", f"input_blocks.{3 * (level + 1)}.0.op."))
+        place = 2 if levels - 1 - level in with_attention else 1
+        renames.append((f"up_blocks.{level}.upsamplers.0.", f"output_blocks.{3 * level + 2}.{place}."))
+    renames += [
+        ("mid_block.resnets.0.", "middle_block.0."),
+        ("mid_block.attentions.0.", "middle_block.1."),
+        ("mid_block.resnets.1.", "middle_block.2."),
+        ("time_embedding.linear_1.", "time_embed.0."),
+        ("time_embedding.linear_2.", "time_embed.2."),
+        ("add_embedding.linear_1.", "label_emb.0.0."),
+        ("add_embedding.linear_2.", "label_emb.0.2."),
+    ]
+    resnet = [
+        ("norm1.", "in_layers.0."),
+        ("conv1.", "in_layers.2."),
+        ("norm2.", "out_layers.0."),
+        ("conv2.", "out_layers.3."),
+        ("time_emb_proj.", "emb_layers.1."),
+        ("conv_shortcut.", "skip_connection."),
+    ]
+    ends = [("conv_norm_out.", "out.0."), ("conv_out.", "out.2."), ("conv_in.", "input_blocks.0.0.")]
+    blocks = {name: tensor for name, tensor in tensors.items() if ".attentions." not in name}
+    attentions = {name: tensor for name, tensor in tensors.items() if ".attentions." in name}
+    prefix = "model.diffusion_model."
+    return _renamed(blocks, prefix, [*ends, *renames, *resnet]) | _renamed(attentions, prefix, renames)
+
+
+def _vae(tensors: Tensors) -> Tensors:
+    renames = [
+        ("conv_shortcut.", "nin_shortcut."),
+        ("conv_norm_out.", "norm_out."),
+        ("mid_block.attentions.0.", "mid.attn_1."),
+        ("mid_block.resnets.0.", "mid.block_1."),
+        ("mid_block.resnets.1.", "mid.block_2."),
+        (".group_norm.", ".norm."),
+        (".to_q.", ".q."),
+        (".to_k.", ".k."),
+        (".to_v.", ".v."),
+        (".to_out.0.", ".proj_out."),
+    ]
+    for level in range(4):
+        renames += [
+            (f"down_blocks.{level}.downsamplers.0.", f"down.{level}.downsample."),
+            (f"up_blocks.{level}.upsamplers.0.", f"up.{3 - level}.upsample."),
+            (f"down_blocks.{level}.resnets.", f"down.{level}.block."),
+            (f"up_blocks.{level}.resnets.", f"up.{3 - level}.block."),
+        ]
+    convolutions = {
+        name: tensor[:, :, None, None] if "attentions" in name and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    return _renamed(convolutions, "first_stage_model.", renames)
+
+
+def _clip(tensors: Tensors, prefix: str) -> Tensors:
+    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+
+
+def _open_clip(tensors: Tensors) -> Tensors:
+    renames = [
+        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+        ("text_model.embeddings.", ""),
+        ("text_model.final_layer_norm.", "ln_final."),
+        ("text_model.encoder.layers.", "transformer.resblocks."),
+        ("layer_norm1.", "ln_1."),
+        ("layer_norm2.", "ln_2."),
+        ("mlp.fc1.", "mlp.c_fc."),
+        ("mlp.fc2.", "mlp.c_proj."),
+        ("self_attn.", "attn."),
+    ]
+    joined = {"text_projection": tensors["text_projection.weight"].T}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            joined[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name and name != "text_projection.weight":
+            joined[name] = tensor
+    return _renamed(joined, "conditioner.embedders.1.model.", renames)
+
+
+def write_checkpoint(folder: Path, path: Path, kind: Kind) -> Path:
+    def part(name: str) -> Tensors:
+        (file,) = (folder / name).glob("*.safetensors")
+        return load_file(file)
+
+    clip = "cond_stage_model.transformer." if kind == "sd" else "conditioner.embedders.0.transformer."
+    tensors = _unet(part("unet"), kind) | _vae(part("vae")) | _clip(part("text_encoder"), clip)
+    if kind == "sdxl":
+        tensors |= _open_clip(part("text_encoder_2"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
+    return write_demo_model(tmp_path_factory.mktemp("models") / kind, kind=kind)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path, kind: Kind) -> Path:
+    return write_checkpoint(folder, folder.parent / f"{kind}.safetensors", kind)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_it_is_the_same_model_to_the_bit(folder: Path, checkpoint: Path) -> None:
+    ours = DiffusionModel.load(fetch_config(str(checkpoint), str(folder)), "float32", "cpu", checkpoint)
+    theirs = DiffusionModel.load(folder, "float32", "cpu")
+    for one, other in zip(
+        (ours.unet, ours.vae, *ours.text_encoders), (theirs.unet, theirs.vae, *theirs.text_encoders), strict=True
+    ):
+        mine, yours = one.state_dict(), other.state_dict()
+        assert mine.keys() == yours.keys()
+        assert all(torch.equal(mine[name], yours[name]) for name in mine)
+    assert torch.equal(ours.encode_text("a horse").hidden, theirs.encode_text("a horse").hidden)
+
+
+def test_half_precision_keeps_the_vae_that_overflows_in_float32(folder: Path, checkpoint: Path) -> None:
+    half = DiffusionModel.load(folder, "float16", "cpu", checkpoint)
+    assert (half.unet.dtype, half.vae.dtype) == (torch.float16, torch.float32)
+    weight = DiffusionModel.load(folder, "float32", "cpu").vae.decoder.conv_in.weight
+    assert torch.equal(half.vae.decoder.conv_in.weight, weight)  # never rounded on the way
+
+
+def test_its_identity_is_content_and_configuration(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    resolved = resolve_single_file(str(checkpoint), str(folder))
+    assert resolved.pins == {"config": str(folder)}
+    assert resolved.checkpoint == checkpoint
+    assert {"model.checkpoint", "model.unet/config.json", "model.tokenizer/vocab.json"} <= resolved.identity().keys()
+    assert not any(name.endswith("model.safetensors") for name in resolved.digests)
+    bare = tmp_path / "bare"  # configuration without weights
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    copy = shutil.copy(checkpoint, tmp_path / checkpoint.name)
+    assert resolve_single_file(str(copy), str(bare)).identity() == resolved.identity()
+    assert resolve_single_file(str(copy), str(bare)).label == resolved.label
+
+
+def test_without_a_configuration_its_tensors_name_the_family(checkpoint: Path, kind: Kind) -> None:
+    assert usual_config(checkpoint) == {"sd": SD_CONFIG, "sdxl": SDXL_CONFIG}[kind]
+
+
+def test_the_configuration_of_the_hub_is_pinned(checkpoint: Path, folder: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    class Api:
+        def model_info(self, name: str, revision: str | None = None):
+            return type("Info", (), {"sha": "c" * 40})
+
+    asked = []
+
+    def snapshot(name, *, revision, allow_patterns, local_files_only=False):
+        assert not any(".safetensors" in pattern for pattern in allow_patterns)  # not its weights
+        asked.append(revision)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    resolved = resolve_single_file(str(checkpoint))
+    assert resolved.config == f"{usual_config(checkpoint)}@{'c' * 40}"
+    assert set(asked) == {"c" * 40}
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("asked the hub again"))
+    assert fetch_config(str(checkpoint), resolved.config) == folder
+
+
+def test_offline_it_says_what_to_do(checkpoint: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"needs the configuration of its family.*folder.*as model\.config"):
+        resolve_single_file(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lora_unet_down.lora_down.weight": (4, 4)}, r"a LoRA, not a model.*model\.loras"),
+        ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "Flux"),
+        ({"model.diffusion_model.joint_blocks.0.x.weight": (4, 4)}, "SD 3"),
+        ({"unet.conv.weight": (4, 4)}, "no checkpoint in Stable Diffusion's own layout"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "takes 9 channels, as inpainting models do"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, "without its VAE or text encoder"),
+        (
+            {
+                "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+                "conditioner.embedders.0.model.ln_final.weight": (4,),
+            },
+            "SDXL's refiner",
+        ),
+        (
+            {
+                "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+                "cond_stage_model.model.ln_final.weight": (4,),
+                "first_stage_model.encoder.conv_in.weight": (4,),
+            },
+            r"predicts ε or v\); name .* as model\.config",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_tensors(tmp_path: Path, tensors, said) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(ModelError, match=said):
+        resolve_single_file(str(path))
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such file"):
+        resolve_single_file(str(tmp_path / "absent.safetensors"))
+    (tmp_path / "old.ckpt").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"pickled.*convert it once"):
+        resolve_single_file(str(tmp_path / "old.ckpt"))
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    with pytest.raises(ModelError, match="truncated"):
+        resolve_single_file(str(tmp_path / "cut.safetensors"))
+
+
+def test_a_job_names_it_relative_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "family").mkdir()
+    job = tmp_path / "job.yaml"
+    job.write_text("manifest: a\noutput: b\nmodel: {name: model.safetensors, config: family}\n")
+    assert Job.load(job).model.name == str(tmp_path / "model.safetensors")
+    assert Job.load(job).model.config == str(tmp_path / "family")
+    for model, said in [
+        ({"name": "org/model", "config": "org/other"}, "is for a single checkpoint file; 'org/model' has its own"),
+        ({"name": "a.safetensors", "revision": "main"}, "revision 'main' is for a hub id"),
+    ]:
+        job.write_text(f"manifest: a\noutput: b\nmodel: {json.dumps(model)}\n")
+        with pytest.raises(JobError, match=said):
+            Job.load(job)

@@ -1,0 +1,308 @@
+"""Seamless tiling, and textures larger than the window they are made in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+import oracle
+from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
+from stylemill.engine.demo_model import write_demo_model
+from stylemill.engine.state import Inputs, PairInputs
+from stylemill.engine.tiling import circular
+from stylemill.engine.windows import Windows
+from stylemill.settings import PRESETS, Sampling
+
+SMALL, WIDE, TALL, LARGE = (64, 64), (128, 64), (64, 128), (128, 128)  # pixels; a latent has 8 of them a side
+
+
+def image(number: int, size: tuple[int, int] = SMALL) -> InputImage:
+    random, (width, height) = np.random.default_rng(number), size
+    patches = np.kron(random.integers(30, 226, (4, 4, 3)), np.ones((height // 4, width // 4, 1)))
+    return InputImage(f"image {number} {size}", (patches + random.integers(-30, 30, patches.shape)).astype(np.uint8))
+
+
+STYLES = [image(1), image(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> oracle.Model:
+    return oracle.Model.load(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    return Engine.load(folder, dtype="float64", device="cpu", micro_batch=4)
+
+
+def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any = None) -> SampleState:
+    *_, state = engine.sample(pairs, settings, noise=noise)
+    return state
+
+
+def assert_equal(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+# --- tiling --------------------------------------------------------------------------------------------------------
+
+
+class Rolled(Noise):
+    """The same initial latents, moved around by `shift` (rows, columns)."""
+
+    def __init__(self, shift: tuple[int, int]) -> None:
+        super().__init__(0)
+        self.shift = shift
+
+    def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
+        return np.roll(super().initial_latents(pair, shape), self.shift, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("tiling", "shift", "moves"),
+    [("both", (8, 8), True), ("x", (0, 8), True), ("x", (8, 0), False), ("none", (8, 8), False)],
+)
+def test_a_tile_moved_around_stays_the_same_tile(
+    engine: Engine, tiling: Any, shift: tuple[int, int], moves: bool
+) -> None:
+    """By the coarsest stride of the UNet, 8 latents: there nothing tells one place from another."""
+    settings = Sampling(steps=1, content_weight=0.0, tiling=tiling)
+    here, there = (last(engine, [Pair((STYLES[0],), LARGE)], settings, Rolled(by)) for by in ((0, 0), shift))
+    difference = (torch.roll(here.latents, shift, (2, 3)) - there.latents).abs().max()
+    assert difference < 1e-8 if moves else difference > 1e-3
+    if moves:
+        ours, theirs = engine.decode(here)[0], engine.decode(there)[0]
+        assert ours is not None
+        assert theirs is not None
+        moved = np.roll(ours, (shift[0] * 8, shift[1] * 8), (0, 1))
+        assert np.abs(moved.astype(int) - theirs).max() <= 1  # ties may round apart
+
+
+@pytest.mark.parametrize("tiling", ["x", "y", "both"])
+def test_a_tile_equals_the_oracle_built_with_circular_padding(engine: Engine, model: oracle.Model, tiling: Any) -> None:
+    pair, settings = Pair((STYLES[0],), SMALL, image(3)), Sampling(steps=2, guidance_scale=2.0, tiling=tiling)
+    wrapped = oracle.tiled(model, tiling)
+    state = last(engine, [pair], settings)
+    assert_equal(state.latents, oracle.naive_guided(wrapped, pair, settings, Noise(0)).latents[-1])
+    pixels = engine.decode(state)[0]
+    assert pixels is not None
+    assert np.abs(pixels.astype(int) - wrapped.decode(state.latents)).max() <= 1
+
+
+def test_decoding_after_a_restore_still_tiles(engine: Engine) -> None:
+    settings = Sampling(steps=1, tiling="both", content_weight=0.0)
+    state = last(engine, [Pair((STYLES[0],), SMALL)], settings)
+    (inputs, facts), (arrays, progress) = state.export_inputs(), state.export_progress()
+    restored = SampleState.restore(inputs, json.loads(json.dumps(facts)), arrays, progress)
+    assert np.array_equal(engine.decode(restored)[0], engine.decode(state)[0])  # type: ignore[arg-type]
+    plain = last(engine, [Pair((STYLES[0],), SMALL)], Sampling(steps=1, content_weight=0.0))
+    plain.latents_of = state.latents_of
+    assert not np.array_equal(engine.decode(plain)[0], engine.decode(state)[0])  # type: ignore[arg-type]
+
+
+def test_the_model_is_as_before_even_after_an_error(engine: Engine) -> None:
+    def own(module: Any) -> list[set[str]]:
+        return [set(vars(inner)) for inner in module.modules()]
+
+    unet, vae = engine.model.unet, engine.model.vae
+    before = own(unet), own(vae), str(unet), str(vae)
+    sampling = engine.sample([Pair((STYLES[0],), SMALL)], Sampling(steps=2, tiling="both"))
+    next(sampling)
+    assert (own(unet), own(vae), str(unet), str(vae)) == before  # between two steps the model is the caller's
+
+    def fails() -> None:
+        with circular("x", unet, vae):
+            assert own(unet) != before[0]
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fails()
+    assert (own(unet), own(vae), str(unet), str(vae)) == before
+
+
+@pytest.mark.parametrize("padding", [1, 0])
+@pytest.mark.parametrize("tiling", ["x", "y", "both"])
+def test_downsampling_that_pads_by_itself_wraps_too(padding: int, tiling: Any) -> None:
+    """diffusers' Downsample2D with padding 0 adds a column at the right and a row below before it convolves."""
+    from diffusers.models.downsampling import Downsample2D
+
+    layer = Downsample2D(2, use_conv=True, padding=padding).double()
+    x, shift = torch.randn(1, 2, 8, 8, dtype=torch.float64), {"x": (0, 4), "y": (4, 0), "both": (4, 2)}[tiling]
+    halved = shift[0] // 2, shift[1] // 2
+    plain = layer(x)
+    with circular(tiling, layer):
+        here, there = layer(x), layer(torch.roll(x, shift, (2, 3)))
+    assert_equal(torch.roll(here, halved, (2, 3)), there)
+    assert here.shape == plain.shape
+    assert not torch.equal(here, plain)
+    assert_equal(here[..., 1:3, 1:3], plain[..., 1:3, 1:3])  # only the border differs
+    assert torch.equal(layer(x), plain)
+
+
+# --- windows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "wraps", "expected"),
+    [
+        (64, 64, 8, False, [0]),
+        (8, 64, 8, True, [0]),
+        (128, 64, 8, False, [0, 8, 16, 24, 32, 40, 48, 56, 64]),
+        (20, 8, 5, False, [0, 5, 10, 12]),  # the last one is moved inside
+        (16, 8, 8, False, [0, 8]),
+        (16, 8, 6, True, [0, 6, 12]),  # the last one wraps around
+    ],
+)
+def test_where_windows_begin(size: int, window: int, stride: int, wraps: bool, expected: list[int]) -> None:
+    settings = Sampling(window=window, window_stride=stride, tiling="x" if wraps else "y")
+    assert settings.window_starts(size, "x") == expected
+
+
+EXPANSION = Sampling(steps=2, iterations=2, content_weight=0.0, window=8, window_stride=5)
+PAIRS = [
+    Pair((STYLES[0],), WIDE),
+    Pair((STYLES[1], STYLES[0]), WIDE, prompt="bricks"),
+    Pair((STYLES[1],), TALL, seed=4),
+    Pair((STYLES[0],), SMALL, image(3)),  # fits the window: λ of its own and a content are no trouble
+]
+
+
+def test_each_expanded_texture_of_a_shard_equals_the_oracle(engine: Engine, model: oracle.Model) -> None:
+    state = last(engine, PAIRS, EXPANSION)
+    for latents, pair in zip(state.latents_of, PAIRS, strict=True):
+        assert_equal(latents[None], oracle.naive_expansion(model, pair, EXPANSION, Noise(0)).latents[-1])
+    assert [pixels.shape for pixels in engine.decode(state) if pixels is not None] == [
+        (64, 128, 3),
+        (64, 128, 3),
+        (128, 64, 3),
+        (64, 64, 3),
+    ]
+
+
+def test_windows_take_guidance_and_adain_each(engine: Engine, model: oracle.Model) -> None:
+    settings = EXPANSION.model_copy(update={"guidance_scale": 3.0, "adain": True, "iterations": 1})
+    actual = last(engine, PAIRS[1:2], settings).latents
+    assert_equal(actual, oracle.naive_expansion(model, PAIRS[1], settings, Noise(0)).latents[-1])
+
+
+@pytest.mark.parametrize(
+    ("tiling", "size", "convolutions"), [("x", WIDE, "none"), ("both", WIDE, "y"), ("x", LARGE, "none")]
+)
+def test_windows_wrap_around_a_seamless_texture(
+    engine: Engine, model: oracle.Model, tiling: Any, size: tuple[int, int], convolutions: str
+) -> None:
+    """Along an axis that is cut the windows wrap; along one that a window fills, the convolutions do."""
+    changes = {"tiling": tiling, "iterations": 1, "steps": 1, "window_stride": 6}
+    pair, settings = Pair((STYLES[0],), size), EXPANSION.model_copy(update=changes)
+    unet = model if convolutions == "none" else oracle.tiled(model, convolutions)
+    actual = last(engine, [pair], settings).latents
+    assert_equal(actual, oracle.naive_expansion(unet, pair, settings, Noise(0)).latents[-1])
+
+
+def test_masks_and_control_images_are_cut_with_their_latents() -> None:
+    mask = torch.arange(16 * 8, dtype=torch.int32).view(16, 8)
+    control = torch.arange(3 * 32 * 16, dtype=torch.uint8).view(3, 32, 16)  # two pixels a latent
+    pair = PairInputs(None, (0,), 0, 0, 0.0, (4, 16, 8), masks=(0, 1), controls=(0,))
+    style_mask = torch.zeros(8, 8, dtype=torch.int32)
+    inputs = Inputs([pair], [torch.zeros(4, 8, 8)], [""], [], masks=[mask, style_mask], controls=[control])
+    cut = Windows(inputs, Sampling(window=8, window_stride=6, tiling="y")).inputs
+    tops = [0, 6, 12]
+    assert len(cut.pairs) == len(tops)
+    for made, top in zip(cut.pairs, tops, strict=True):
+        assert made.shape == (4, 8, 8)
+        assert torch.equal(cut.masks[made.masks[0]], mask.roll(-top, 0)[:8])
+        assert cut.masks[made.masks[1]] is style_mask
+        assert torch.equal(cut.controls[made.controls[0]], control.roll(-2 * top, 1)[:, :16])
+
+
+def test_tiling_outputs_on_both_sides_of_the_window_is_refused() -> None:
+    pairs = [PairInputs(None, (0,), 0, 0, 0.0, (4, 8, width)) for width in (8, 16)]
+    inputs = Inputs(pairs, [torch.zeros(4, 8, 8)], [""], [])
+    with pytest.raises(ValueError, match="tiling x and window 8"):
+        Windows(inputs, Sampling(window=8, tiling="x"))
+
+
+def test_one_window_is_the_same_path_to_the_bit(engine: Engine) -> None:
+    pairs = [Pair((STYLES[0],), SMALL, image(3)), Pair((STYLES[1],), SMALL)]
+    whole = last(engine, pairs, Sampling(steps=2))
+    assert torch.equal(last(engine, pairs, Sampling(steps=2, window=8)).latents, whole.latents)
+    assert torch.equal(last(engine, pairs, Sampling(steps=2, window=64)).latents, whole.latents)
+
+
+def test_passes_count_windows_and_share_the_styles(engine: Engine) -> None:
+    before = engine.passes.copy()
+    last(engine, PAIRS[:2], EXPANSION)
+    made = engine.passes - before
+    assert made == {"denoise": 2 * 6, "gradient": 2 * 2 * 6, "feature": 2 * 2}  # 3 windows each
+
+
+def test_a_lost_window_loses_its_pair_and_no_other(engine: Engine) -> None:
+    class Poisoned(Noise):
+        def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
+            latents = super().initial_latents(pair, shape)
+            if pair == PAIRS[0]:
+                latents[0, 0, 0] = np.nan  # seen by its first window alone
+            return latents
+
+    sound, state = last(engine, PAIRS[:3], EXPANSION), last(engine, PAIRS[:3], EXPANSION, Poisoned(0))
+    assert list(state.failures) == [0]
+    assert "step 0" in state.failures[0]
+    for place in (1, 2):
+        assert torch.equal(state.latents_of[place], sound.latents_of[place])
+
+
+def test_a_content_cannot_be_followed_in_windows(engine: Engine) -> None:
+    pairs = [Pair((STYLES[0],), WIDE, image(3, WIDE), content_weight=0.3), PAIRS[0]]
+    state = last(engine, pairs, EXPANSION)
+    assert list(state.failures) == [0]
+    assert "window 8" in state.failures[0]
+    assert "content_weight" in state.failures[0]
+
+
+def test_an_expansion_goes_on_to_the_same_bits(folder: Path) -> None:
+    engine = Engine.load(folder, dtype="float32", device="cpu", micro_batch=2)
+    whole: list[Tensor] = []
+    for state in engine.sample(PAIRS[:1], EXPANSION):
+        whole.append(state.latents.clone())
+        if state.step == 1:
+            (inputs, facts), (arrays, progress) = state.export_inputs(), state.export_progress()
+            arrays = {name: array.copy() for name, array in arrays.items()}
+    restored = SampleState.restore(inputs, json.loads(json.dumps(facts)), arrays, json.loads(json.dumps(progress)))
+    assert restored.losses.shape == (1, 2, 2)
+    *_, end = engine.sample(PAIRS[:1], EXPANSION, state=restored)
+    assert torch.equal(end.latents, whole[-1])
+    assert torch.equal(end.losses.nan_to_num(), state.losses.nan_to_num())
+    assert bool(end.losses[:, :, 0].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("values", "both"),
+    [
+        ({"method": "optimization", "window": 64}, ("window 64", "optimization")),
+        ({"window": 8, "window_stride": 9}, ("window_stride 9", "window")),
+        ({"window_stride": 4}, ("window_stride 4", "window")),
+    ],
+)
+def test_senseless_windows_are_refused_naming_both(values: dict[str, Any], both: tuple[str, str]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Sampling(**values)
+    assert all(word in str(refused.value) for word in both)
+
+
+def test_the_preset_is_the_published_one() -> None:
+    made = Sampling(**PRESETS["texture-expansion"])
+    assert (made.method, made.steps, made.iterations, made.learning_rate) == ("guided", 50, 2, 0.05)
+    assert (made.content_weight, made.guidance_scale, made.window, made.window_stride) == (0.0, 1.0, 64, 8)
