@@ -21,6 +21,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it does
+
 USED_LAYERS = 6  # the last six self-attention layers in running order
 
 
