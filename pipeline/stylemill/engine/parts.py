@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from stylemill.model_fit import is_sdxl, read_config
@@ -30,19 +31,24 @@ def load_parts(folder: Path, checkpoint: Path | None, dtype: torch.dtype) -> tup
 
 def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     part = kind.from_pretrained(folder, subfolder=name, torch_dtype=_stored(dtype), use_safetensors=True)
-    return part if part.dtype == dtype else part.to(dtype)
+    return _cast(part, dtype)
 
 
 def _from_checkpoint(
     checkpoint: Path, folder: Path, sdxl: bool, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> tuple[Any, Any, tuple[Any, ...]]:
+    logging.disable_progress_bar()  # it would tear the run's own
     local = {"config": str(folder), "local_files_only": True}
     vae = AutoencoderKL.from_single_file(str(checkpoint), subfolder="vae", torch_dtype=_stored(vae_dtype), **local)
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     unused = {"feature_extractor": None, "image_encoder": None} | ({} if sdxl else {"safety_checker": None})
     pipeline = kind.from_single_file(str(checkpoint), vae=vae, torch_dtype=_stored(dtype), **unused, **local)
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2] if sdxl else [pipeline.text_encoder]
-    return pipeline.unet.to(dtype), vae.to(vae_dtype), tuple(encoder.to(dtype) for encoder in encoders)
+    return _cast(pipeline.unet, dtype), _cast(vae, vae_dtype), tuple(_cast(encoder, dtype) for encoder in encoders)
+
+
+def _cast(part: Any, dtype: torch.dtype) -> Any:
+    return part if part.dtype == dtype else part.to(dtype)  # diffusers warns of every cast, even one to the same
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
