@@ -8,18 +8,24 @@ every pair and step. It shares no code with the engine; pair, settings and noise
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it does
 
 USED_LAYERS = 6  # the last six self-attention layers in running order
 
@@ -65,6 +71,28 @@ class Model:
 
     def scheduler(self, steps: int) -> Any:
         scheduler = DDIMScheduler.from_config(self.scheduler_config, timestep_spacing="leading")
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    def sampler(self, name: str, steps: int) -> Any:
+        """What makes the steps; it is used for one pair, from start to end, as diffusers' pipelines do."""
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+            "lcm": (diffusers.LCMScheduler, {}),
+            "tcd": (diffusers.TCDScheduler, {}),
+            "ddpm": (diffusers.DDPMScheduler, {"timestep_spacing": "leading"}),
+            "euler": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "leading"}),
+            "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {"timestep_spacing": "leading"}),
+            "deis": (diffusers.DEISMultistepScheduler, {"timestep_spacing": "leading"}),
+            "dpmpp": (diffusers.DPMSolverMultistepScheduler, {"timestep_spacing": "leading"}),
+            "dpmpp_sde": (
+                diffusers.DPMSolverMultistepScheduler,
+                {"timestep_spacing": "leading", "algorithm_type": "sde-dpmsolver++"},
+            ),
+        }
+        if name == "ddim":
+            return self.scheduler(steps)
+        kind, options = kinds[name]
+        scheduler = kind.from_config(self.scheduler_config, **options)
         scheduler.set_timesteps(steps)
         return scheduler
 
@@ -240,7 +268,8 @@ class NaivePair:
     def __init__(self, model: Model, pair: Any, settings: Any, noise: Any) -> None:
         self.model, self.pair, self.settings, self.noise = model, pair, settings, noise
         self.scheduler = model.scheduler(settings.steps)
-        self.timesteps: list[int] = self.scheduler.timesteps.tolist()
+        self.sampler = model.sampler(settings.scheduler, settings.steps)
+        self.timesteps = [int(timestep) for timestep in self.sampler.timesteps]
         self.styles = [model.encode_image(image.pixels) for image in pair.styles]
         self.content = None if pair.content is None else model.encode_image(pair.content.pixels)
         weight = pair.content_weight
@@ -256,7 +285,7 @@ class NaivePair:
         return self.tensor(self.noise.initial_latents(self.pair, shape))
 
     def initial_latents(self) -> Tensor:
-        return self.drawn() * self.scheduler.init_noise_sigma  # type: ignore[no-any-return]
+        return self.drawn()
 
     def noised_start(self) -> Tensor:
         """The content's latent under the pair's own noise, at the first timestep that is not skipped."""
@@ -319,13 +348,34 @@ class NaivePair:
 
     @torch.no_grad()
     def denoise(self, z: Tensor, timestep: int) -> Tensor:
-        """One DDIM step, with classifier-free guidance when its scale is above 1."""
+        """One step of the scheduler, with classifier-free guidance when its scale is above 1."""
         scale = self.settings.guidance_scale
         epsilon = self.predicted(z, timestep, self.pair.prompt)
         if scale > 1:
             negative = self.predicted(z, timestep, self.pair.negative_prompt)
             epsilon = negative + scale * (epsilon - negative)
-        return self.scheduler.step(epsilon, timestep, z, eta=0.0).prev_sample  # type: ignore[no-any-return]
+        return self.step(epsilon, self.timesteps.index(timestep), z)
+
+    def step(self, epsilon: Tensor, step: int, z: Tensor) -> Tensor:
+        """diffusers' own step, with this pair's noise for what it draws. z is what the UNet takes, before and after."""
+        sampler, timestep = self.sampler, self.sampler.timesteps[step]
+        if self.settings.scheduler.startswith("euler"):  # whose latents are x + σ n
+            before, after = ((sampler.sigmas[i] ** 2 + 1) ** 0.5 for i in (step, step + 1))
+            torch.testing.assert_close(sampler.scale_model_input(z * before, timestep), z, rtol=0, atol=1e-12)
+        else:
+            before = after = 1.0
+        pair = self.pair
+        content = None if pair.content is None else pair.content.digest
+        shown = (pair.image_number, content, [style.digest for style in pair.styles], pair.prompt)
+        key = hashlib.sha256(repr(shown if pair.seed is None else pair.seed).encode()).hexdigest()
+
+        def drawn(shape: Any, **_: Any) -> Tensor:
+            return self.tensor(self.noise.step_noise(key, step, tuple(shape[1:])))
+
+        eta = {} if self.settings.eta is None else {"eta": self.settings.eta}
+        module = sys.modules[type(sampler).__module__]
+        with mock.patch.object(module, "randn_tensor", drawn, create=True):
+            return sampler.step(epsilon, timestep, z * before, **eta).prev_sample / after  # type: ignore[no-any-return]
 
     def gradient(
         self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None, step: int, trace: Trace

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from stylemill.model_fit import is_sdxl, read_config
@@ -30,19 +33,36 @@ def load_parts(folder: Path, checkpoint: Path | None, dtype: torch.dtype) -> tup
 
 def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     part = kind.from_pretrained(folder, subfolder=name, torch_dtype=_stored(dtype), use_safetensors=True)
-    return part if part.dtype == dtype else part.to(dtype)
+    return _cast(part, dtype)
 
 
 def _from_checkpoint(
     checkpoint: Path, folder: Path, sdxl: bool, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> tuple[Any, Any, tuple[Any, ...]]:
     local = {"config": str(folder), "local_files_only": True}
-    vae = AutoencoderKL.from_single_file(str(checkpoint), subfolder="vae", torch_dtype=_stored(vae_dtype), **local)
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     unused = {"feature_extractor": None, "image_encoder": None} | ({} if sdxl else {"safety_checker": None})
-    pipeline = kind.from_single_file(str(checkpoint), vae=vae, torch_dtype=_stored(dtype), **unused, **local)
+    with _quiet():
+        vae = AutoencoderKL.from_single_file(str(checkpoint), subfolder="vae", torch_dtype=_stored(vae_dtype), **local)
+        pipeline = kind.from_single_file(str(checkpoint), vae=vae, torch_dtype=_stored(dtype), **unused, **local)
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2] if sdxl else [pipeline.text_encoder]
-    return pipeline.unet.to(dtype), vae.to(vae_dtype), tuple(encoder.to(dtype) for encoder in encoders)
+    return _cast(pipeline.unet, dtype), _cast(vae, vae_dtype), tuple(_cast(encoder, dtype) for encoder in encoders)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' bar, which would tear the run's own, and its warnings of casts that change nothing."""
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _cast(part: Any, dtype: torch.dtype) -> Any:
+    return part if part.dtype == dtype else part.to(dtype)
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
