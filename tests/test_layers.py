@@ -34,18 +34,22 @@ GROUND = {
     "model_files",
     "single_file",
     "layer_names",
+    "lora_files",
+    "scheduler_names",
 }
 BESIDE = {"job", "manifest", "images", "store", "engine"}  # stand on the ground and do not know one another
 MAY_KNOW: dict[str, set[str]] = {
     "__init__": set(),  # lazy: its public names are looked up when asked for
     "errors": set(),
-    "settings": {"errors"},
+    "settings": {"errors", "scheduler_names"},
     "strict_yaml": {"errors"},
     "model_fit": {"errors"},
     "safetensors_file": {"errors", "model_fit"},
     "model_files": {"errors", "model_fit", "safetensors_file"},
     "single_file": {"errors", "model_files", "safetensors_file"},
     "layer_names": {"errors"},
+    "lora_files": {"errors", "settings", "model_files"},
+    "scheduler_names": set(),
     **dict.fromkeys(BESIDE, GROUND),
     "planning": GROUND | {"job", "manifest", "store"},
     "report": GROUND | {"job", "manifest", "store", "images"},
