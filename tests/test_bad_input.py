@@ -198,7 +198,9 @@ def test_folders_that_are_no_runs(stylemill_says, here, verb, name):
         pytest.param("", ["--workers", "0"], ["flag", "cluster.workers", "auto, not 0"], id="--workers 0"),
         pytest.param("", ["--preset", "nope"], ["preset 'nope' is not one of", "guided-transfer"], id="--preset nope"),
         pytest.param("", ["--manifest", "no.parquet"], ["no.parquet: no such manifest"], id="--manifest absent"),
-        pytest.param("", ["--set", "model.layers=[16]"], ["model.layers [16]", "from 0 to 15"], id="no such layer"),
+        pytest.param(
+            "", ["--set", "model.layers=[16]"], ["no self-attention layer 16", " to 15 up_blocks"], id="no such layer"
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", [["plan"], ["run", "--inline"]], ids=["plan", "run"])
@@ -357,7 +359,7 @@ def _truncated(folder: Path) -> None:
         pytest.param(
             lambda folder: (folder / "unet" / "config.json").write_text("{"), ["unet/config.json"], id="broken config"
         ),
-        pytest.param(_edit("unet", addition_embed_type="text_time"), ["an SDXL-shaped UNet"], id="SDXL"),
+        pytest.param(_edit("unet", addition_embed_type="text_time"), ["lacks text_encoder_2"], id="SDXL"),
         pytest.param(_edit("unet", in_channels=9), ["takes 9 channels, as inpainting models do"], id="inpainting"),
         pytest.param(_edit("unet", cross_attention_dim=1024), ["reads text of 1024 channels"], id="parts of two"),
     ],
