@@ -76,8 +76,8 @@ def validate_manifest(
     """Check every row, streaming: memory grows by 8 bytes a row and some more for each unique image.
 
     `decode` opens one image of a column and raises a StylemillError when it cannot; it is called in `workers` threads,
-    once for each unique image, behind a bar. Without it, local files only have to be there (`check_files`). A problem of an
-    image is reported at the first row that uses it. At most `limit` problems are kept, all are counted.
+    once for each unique image, behind a bar. Without it, local files only have to be there (`check_files`). A problem
+    of an image is reported at the first row that uses it. At most `limit` problems are kept, all are counted.
 
     Raises ManifestError when the file is no manifest at all: absent, not Parquet, empty, wrong columns.
     """
