@@ -85,7 +85,8 @@ class Engine:
 
         `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles
         it. `loras` are added to the weights; `controlnets` are seen while denoising, in the order of
-        `Pair.controls`. Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture.
+        `Pair.controls`. Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another
+        architecture.
         """
         # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
