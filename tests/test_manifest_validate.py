@@ -55,7 +55,7 @@ def test_a_good_manifest_is_summed_up(file: Path) -> None:
         ("content_weight", [0.0, float("nan")], "is nan, expected a finite number, 0 or more"),
         ("content_weight", [0.0, float("inf")], "is inf, expected a finite number, 0 or more"),
         ("content_weight", [0.0, -0.5], "is -0.5, expected a finite number, 0 or more"),
-        ("style_mask", [["x.png"], ["x.png", "y.png"]], "has 2 masks for 1 styles; give one for each"),
+        ("style_mask", [[], ["x.png", "y.png"]], "has 2 masks for 1 styles; give one for each"),
         ("style_mask", [[], [None]], "has a null, an empty path or a NUL character"),
         ("content_mask", [None, ""], "is an empty path or has a NUL character"),
         ("pair_id", ["a", ""], "is empty"),

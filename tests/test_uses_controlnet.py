@@ -162,6 +162,7 @@ def job(folder: Path, models: Path, columns: dict[str, list[Any]], **changes: An
         "model": {"name": str(models / "demo"), "controlnet": str(models / "edges")},
         "sampling": {"steps": 2},
         "image": {"size": 64},
+        "shards": {"pairs_per_shard": 4},
         **changes,
     }
     (folder / "job.yaml").write_text(json.dumps(values), encoding="utf-8")

@@ -39,6 +39,8 @@ SHARD = [
     Pair((STYLES[1],), SIZE, CONTENT),
     Pair((STYLES[0],), SIZE, prompt="a horse"),  # in a micro-batch of its own: no content
 ]
+# These compute in float32 whatever they are given, and what lies at the edge of a rounding falls to either side.
+ROUGH = dict.fromkeys(("dpmpp", "dpmpp_sde", "euler", "euler_ancestral"), 1e-05)
 STOCHASTIC = [name for name, kind in SCHEDULERS.items() if kind.draws]
 
 
@@ -82,7 +84,8 @@ def test_each_pair_equals_diffusers_own_run_of_it_alone(engine: Engine, model: o
     for place, pair in enumerate(SHARD):
         trace = naive.get(settings.method, oracle.naive_guided)(model, pair, settings, Noise(settings.seed))
         for ours, theirs in zip(steps, trace.latents, strict=True):
-            torch.testing.assert_close(ours[place : place + 1], theirs, rtol=0, atol=1e-8)
+            near = ROUGH.get(settings.scheduler, 1e-8)
+            torch.testing.assert_close(ours[place : place + 1], theirs, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("name", ["dpmpp", "euler", "lcm"])
@@ -90,7 +93,7 @@ def test_start_at_the_content_in_the_middle_of_the_schedule(engine: Engine, mode
     settings = Sampling(scheduler=name, steps=4, init="content", strength=0.75)
     trace = oracle.naive_guided(model, SHARD[0], settings, Noise(0))
     *_, last = sampled(engine, SHARD[:2], settings)
-    torch.testing.assert_close(last[:1], trace.latents[-1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(last[:1], trace.latents[-1], rtol=0, atol=ROUGH.get(name, 1e-8))
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ddim"])
@@ -124,7 +127,7 @@ def test_noise_of_a_step_is_the_pairs_own(engine: Engine, name: str) -> None:
     settings = Sampling(scheduler=name, steps=2, iterations=0)
     (_, both) = sampled(engine, SHARD[:2], settings)
     (_, swapped) = sampled(engine, SHARD[1::-1], settings)
-    torch.testing.assert_close(both, swapped.flip(0), rtol=0, atol=1e-8)
+    torch.testing.assert_close(both, swapped.flip(0), rtol=0, atol=ROUGH.get(name, 1e-8))
     (_, other) = sampled(engine, SHARD[:2], settings.model_copy(update={"seed": 1}))
     assert (other - both).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
@@ -261,6 +264,21 @@ def test_a_lora_is_what_diffusers_and_peft_make_of_it(engine: Engine, folder: Pa
     ours = Engine.load(folder, dtype="float32", loras=[Lora(name=str(tmp_path / "style.safetensors"), scale=0.5)])
     theirs = pipeline.unet.get_submodule(TO_Q).weight
     torch.testing.assert_close(ours.model.unet.get_submodule(TO_Q).weight, theirs, rtol=0, atol=1e-6)
+
+
+def test_alpha_in_the_metadata_of_peft(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    module = engine.model.unet.get_submodule(TO_Q)
+    down, up = factors(module, 4, 7)
+    tensors = {f"unet.{TO_Q}.lora_A.weight": down, f"unet.{TO_Q}.lora_B.weight": up}
+    for facts, scale in (({"unet.lora_alpha": 8, "unet.r": 4}, 2.0), ({"unet.use_rslora": True}, None)):
+        save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": json.dumps(facts)})
+        loras = [Lora(name=str(tmp_path / "a.safetensors"))]
+        if scale is None:
+            with pytest.raises(ModelError, match="use_rslora"):
+                Engine.load(folder, dtype="float64", loras=loras)
+        else:
+            weight = Engine.load(folder, dtype="float64", loras=loras).model.unet.get_submodule(TO_Q).weight
+            torch.testing.assert_close(weight, changed(module.weight, down, up, scale), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,9 @@ def test_a_run_with_masks_from_files(tmp_path: Path, folder: Path, micro_batch: 
         "model": str(folder),
         "sampling": {"steps": 2},
         "image": {"size": 64},
+        "shards": {"pairs_per_shard": 4},  # with and without masks, sound and failed side by side
         "cluster": {"micro_batch": micro_batch},
+        "max_failed_fraction": 1.0,
     }
     (tmp_path / "job.yaml").write_text(json.dumps(job), encoding="utf-8")
     assert main(["run", str(tmp_path / "job.yaml"), "--inline"]) == 3

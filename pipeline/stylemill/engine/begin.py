@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stylemill.engine.control import control_images, control_problem, to_tensor
+from stylemill.engine.control import control_images, control_problem, to_tensor, unique_controls
 from stylemill.engine.features import Layer
 from stylemill.engine.inputs import InputImage, Pair
-from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid
+from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid, unique_masks
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise, identity
 from stylemill.engine.schedulers import Scheduler
@@ -46,10 +46,12 @@ def begin(
         placed_masks(pair, [_latent_shape(model, pair.size)[1:], *(grids[style.name] for style in pair.styles)])
         for pair in pairs
     ]
-    masks = dict(mask for own in masks_of for mask in own)
+    masks = unique_masks(masks_of)
     mask_places = {key: place for place, key in enumerate(masks)}
     controls_of = [control_images(pair, len(model.controls)) for pair in pairs]
-    controls = {(image.name, pair.size): image for pair, own in zip(pairs, controls_of, strict=True) for image in own}
+    controls = unique_controls(
+        (pair.size, image) for pair, own in zip(pairs, controls_of, strict=True) for image in own
+    )
     control_places = {key: place for place, key in enumerate(controls)}
     texts = list(dict.fromkeys(["", *(text for pair in pairs for text in (pair.prompt, pair.negative_prompt))]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,18 @@ def control_images(pair: Pair, count: int) -> list[InputImage]:
     usable = pair.controls if len(pair.controls) == count else ()
     blank = InputImage(f"no control of {pair.size}", None)
     return [*usable] or [blank] * count
+
+
+Sized = tuple[str, tuple[int, int]]  # a control image by its name, of a size in pixels
+
+
+def unique_controls(images: Iterable[tuple[tuple[int, int], InputImage]]) -> dict[Sized, InputImage]:
+    """Each control image of a shard once. Raises ValueError where two different ones have one name."""
+    found: dict[Sized, InputImage] = {}
+    for size, image in images:
+        if found.setdefault((image.name, size), image).digest != image.digest:
+            raise ValueError(f"two different control images of a shard have the name {image.name!r}")
+    return found
 
 
 def to_tensor(image: InputImage, size: tuple[int, int]) -> Tensor:

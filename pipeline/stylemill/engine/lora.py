@@ -16,7 +16,8 @@ from stylemill.settings import Lora
 
 # How the two factors are called by kohya's trainer, by diffusers before PEFT, and by PEFT.
 _FACTOR = re.compile(r"\.(?:lora\.|lora_linear_layer\.|lora_)(down|up|A|B)\.weight$")
-_OLDEST = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")  # diffusers of 2023
+# And by diffusers of 2023, whose converter still brings kohya's names to these.
+_OLDEST = re.compile(r"(?:\.processor)?\.to_(q|k|v|out)_lora\.")
 
 
 class Change(NamedTuple):
@@ -35,36 +36,58 @@ def fuse_lora(model: DiffusionModel, file: Path, lora: Lora) -> None:
     """
     loader = StableDiffusionXLLoraLoaderMixin if model.is_sdxl else StableDiffusionLoraLoaderMixin
     try:
-        tensors, alphas = loader.lora_state_dict(
+        tensors, alphas, metadata = loader.lora_state_dict(
             str(file.parent),
             weight_name=file.name,
             use_safetensors=True,
             local_files_only=True,
             unet_config=model.unet.config,
+            return_lora_metadata=True,
         )
     except Exception as error:  # its converters raise what they happen to stumble on
         raise ModelError(f"lora {lora.name!r}: cannot be read as a LoRA of this model: {error}") from error
-    for change in _changes(model, lora, tensors, alphas or {}):
+    for change in _changes(model, lora, tensors, {**_alphas(lora, metadata or {}), **(alphas or {})}):
         weight = change.module.weight
         # In float64: the sum is rounded to the weight's precision alone, and so the same with any number of threads.
         delta = change.up.to(weight.device, torch.float64) @ change.down.to(weight.device, torch.float64)
         weight.data = (weight.double() + change.scale * delta.view_as(weight)).to(weight.dtype)
 
 
+def _alphas(lora: Lora, metadata: dict[str, Any]) -> dict[str, Any]:
+    """α of each part as PEFT notes it in a file's metadata: for the whole of it."""
+    for key, value in metadata.items():
+        if value and key.endswith((".alpha_pattern", ".use_rslora", ".use_dora")):
+            raise ModelError(f"lora {lora.name!r}: not a plain LoRA, for it was trained with {key} {value}")
+    return {key.removesuffix(".lora_alpha"): value for key, value in metadata.items() if key.endswith(".lora_alpha")}
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's module, by the name of today, and which factor of its change the key is: down, up or neither."""
+
+    def today(found: re.Match[str]) -> str:
+        of_unet = "to_out.0" if found[1] == "out" else f"to_{found[1]}"
+        return f".{of_unet if key.startswith('unet.') else f'{found[1]}_proj'}.lora."
+
+    name = _OLDEST.sub(today, key)
+    if not (found := _FACTOR.search(name)):
+        return _module_name(name), None
+    return _module_name(name[: found.start()]), "up" if found[1] in ("up", "B") else "down"
+
+
 def _changes(model: DiffusionModel, lora: Lora, tensors: dict[str, Tensor], alphas: dict[str, Any]) -> list[Change]:
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name = _OLDEST.sub(lambda found: f".{found[1].replace('to_out', 'to_out.0')}.lora.", key)
-        if not (found := _FACTOR.search(name)):
+        name, factor = _split(key)
+        if factor is None:
             raise ModelError(f"lora {lora.name!r}: not a plain LoRA, for it has {key}; DoRA, LoHa and LoKr do not fit")
-        factors.setdefault(name[: found.start()], {})["up" if found[1] in ("up", "B") else "down"] = tensor
+        factors.setdefault(name, {})[factor] = tensor
     if not factors:
         raise ModelError(f"lora {lora.name!r}: has no weights that diffusers knows as those of a LoRA")
-    scales = {_module_name(name.removesuffix(".alpha")): float(alpha) for name, alpha in alphas.items()}
+    known = {_split(key.removesuffix(".alpha"))[0]: float(alpha) for key, alpha in alphas.items()}
     modules = _modules(model)
     changes = []
     for name, pair in factors.items():
-        module = modules.get(_module_name(name))
+        module = modules.get(name)
         if module is None or pair.keys() != {"down", "up"}:
             what = "this model has not" if module is None else "only one of its two factors is there"
             raise ModelError(f"lora {lora.name!r}: was made for another architecture: it changes {name}, and {what}")
@@ -75,7 +98,8 @@ def _changes(model: DiffusionModel, lora: Lora, tensors: dict[str, Tensor], alph
                 f"lora {lora.name!r}: was made for another architecture: its {name} has the shape {has[0]}×{has[1]}, "
                 f"the model's {needs[0]}×{needs[1]}"
             )
-        changes.append(Change(module, down, up, lora.scale * scales.get(_module_name(name), rank) / rank))
+        alpha = known.get(name, known.get(name.split(".")[0], rank))
+        changes.append(Change(module, down, up, lora.scale * alpha / rank))
     return changes
 
 

@@ -6,7 +6,7 @@ F.interpolate(mode="nearest") does: position i of n takes pixel floor(i · N / n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -39,6 +39,16 @@ def placed_masks(pair: Pair, grids: Sequence[tuple[int, int]]) -> list[tuple[Pla
         return []
     masks = (pair.content_mask, *pair.style_masks)
     return [((mask.name, grid), mask) for mask, grid in zip(masks, grids, strict=True)]
+
+
+def unique_masks(masks_of: Iterable[Iterable[tuple[Placed, LabelImage]]]) -> dict[Placed, LabelImage]:
+    """Each mask of a shard once. Raises ValueError where two different ones have one name."""
+    found: dict[Placed, LabelImage] = {}
+    for key, mask in (placed for own in masks_of for placed in own):
+        known = found.setdefault(key, mask)
+        if known is not mask and not np.array_equal(known.labels, mask.labels):  # type: ignore[arg-type]
+            raise ValueError(f"two different masks of a shard have the name {mask.name!r}")
+    return found
 
 
 def to_grid(mask: LabelImage, grid: tuple[int, int]) -> Tensor:

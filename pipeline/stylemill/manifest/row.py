@@ -68,7 +68,7 @@ def parse_row(number: int, values: Mapping[str, Any], occurrence: int = 1) -> tu
     content_mask = text("content_mask")
     if content_mask is not None and (not content_mask or "\0" in content_mask):
         bad("content_mask", "is an empty path or has a NUL character")
-    if (content_mask is None) != (not masks):
+    if (content_mask is None) != (not masks) and not any(problem.column.endswith("_mask") for problem in problems):
         lone, absent = ("style_mask", "content_mask") if masks else ("content_mask", "style_mask")
         bad(lone, f"stands without a {absent}; a row has both or neither")
 
