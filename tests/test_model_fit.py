@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from stylemill.engine.demo_model import write_demo_model
 from stylemill.engine.features import self_attention_layers
 from stylemill.errors import ModelError
-from stylemill.model_files import resolve_model
+from stylemill.models.files import resolve_model
 from stylemill.planning.cost import read_shape
 
 

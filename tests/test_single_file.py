@@ -16,8 +16,8 @@ from stylemill.engine.demo_model import write_demo_model
 from stylemill.engine.model import DiffusionModel
 from stylemill.errors import JobError, ModelError
 from stylemill.job import Job
-from stylemill.safetensors_file import SD_CONFIG, SDXL_CONFIG, usual_config
-from stylemill.single_file import fetch_config, resolve_single_file
+from stylemill.models.safetensors_file import SD_CONFIG, SDXL_CONFIG, usual_config
+from stylemill.models.single_file import fetch_config, resolve_single_file
 
 Kind = Literal["sd", "sdxl"]
 Tensors = dict[str, Tensor]

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
+from stylemill.models.single_file import CHECKPOINT_SUFFIXES
 from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Lora, Sampling
-from stylemill.single_file import CHECKPOINT_SUFFIXES
 from stylemill.strict_yaml import load_yaml
 
 # The description of a field that takes values of two kinds is what a message says was expected.

@@ -14,7 +14,7 @@ from torch import Tensor
 from stylemill.engine.inputs import InputImage, Pair
 from stylemill.engine.state import Inputs, PairInputs
 from stylemill.errors import ModelError
-from stylemill.model_fit import refuse_other_controlnet
+from stylemill.models.fit import refuse_other_controlnet
 from stylemill.settings import ControlNet
 
 

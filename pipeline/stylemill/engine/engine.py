@@ -29,10 +29,10 @@ from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
 from stylemill.engine.tiling import circular
 from stylemill.engine.windows import Windows
-from stylemill.lora_files import fetch_lora
-from stylemill.model_files import CONTROLNET, fetch_model
+from stylemill.models.files import CONTROLNET, fetch_model
+from stylemill.models.lora_files import fetch_lora
+from stylemill.models.single_file import fetch_config, is_single_file
 from stylemill.settings import ControlNet, DType, Lora, Sampling, cpu_micro_batch
-from stylemill.single_file import fetch_config, is_single_file
 
 LARGEST_MICRO_BATCH = 64
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from stylemill.model_fit import is_sdxl, read_config
+from stylemill.models.fit import is_sdxl, read_config
 
 
 def load_parts(folder: Path, checkpoint: Path | None, dtype: torch.dtype) -> tuple[Any, Any, tuple[Any, ...]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from stylemill.job import Job
 from stylemill.manifest import Manifest, open_manifest
-from stylemill.model_files import ModelFiles, resolve_model
+from stylemill.models.files import ModelFiles, resolve_model
+from stylemill.models.single_file import is_single_file, resolve_single_file
 from stylemill.planning.controls import controlnet_parameters, plan_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.planning.loras import plan_loras
-from stylemill.single_file import is_single_file, resolve_single_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_strangers
 

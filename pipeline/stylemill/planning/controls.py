@@ -5,9 +5,9 @@ from __future__ import annotations
 from stylemill.errors import JobError
 from stylemill.job import Job
 from stylemill.manifest import Manifest
-from stylemill.model_files import CONTROLNET, ModelFiles, model_paths, resolve_model
-from stylemill.model_fit import read_config, refuse_other_controlnet
-from stylemill.safetensors_file import count_parameters
+from stylemill.models.files import CONTROLNET, ModelFiles, model_paths, resolve_model
+from stylemill.models.fit import read_config, refuse_other_controlnet
+from stylemill.models.safetensors_file import count_parameters
 
 
 def plan_controlnets(job: Job, model: ModelFiles, manifest: Manifest) -> tuple[Job, list[ModelFiles]]:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from stylemill.errors import JobError, ModelError
 from stylemill.job import Job
-from stylemill.layer_names import choose
 from stylemill.manifest import Row
-from stylemill.model_files import model_paths
-from stylemill.model_fit import is_sdxl, read_config, refuse_misfits
-from stylemill.safetensors_file import count_parameters
+from stylemill.models.files import model_paths
+from stylemill.models.fit import is_sdxl, read_config, refuse_misfits
+from stylemill.models.layer_names import choose
+from stylemill.models.safetensors_file import count_parameters
 from stylemill.settings import cpu_micro_batch
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

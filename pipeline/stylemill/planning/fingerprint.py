@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from stylemill.job import Job
-from stylemill.model_files import ModelFiles
+from stylemill.models.files import ModelFiles
 
 Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]

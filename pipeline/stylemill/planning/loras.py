@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from stylemill.job import Job
-from stylemill.lora_files import resolve_lora
-from stylemill.model_files import ModelFiles
+from stylemill.models.files import ModelFiles
+from stylemill.models.lora_files import resolve_lora
 
 
 def plan_loras(job: Job) -> tuple[Job, list[ModelFiles]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from stylemill.errors import ModelError
-from stylemill.model_fit import is_sdxl, other_kind, read_config, refuse_misfits
-from stylemill.safetensors_file import tensors_of
+from stylemill.models.fit import is_sdxl, other_kind, read_config, refuse_misfits
+from stylemill.models.safetensors_file import tensors_of
 
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _WEIGHTS_OF_SDXL = {"text_encoder_2": "model"}  # besides those

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from stylemill.errors import ModelError
-from stylemill.model_files import CONFIGURATION, ModelFiles, fetch_model, file_digest, model_paths, resolve_model
-from stylemill.safetensors_file import usual_config
+from stylemill.models.files import CONFIGURATION, ModelFiles, fetch_model, file_digest, model_paths, resolve_model
+from stylemill.models.safetensors_file import usual_config
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stylemill.errors import ModelError
-from stylemill.model_files import Kind, ModelFiles, fetch_model, resolve_model
+from stylemill.models.files import Kind, ModelFiles, fetch_model, resolve_model
 from stylemill.settings import Lora
 
 USUAL_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights names it

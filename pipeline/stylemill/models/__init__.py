@@ -1,0 +1,1 @@
+"""Which files a model is and whether it fits, seen without torch: folders, hub repositories, single files, LoRAs."""
