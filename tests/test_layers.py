@@ -33,18 +33,22 @@ GROUND = {
     "model_fit",
     "model_files",
     "single_file",
+    "lora_files",
     "layer_names",
+    "scheduler_names",
 }
 BESIDE = {"job", "manifest", "images", "store", "engine"}  # stand on the ground and do not know one another
 MAY_KNOW: dict[str, set[str]] = {
     "__init__": set(),  # lazy: its public names are looked up when asked for
     "errors": set(),
-    "settings": {"errors"},
+    "settings": {"errors", "scheduler_names"},
+    "scheduler_names": set(),
     "strict_yaml": {"errors"},
     "model_fit": {"errors"},
     "safetensors_file": {"errors", "model_fit"},
     "model_files": {"errors", "model_fit", "safetensors_file"},
     "single_file": {"errors", "model_files", "safetensors_file"},
+    "lora_files": {"errors", "settings", "model_files"},
     "layer_names": {"errors"},
     **dict.fromkeys(BESIDE, GROUND),
     "planning": GROUND | {"job", "manifest", "store"},
