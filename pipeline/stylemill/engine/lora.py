@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from torch import Tensor
 
 from stylemill.engine.model import DiffusionModel
@@ -34,6 +33,9 @@ def fuse_lora(model: DiffusionModel, file: Path, lora: Lora) -> None:
 
     Raises ModelError, before any weight is changed, for a LoRA of another architecture or kind.
     """
+    # Here and not above: it brings the image processors of all pipelines along, and warnings about them.
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
+
     loader = StableDiffusionXLLoraLoaderMixin if model.is_sdxl else StableDiffusionLoraLoaderMixin
     try:
         tensors, alphas, metadata = loader.lora_state_dict(

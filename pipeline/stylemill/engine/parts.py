@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -39,6 +39,9 @@ def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
 def _from_checkpoint(
     checkpoint: Path, folder: Path, sdxl: bool, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> tuple[Any, Any, tuple[Any, ...]]:
+    # Here and not above: the pipelines bring all their image processors along, and warnings about those.
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
     local = {"config": str(folder), "local_files_only": True}
     kind = StableDiffusionXLPipeline if sdxl else StableDiffusionPipeline
     unused = {"feature_extractor": None, "image_encoder": None} | ({} if sdxl else {"safety_checker": None})
