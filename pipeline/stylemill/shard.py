@@ -6,6 +6,7 @@ is valid, and the next attempt goes on from the newest checkpoint.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +24,8 @@ from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_prog
 from stylemill.store.commit import commit
 from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.records import Ledger, Record
+
+_log = logging.getLogger(__name__)
 
 
 def load_engine(run: Run, micro_batch: int | None) -> Engine:
@@ -76,6 +79,7 @@ def process_shard(
             resumed, items = keeper.restore(checkpoint, items)
         else:
             pairs, items = read_pairs(run, items, engine.model.grid)
+            warn_of_long_prompts(engine, items)
 
     with device:
         if stopping():  # while it waited for the device: no step, no new checkpoint
@@ -107,6 +111,16 @@ def process_shard(
             timings=clock.seconds,
         )
     return commit(run.paths, draft, data, failures)  # counts, names and digests are those of what gets published
+
+
+def warn_of_long_prompts(engine: Engine, items: list[Item]) -> None:
+    """Say once a row which end of its prompts the model will not see; the row is made all the same."""
+    for item in items:
+        for name, text in (("prompt", item.row.prompt), ("negative_prompt", item.row.negative_prompt)):
+            if text and (lost := engine.model.cut_off(text)):
+                _log.warning(
+                    "%s: %s is longer than the model reads; this end is cut off: %r", item.row.pair_id, name, lost
+                )
 
 
 def numerics(engine: Engine) -> dict[str, str | int]:
