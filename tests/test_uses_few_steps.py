@@ -16,7 +16,6 @@ from torch import Tensor
 
 import oracle
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.engine.demo_model import write_demo_model
 from stylemill.engine.schedulers import Scheduler
 from stylemill.errors import JobError, ModelError
 from stylemill.job import Job
@@ -42,21 +41,6 @@ SHARD = [
 # These compute in float32 whatever they are given, and what lies at the edge of a rounding falls to either side.
 ROUGH = dict.fromkeys(("dpmpp", "dpmpp_sde", "euler", "euler_ancestral"), 1e-05)
 STOCHASTIC = [name for name, kind in SCHEDULERS.items() if kind.draws]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> oracle.Model:
-    return oracle.Model.load(folder)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return Engine.load(folder, dtype="float64", device="cpu", micro_batch=4)
 
 
 def sampled(engine: Engine, pairs: list[Pair], settings: Sampling) -> list[Tensor]:

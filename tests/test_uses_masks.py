@@ -18,7 +18,6 @@ from torch import Tensor
 
 import oracle
 from stylemill.engine import Engine, InputImage, LabelImage, Noise, Pair, SampleState
-from stylemill.engine.demo_model import write_demo_model
 from stylemill.engine.masks import nearest
 from stylemill.errors import ImageError, ManifestError
 from stylemill.labels import load_labels
@@ -60,16 +59,6 @@ PADDED = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[-1, 1, 1, -1]]), st
 PLAIN = Pair((STYLE,), SIZE, CONTENT)
 MIXED = [PLAIN, SPLIT, MANY, Pair((OTHER,), SIZE, CONTENT), PADDED]
 LACKING = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[1, 9]]), style_masks=(labels([[1]]),))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> oracle.Model:
-    return oracle.Model.load(folder)
 
 
 @pytest.fixture(scope="module")

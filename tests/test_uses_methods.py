@@ -23,7 +23,6 @@ from torch import Tensor
 
 import oracle
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.engine.demo_model import write_demo_model
 from stylemill.job import Job
 from stylemill.lease import Progress, Run
 from stylemill.planning import plan
@@ -103,21 +102,6 @@ AT_CONTENT_RUNS: dict[str, dict[str, Any]] = {
     "KV injection, half": {**AT_CONTENT, **INJECT, "steps": 4, "strength": 0.5, "guidance_scale": 3.0},
     "optimization": {**AT_CONTENT, **OPTIMIZE, "steps": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> oracle.Model:
-    return oracle.Model.load(folder)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return Engine.load(folder, dtype="float64", device="cpu", micro_batch=4)
 
 
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:

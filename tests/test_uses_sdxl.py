@@ -33,11 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> oracle.Model:
-    return oracle.Model.load(folder)
-
-
-@pytest.fixture(scope="module")
 def engine(folder: Path) -> Engine:
     return Engine.load(folder, dtype="float64", device="cpu")
 

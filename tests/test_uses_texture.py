@@ -15,7 +15,6 @@ from torch import Tensor
 
 import oracle
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.engine.demo_model import write_demo_model
 from stylemill.engine.state import Inputs, PairInputs
 from stylemill.engine.tiling import circular
 from stylemill.engine.windows import Windows
@@ -31,21 +30,6 @@ def image(number: int, size: tuple[int, int] = SMALL) -> InputImage:
 
 
 STYLES = [image(1), image(2)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> oracle.Model:
-    return oracle.Model.load(folder)
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return Engine.load(folder, dtype="float64", device="cpu", micro_batch=4)
 
 
 def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any = None) -> SampleState:
