@@ -25,8 +25,7 @@ class Run:
     model: str  # the model's name with its commit or digest, as the output's `model` column shows it
 
     def rows_of(self, shard: int) -> range:
-        first = shard * self.pairs_per_shard
-        return range(first, min(first + self.pairs_per_shard, self.manifest.num_images))
+        return self.manifest.shard(shard, self.pairs_per_shard)
 
     def lease(self, shard: int, occurrences: Mapping[int, int]) -> Lease:
         """A new attempt at `shard`, under a name that no other attempt has."""

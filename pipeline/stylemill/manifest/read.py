@@ -44,6 +44,10 @@ class Manifest:
     def num_images(self) -> int:
         return self.num_rows * self.copies
 
+    def shard(self, number: int, size: int) -> range:
+        """The images of shard `number` where shards have `size` images, the last one maybe fewer."""
+        return range(number * size, min((number + 1) * size, self.num_images))
+
     def with_copies(self, copies: int) -> Manifest:
         """This manifest with `copies` images made of each row, which differ in their initial noise."""
         return replace(self, copies=copies)

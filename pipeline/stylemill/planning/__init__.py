@@ -53,8 +53,7 @@ class Plan:
         """The manifest rows of a shard."""
         if not 0 <= shard < self.shards:
             raise IndexError(f"shard {shard} of {self.shards}")
-        first = shard * self.pairs_per_shard
-        return range(first, min(first + self.pairs_per_shard, self.rows))
+        return self.manifest.shard(shard, self.pairs_per_shard)
 
     def cost(self) -> Cost:
         """Count passes and estimate memory; streams the whole manifest."""
