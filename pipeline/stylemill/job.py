@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
+from stylemill.models.files import DEMO
 from stylemill.models.single_file import CHECKPOINT_SUFFIXES
 from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Lora, Sampling
 from stylemill.strict_yaml import load_yaml
@@ -252,7 +253,7 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
 
 def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
+    if isinstance(name, str) and name != DEMO and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
         return str((base / Path(name).expanduser()).resolve())
     return name
 
