@@ -84,7 +84,7 @@ PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
     (lambda paths: forge(paths, 1, failures=None, rows_failed=0), "row 5 is missing"),
     (lambda paths: forge(paths, 1, rows_ok=4), "contradict each other"),
     (lambda paths: other_data(paths, row=[0, 1, 1, 3]), "row 1 is there more than once"),
-    (lambda paths: other_data(paths, row=[0, 1, 2, 7]), "row 7 is not one of this shard"),
+    (lambda paths: other_data(paths, row=[0, 1, 2, 7]), "row 7 is not of this shard"),
     (lambda paths: other_data(paths, pair_id=["pair-0", "pair-1", "pair-2", "pair-6"]), "rows 3 and 6 have the same"),
     (lambda paths: other_data(paths, width=[4, 4, 5, 4]), r"row 2: the image has \(4, 3\) pixels"),
     (not_an_image, "row 0: the image cannot be decoded"),

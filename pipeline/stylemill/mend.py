@@ -1,0 +1,98 @@
+"""Whatever `verify` finds is redone from the manifest. Nothing is deleted: damaged files go to quarantine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stylemill.runner import RunResult, resume
+from stylemill.store.adopt import adopt_standing, without_record
+from stylemill.store.generations import begin_retry, pending_retry
+from stylemill.store.ledger import Ledger
+from stylemill.store.lock import RunLock
+from stylemill.store.paths import RunPaths
+from stylemill.store.publish import quarantine
+from stylemill.store.run_file import RunFile
+from stylemill.store.verify import VerifyReport, verify
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What was found, how many records were made again from whole files, the run after it, what `verify` says now."""
+
+    found: VerifyReport
+    adopted: int
+    result: RunResult | None  # None: there was nothing to redo
+    left: VerifyReport
+
+    @property
+    def exit_code(self) -> int:
+        """That of `run`; 1 where something is still wrong."""
+        if self.result is not None and self.result.exit_code not in (0, 3):
+            return self.result.exit_code
+        return 1 if not self.left.ok else 3 if self.left.rows_failed else 0
+
+    def describe(self) -> str:
+        lines = []
+        if not self.found.ok:
+            moved = f"{len(self.found.damaged)} files moved to quarantine, {self.adopted} records made again"
+            lines = [self.found.describe(), moved]
+        return "\n".join([*lines, *([self.result.describe()] if self.result else []), self.left.describe()])
+
+
+def repair(
+    output: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    deep: bool = False,
+    inline: bool = False,
+    quiet: bool = False,
+) -> RepairResult:
+    """Set a run folder right: what `verify` finds goes to quarantine, and what is then missing is made again.
+
+    A shard whose files are whole only gets its record again. `deep` also decodes every image. Raises what `verify` and
+    `run` raise; LockedError while a run works there.
+    """
+    run, paths = RunFile.open(output)
+    found = verify(output, deep)
+    adopted, result, left = 0, None, found
+    if not found.ok:
+        with RunLock(paths):
+            ledger, adopted = _set_aside(paths, run, found)
+        if ledger.open_shards(paths.shards) or pending_retry(paths, ledger):
+            result = resume(output, overrides, inline=inline, quiet=quiet)
+        left = verify(output, deep)
+    return RepairResult(found, adopted, result, left)
+
+
+def _set_aside(paths: RunPaths, run: RunFile, found: VerifyReport) -> tuple[Ledger, int]:
+    """Move what is damaged away, keep what is whole; later generations that are lost become a retry."""
+    before = Ledger(paths, read_only=True)
+    before.refresh()
+    damaged = [path for path in found.damaged if path.exists()]
+    for path in damaged:
+        quarantine(paths, path, found.damaged[path])
+    ledger = Ledger(paths)
+    ledger.refresh()
+    adopted = adopt_standing(paths, run, ledger)
+    wanted = {shard: ledger.latest(shard) + 1 for shard in pending_retry(paths, ledger)}
+    for path, shard, generation in list(without_record(paths, ledger)):
+        if generation:
+            quarantine(paths, path, "no record names it, and it is not whole")
+            wanted[shard] = max(wanted.get(shard, 0), generation)
+    for shard, generation in before.lost_to(ledger) | _of_later_generations(paths, damaged):
+        wanted[shard] = max(wanted.get(shard, 0), generation)
+    begin_retry(
+        paths,
+        {shard: last for shard, last in wanted.items() if last and last > ledger.latest(shard)},
+    )
+    return ledger, adopted
+
+
+def _of_later_generations(paths: RunPaths, damaged: list[Path]) -> set[tuple[int, int]]:
+    found = set()
+    for path in damaged:
+        if path.parent == paths.records_folder and (key := paths.parse_record(path.name)) and key[1]:
+            found.add(key)
+    return found
