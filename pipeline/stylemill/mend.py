@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stylemill.runner import RunResult, resume
-from stylemill.store.adopt import adopt_standing, without_record
-from stylemill.store.generations import begin_retry, pending_retry
+from stylemill.store.adopt import adopt_standing, shard_of, without_record
+from stylemill.store.commit import clean
+from stylemill.store.compaction import compact
+from stylemill.store.generations import begin_retry, end_retry, noted_retry, pending_retry
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
@@ -67,32 +69,28 @@ def repair(
 
 
 def _set_aside(paths: RunPaths, run: RunFile, found: VerifyReport) -> tuple[Ledger, int]:
-    """Move what is damaged away, keep what is whole; later generations that are lost become a retry."""
+    """Move what is damaged away, keep what is whole; generations that were lost become a retry.
+
+    That is noted before anything moves: afterwards nothing else would tell that they were ever there.
+    """
     before = Ledger(paths, read_only=True)
     before.refresh()
-    damaged = [path for path in found.damaged if path.exists()]
-    for path in damaged:
-        quarantine(paths, path, found.damaged[path])
+    damaged = {path: why for path, why in found.damaged.items() if path.exists()}
+    if paths.retry in damaged:
+        quarantine(paths, paths.retry, damaged.pop(paths.retry))
+    wanted = noted_retry(paths)
+    unsure = [*damaged, *before.damaged, *(path for path, _, _ in without_record(paths, before))]
+    for shard, generation in filter(None, (shard_of(paths, path) for path in unsure)):
+        if generation:
+            wanted[shard] = max(wanted.get(shard, 0), generation)
+    begin_retry(paths, wanted)
+    for path, why in damaged.items():
+        quarantine(paths, path, why)
     ledger = Ledger(paths)
     ledger.refresh()
     adopted = adopt_standing(paths, run, ledger)
-    wanted = {shard: ledger.latest(shard) + 1 for shard in pending_retry(paths, ledger)}
-    for path, shard, generation in list(without_record(paths, ledger)):
-        if generation:
-            quarantine(paths, path, "no record names it, and it is not whole")
-            wanted[shard] = max(wanted.get(shard, 0), generation)
-    for shard, generation in before.lost_to(ledger) | _of_later_generations(paths, damaged):
-        wanted[shard] = max(wanted.get(shard, 0), generation)
-    begin_retry(
-        paths,
-        {shard: last for shard, last in wanted.items() if last and last > ledger.latest(shard)},
-    )
+    compact(paths, ledger)
+    if not pending_retry(paths, ledger) and not ledger.open_shards(paths.shards):
+        end_retry(paths)
+        clean(paths, ledger)
     return ledger, adopted
-
-
-def _of_later_generations(paths: RunPaths, damaged: list[Path]) -> set[tuple[int, int]]:
-    found = set()
-    for path in damaged:
-        if path.parent == paths.records_folder and (key := paths.parse_record(path.name)) and key[1]:
-            found.add(key)
-    return found

@@ -152,9 +152,9 @@ def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool,
         file = existing or _claim(planned, paths)
         ledger = Ledger(paths)
         ledger.refresh()
-        if existing:
+        if ledger.damaged:  # a segment: its thousands of shards lack no more than their records
             adopt_standing(paths, file, ledger)
-            compact(paths, ledger)
+        compact(paths, ledger)
         wanted = choose(paths, ledger)
         this = Run(
             job=planned.job,

@@ -14,7 +14,7 @@ from stylemill.store.commit import complete_record, publish_record
 from stylemill.store.generations import failed_before
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
-from stylemill.store.paths import RunPaths
+from stylemill.store.paths import LAST_GENERATION, RunPaths
 from stylemill.store.publish import digest, discard, storage_errors
 from stylemill.store.records import Record, standing_record
 from stylemill.store.run_file import RunFile
@@ -29,7 +29,7 @@ def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
     The caller holds the RunLock. What is not whole stays as it is, for the commit that comes. Raises StorageError.
     """
     count = 0
-    for shard, generation in sorted({found[1:] for found in without_record(paths, ledger)}):
+    for shard, generation in sorted({(shard, generation) for _, shard, generation in without_record(paths, ledger)}):
         with exclusive(paths.commit_lock(shard)):
             record = _adopted(paths, run, shard, generation)
         if record is not None:
@@ -42,15 +42,21 @@ def without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int,
     """Files that are named as those of a shard and a generation are, while no record of that one stands."""
     for folder in (paths.data_folder, paths.failures_folder):
         with storage_errors(folder):
-            if not folder.exists():
-                continue
-            for entry in os.scandir(folder):
-                match = _FILE.fullmatch(entry.name)
-                if match and int(match["shard"]) < paths.shards:
-                    shard, generation = int(match["shard"]), int(match["generation"] or 0)
-                    final = (paths.data if folder == paths.data_folder else paths.failures)(shard, generation)
-                    if not ledger.stands(shard, generation) and final.name == entry.name:
-                        yield final, shard, generation
+            for entry in os.scandir(folder) if folder.exists() else ():
+                path = folder / entry.name
+                if (key := shard_of(paths, path)) and not ledger.stands(*key):
+                    yield path, *key
+
+
+def shard_of(paths: RunPaths, path: Path) -> tuple[int, int] | None:
+    """Shard and generation that a record, data or failures file is of by its name; None for any other file."""
+    if path.parent == paths.records_folder:
+        return paths.parse_record(path.name)
+    match = _FILE.fullmatch(path.name)
+    if match is None or int(match["shard"]) >= paths.shards or int(match["generation"] or 0) >= LAST_GENERATION:
+        return None
+    shard, generation = int(match["shard"]), int(match["generation"] or 0)
+    return (shard, generation) if path in (paths.data(shard, generation), paths.failures(shard, generation)) else None
 
 
 def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int) -> Record | None:

@@ -7,6 +7,7 @@ are the files removed. A kill at any moment leaves each record in one place or i
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from stylemill.errors import DamagedError
 from stylemill.store.ledger import Ledger
@@ -25,19 +26,19 @@ def compact(paths: RunPaths, ledger: Ledger, least: int = ROWS) -> bool:
     if len(ledger.own_files) < least:
         return False
     packed: dict[tuple[int, int], bytes] = {}
-    rows = []
+    records = []
     for shard, generation in sorted(ledger.own_files):
         path = paths.record(shard, generation)
         with storage_errors(path):
             data = path.read_bytes() if path.exists() else b""
         try:
-            rows.append(_row(checked(paths, data, shard, generation), data))
+            records.append(checked(paths, data, shard, generation))
         except DamagedError:
             continue  # the ledger sets it aside
         packed[shard, generation] = data
-    if not rows:
+    if not packed:
         return False
-    persist(publish_segment(paths, rows))
+    pack(paths, records)
     for (shard, generation), data in packed.items():
         path = paths.record(shard, generation)
         # Under the lock, for an attempt that came too late may set it aside, and then another record is in its place.
@@ -46,6 +47,11 @@ def compact(paths: RunPaths, ledger: Ledger, least: int = ROWS) -> bool:
                 path.unlink()
     ledger.refresh()
     return True
+
+
+def pack(paths: RunPaths, records: Sequence[Record]) -> None:
+    """Write `records` as a segment: durable and read back when this returns. Raises as `compact` does."""
+    persist(publish_segment(paths, [_row(record, record.to_bytes()) for record in records]))
 
 
 def _row(record: Record, data: bytes) -> dict[str, object]:

@@ -7,6 +7,7 @@ Generation n of a shard is about the rows that had failed before it: `data/…-r
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from stylemill.errors import DamagedError
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import publish_bytes, storage_errors
+from stylemill.store.publish import storage_errors, sync
 from stylemill.store.records import Record, standing_record
 from stylemill.store.writer import FAILURE_SCHEMA, Failure
 
@@ -70,22 +71,34 @@ def failures_of(paths: RunPaths, record: Record) -> dict[int, Failure]:
 
 def begin_retry(paths: RunPaths, wanted: Mapping[int, int]) -> None:
     """Note durably that failed rows are tried again until each shard of `wanted` has that generation."""
-    end_retry(paths)
-    if wanted:
-        publish_bytes(paths, paths.retry, json.dumps(wanted).encode(), uuid4().hex[:12])
+    if not wanted:
+        return
+    tmp = paths.tmp_name(paths.retry, uuid4().hex[:12])
+    with storage_errors(paths.retry):
+        paths.tmp.mkdir(exist_ok=True)
+        tmp.write_bytes(json.dumps(wanted).encode())
+        sync(tmp)
+        os.replace(tmp, paths.retry)  # a plan, not data: the newest one is the right one
+        sync(paths.output)
 
 
-def pending_retry(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
-    """The shards of a retry that was begun and not ended, which are not done yet: shard -> generation that is next."""
+def noted_retry(paths: RunPaths) -> dict[int, int]:
+    """What `begin_retry` noted; nothing where there is no note, or a damaged one."""
     with storage_errors(paths.retry):
         try:
             data = paths.retry.read_bytes()
         except FileNotFoundError:
             return {}
     try:
-        wanted = {int(shard): int(generation) for shard, generation in json.loads(data).items()}
+        return {int(shard): int(generation) for shard, generation in json.loads(data).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {}  # as if it had not begun: what was retried stands, and the rest is still recorded as failed
+
+
+def pending_retry(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
+    """The shards of a retry that was begun and not ended, which are not done yet: shard -> generation that is next."""
+    if not (wanted := noted_retry(paths)):
+        return {}
     failed = set(ledger.failed_shards())
     return {
         shard: ledger.latest(shard) + 1

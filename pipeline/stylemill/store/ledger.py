@@ -107,7 +107,7 @@ class Ledger:
                 found, record = self._set_aside(found[1], shard, generation, str(error))
         if found is None or record is None:
             return None
-        self.damaged.pop(self._paths.record(shard, generation), None)
+        self._excuse(shard, generation)
         where = _OWN_FILE
         if found[1] == self._paths.record(shard, generation):
             self._own.add((shard, generation))
@@ -147,15 +147,6 @@ class Ledger:
 
     def stands(self, shard: int, generation: int) -> bool:
         return generation < len(self._generations) and bool(self._generations[generation].stands[shard])
-
-    def lost_to(self, other: Ledger) -> set[tuple[int, int]]:
-        """Shard and generation of the records that stand here and not there."""
-        return {
-            (shard, generation)
-            for generation, noted in enumerate(self._generations)
-            for shard in np.flatnonzero(noted.stands).tolist()
-            if not other.stands(shard, generation)
-        }
 
     def first_missing(self, shard: int) -> int:
         """The generation that an open shard lacks."""
@@ -247,34 +238,43 @@ class Ledger:
             if not self._read_only:
                 quarantine(self._paths, path, str(error))
             return
-        shards, generations = (table.column(name).to_numpy() for name in ("shard", "generation"))
+        generations = np.array(table.column("generation").to_pylist(), np.int32)
+        shards = table.column("shard").to_pylist()
         for generation in np.unique(generations).tolist():
             noted = self._generation(generation)
-            rows = np.flatnonzero(generations == generation)
             stand = [
                 place
-                for place, shard in zip(rows.tolist(), shards[rows].tolist(), strict=True)
-                if not (noted.where[shard] == _OWN_FILE and (shard, generation) in own)
+                for place in np.flatnonzero(generations == generation).tolist()
+                if not (noted.where[shards[place]] == _OWN_FILE and (shards[place], generation) in own)
             ]
-            self._note_rows(noted, generation, number, table.take(stand))
+            self._note_rows(noted, generation, number, table.take(pa.array(stand, pa.int64())))
 
     def _note_rows(self, noted: _Generation, generation: int, number: int, table: pa.Table) -> None:
-        columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        shards: Ints = columns["shard"]
-        there = np.ones(len(shards), bool)
+        # Lists, for pyarrow's way to numpy imports pandas: a second, and 50 MB.
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        there = np.ones(len(columns["shard"]), bool)
         for column, name in (("data_bytes", self._paths.data_name), ("failures_bytes", self._paths.failures_name)):
-            for place in np.flatnonzero(columns[column] >= 0).tolist():
-                path, size = name(int(shards[place]), generation), int(columns[column][place])
-                found = _size(path)
-                if found != size:
-                    there[place] = False
-                    what = "is missing" if found is None else f"has {found} bytes, not {size}"
-                    self.damaged[Path(path)] = f"{self._paths.relative(Path(path))} {what}"
+            for place, (shard, size) in enumerate(zip(columns["shard"], columns[column], strict=True)):
+                if size < 0 or (found := _size(name(shard, generation))) == size:
+                    continue
+                there[place], path = False, Path(name(shard, generation))
+                what = "is missing" if found is None else f"has {found} bytes, not {size}"
+                self.damaged[path] = f"{self._paths.relative(path)} {what}"
+        shards, ok, failed = (np.array(columns[name], np.int32) for name in ("shard", "rows_ok", "rows_failed"))
         noted.forget(shards)
-        noted.note(shards[there], number, columns["rows_ok"][there], columns["rows_failed"][there])
-        failed, retried = columns["failed_by_class"], columns["retried_by_class"]
-        for place in np.flatnonzero(there & ((failed != "{}") | (retried != "{}"))).tolist():
-            noted.note_classes(int(shards[place]), json.loads(failed[place]), json.loads(retried[place]))
+        noted.note(shards[there], number, ok[there], failed[there])
+        for shard in shards[there].tolist() if self.damaged else ():
+            self._excuse(shard, generation)
+        for place, (failed_json, retried_json) in enumerate(
+            zip(columns["failed_by_class"], columns["retried_by_class"], strict=True)
+        ):
+            if there[place] and (failed_json != "{}" or retried_json != "{}"):
+                noted.note_classes(columns["shard"][place], json.loads(failed_json), json.loads(retried_json))
+
+    def _excuse(self, shard: int, generation: int) -> None:
+        """A valid record stands: what is said of older ones of the same shard does not count."""
+        for place in (self._paths.record, self._paths.data, self._paths.failures):
+            self.damaged.pop(place(shard, generation), None)
 
     def _set_aside(
         self, path: Path, shard: int, generation: int, why: str

@@ -137,7 +137,7 @@ def _identity(path: Path) -> tuple[str, int, int, int]:
 @lru_cache(maxsize=1024)
 def _keys(path: str, *_: int) -> npt.NDArray[np.int64]:
     table = read_segment(Path(path), ["shard", "generation"])
-    shards, generations = (table.column(name).to_numpy().astype(np.int64) for name in ("shard", "generation"))
+    shards, generations = (np.array(table.column(name).to_pylist(), np.int64) for name in ("shard", "generation"))
     return np.asarray(_key(shards, generations))
 
 

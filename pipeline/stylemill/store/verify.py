@@ -74,27 +74,26 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
     ledger = Ledger(paths, read_only=True)
     ledger.refresh()
     for path, why in sorted(ledger.damaged.items()):
-        ours = path if path.parent in (paths.records_folder,) else None  # a file of another size may still be adopted
-        report.note(f"{paths.relative(path)}: {why}; `stylemill repair` sets it right", *((ours,) if ours else ()))
+        gone = [path] if path.parent == paths.records_folder else []  # not a file that a segment may be wrong about
+        report.note(f"{paths.relative(path)}: {why}; `stylemill repair` sets it right", *gone)
     rows = _Rows(run.rows, run.pairs_per_shard)
     expected = {path for path in segments(paths) if path not in ledger.damaged} | set(ledger.damaged)
-    done = np.zeros(paths.shards, bool)
     for shard, generations in groupby(ledger.records(), lambda record: record.shard):
-        done[shard] = True
         failed: set[int] | None = set(run.rows_of(shard))
+        last = -1
         for record in generations:
+            failed, last = failed if record.generation == last + 1 else None, record.generation
             entries = [entry for entry in (record.data, record.failures) if entry]
             expected |= {paths.record(shard, record.generation), *(paths.output / entry.name for entry in entries)}
             failed = _Shard(paths, report, run, rows, record).check(failed, deep)
     totals = ledger.totals()
     report.shards, report.rows_ok, report.rows_failed = totals.shards, totals.rows_ok, totals.rows_failed
-    known_open = [shard for shard in np.flatnonzero(~done).tolist() if paths.record(shard) not in ledger.damaged]
-    if known_open:
-        report.note(f"{_some('shard', known_open)} not committed yet; the same run command goes on")
+    not_done = {shard: ledger.first_missing(shard) for shard in ledger.open_shards(paths.shards)}
+    unexplained = [shard for shard, lacks in not_done.items() if paths.record(shard, lacks) not in ledger.damaged]
+    if unexplained:
+        report.note(f"{_some('shard', unexplained)} not committed yet; the same run command goes on")
     # What a killed commit published before its record is no stray: the next commit adopts it.
-    loose = [(shard, 0) for shard in np.flatnonzero(~done).tolist()]
-    loose += [(shard, ledger.latest(shard) + 1) for shard in pending_retry(paths, ledger)]
-    for shard, generation in loose:
+    for shard, generation in [*not_done.items(), *pending_retry(paths, ledger).items()]:
         expected |= {place(shard, generation) for place in (paths.record, paths.data, paths.failures)}
     for problem, places in rows.repeated():
         report.note(problem, *(paths.data(place) for place in places), *(paths.record(place) for place in places))
@@ -141,7 +140,7 @@ class _Shard:
         count = Counter([*good, *lost])
         if expected is not None:
             if missing := sorted(expected - count.keys()) if not record.generation else []:
-                self.report.note(f"{name}: {_some('row', missing)} missing", own, *files)
+                self.report.note(f"{name}: {_some('row', missing)} missing", own)
             if foreign := sorted(count.keys() - expected):
                 if record.generation:
                     why = f"{_some('row', foreign)} there already, in an earlier generation"
@@ -157,12 +156,14 @@ class _Shard:
         else:
             if classes != record.failed_by_class:
                 self.report.note(f"{name}: its counts of error classes are not those of its failures", own)
-        return ((expected or set()) - set(good)) if record.generation else set(lost)
+        if not record.generation:
+            return set(lost)
+        return None if expected is None else expected - set(good)
 
     def _rows_of(self, entry: FileEntry, own: Path, deep: bool) -> list[int] | None:
         """The rows of a file, None where that is not known."""
         path = self.paths.output / entry.name
-        found = _check_file(path, entry, self.record)
+        found = _check_file(path, entry, self.run.fingerprint_sha256)
         if isinstance(found, str):
             wrong_count = "its record says" in found
             self.report.note(found, own if wrong_count else path)
@@ -176,12 +177,12 @@ class _Shard:
         return [row for row, _ in found]
 
 
-def _check_file(path: Path, entry: FileEntry, record: Record) -> list[tuple[int, str]] | str:
+def _check_file(path: Path, entry: FileEntry, fingerprint: str) -> list[tuple[int, str]] | str:
     """The (row, pair_id) of a committed file, or what is wrong with it."""
     if digest(path) != entry.sha256:
         return f"{entry.name}: has other bytes than were committed (SHA-256 differs)"
     try:
-        ids = check_file(path, fingerprint=record.fingerprint)
+        ids = check_file(path, fingerprint=fingerprint)
     except DamagedError as error:
         return str(error)
     if len(ids) != entry.rows:
