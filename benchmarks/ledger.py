@@ -30,7 +30,8 @@ import resource, sys, time
 start = time.perf_counter()
 {what}
 seconds = time.perf_counter() - start
-print(f"{{seconds:.1f}} s, {{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}} MB peak: {{found}}")
+print(f"{{seconds:.1f}} s, {{time.process_time():.1f}} of CPU;", end=" ")
+print(f"{{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}} MB peak: {{found}}")
 """
 DRIVER = """
 from stylemill.store.ledger import Ledger

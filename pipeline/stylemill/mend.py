@@ -53,13 +53,13 @@ def repair(
 ) -> RepairResult:
     """Set a run folder right: what `verify` finds goes to quarantine, and what is then missing is made again.
 
-    A shard whose files are whole only gets its record again. `deep` also decodes every image. Raises what `verify` and
+    A retry that was begun is ended too. A shard whose files are whole only gets its record again. `deep` also decodes every image. Raises what `verify` and
     `run` raise; LockedError while a run works there.
     """
     run, paths = RunFile.open(output)
     found = verify(output, deep)
     adopted, result, left = 0, None, found
-    if not found.ok:
+    if not found.ok or noted_retry(paths):  # a retry may be what a killed repair left to do
         with RunLock(paths):
             ledger, adopted = _set_aside(paths, run, found)
         if ledger.open_shards(paths.shards) or pending_retry(paths, ledger):

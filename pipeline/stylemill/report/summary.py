@@ -10,6 +10,7 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 
 EXAMPLES = 3  # messages shown of each error class
+_LOOKS = 100  # shards looked at for them
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,16 @@ def summarize(paths: RunPaths, ledger: Ledger, rows: int) -> Summary:
 
 def _examples(paths: RunPaths, ledger: Ledger, classes: set[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
+    looks = 0
     for shard in ledger.failed_shards():
         wanted = {name for name in classes if len(found.get(name, [])) < EXAMPLES}
         if not wanted:
             break
         if not wanted & ledger.classes(shard):
             continue
+        looks += 1
+        if looks > _LOOKS:
+            break
         try:
             failures = failed_before(paths, shard, ledger.latest(shard) + 1).values()
         except DamagedError:
