@@ -16,6 +16,9 @@ from PIL import Image
 from demo_job import ABSENT, STEPS, Ended, Moment, Warm, stylemill, write_job
 from store_shards import files
 from stylemill.report.status import status
+from stylemill.store.commit import clean
+from stylemill.store.compaction import compact
+from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 from stylemill.store.run_file import RunFile
@@ -186,6 +189,35 @@ def test_a_killed_retry_is_shown_by_status(job: Path, failed: Path, warm: Warm, 
     assert ended.exit_code == 0
     assert ended.steps[0][1] > 1
     absent.unlink()
+
+
+def test_compacted_records_are_retried_and_a_damaged_segment_costs_no_sampling(
+    job: Path, failed: Path, retried: Path, warm: Warm, tmp_path: Path
+) -> None:
+    run = copy(failed, tmp_path)
+    compact_all(run)
+    absent = mend(job)
+    ended = warm.run(run, "retry-failed")
+    absent.unlink()
+    assert ended.exit_code == 0, ended.output
+    same_output(run, retried)
+    compact_all(run)
+    assert not list((run / "records").glob("0*"))
+    for segment in (run / "records").iterdir():
+        segment.write_bytes(segment.read_bytes()[:-1])
+    ended = warm.run(run, job)
+    assert (ended.exit_code, ended.steps) == (0, []), ended.output
+    same_output(run, retried)
+    assert status(run).summary.rows_ok == 7
+
+
+def compact_all(run: Path) -> None:
+    paths = paths_of(run)
+    paths.create()
+    ledger = Ledger(paths)
+    ledger.refresh()
+    assert compact(paths, ledger, least=1)
+    clean(paths)
 
 
 # --- repair -----------------------------------------------------------------------------------------------------------

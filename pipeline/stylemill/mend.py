@@ -53,8 +53,8 @@ def repair(
 ) -> RepairResult:
     """Set a run folder right: what `verify` finds goes to quarantine, and what is then missing is made again.
 
-    A retry that was begun is ended too. A shard whose files are whole only gets its record again. `deep` also decodes every image. Raises what `verify` and
-    `run` raise; LockedError while a run works there.
+    A shard whose files are whole only gets its record again. A retry that was begun is ended too. `deep` also decodes
+    every image. Raises what `verify` and `run` raise; LockedError while a run works there.
     """
     run, paths = RunFile.open(output)
     found = verify(output, deep)
