@@ -11,14 +11,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
-from stylemill.store.records import Ledger
+from stylemill.store.ledger import Ledger
 from stylemill.store.run_file import RunFile
 
 
 def main(output: str) -> None:
     _, paths = RunFile.open(output)
     seconds: Counter[str] = Counter()
-    for record in Ledger(paths, read_only=True).refresh().values():
+    ledger = Ledger(paths, read_only=True)
+    ledger.refresh()
+    for record in ledger.records():
         seconds.update(record.timings)
     total = sum(seconds.values())
     print(", ".join(f"{stage} {spent:.2f} s ({spent / total:.1%})" for stage, spent in seconds.most_common()))

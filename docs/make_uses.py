@@ -20,7 +20,7 @@ from stylemill.job import Job
 from stylemill.manifest import open_manifest
 from stylemill.report.contact_sheet import write_contact_sheet
 from stylemill.settings import Sampling
-from stylemill.store.records import Ledger
+from stylemill.store.ledger import Ledger
 
 DOCS = Path(__file__).parent
 JOBS = sorted((DOCS.parent / "jobs").glob("*.yaml"))
@@ -47,7 +47,9 @@ def _picture(job: Path) -> None:
         print(result.describe())
         paths = result.summary.paths
         manifest = open_manifest(Job.load(job).manifest)
-        sheet = write_contact_sheet(paths, manifest, Ledger(paths).refresh().values(), limit=SHOWN)
+        ledger = Ledger(paths, read_only=True)
+        ledger.refresh()
+        sheet = write_contact_sheet(paths, manifest, ledger.records(), limit=SHOWN)
         if sheet:
             Image.open(sheet).save(DOCS / "uses" / f"{job.stem}.jpg", quality=85)
 

@@ -142,10 +142,17 @@ class Warm:
         self.context.set_forkserver_preload(["pytest", "stylemill.runner", "stylemill.inline", *transformers])
 
     def start(self, output: Path, *arguments: object, at: Moment | None = None, order: Sequence[int] = ()) -> WarmRun:
-        """Begin `stylemill run … --inline --output OUTPUT`; `order` is that in which shards are worked off."""
+        """Begin `stylemill run … --inline --output OUTPUT`; `order` is that in which shards are worked off.
+
+        Where the first argument is `retry-failed` or `repair`, it begins that of the run folder OUTPUT.
+        """
         self.started += 1
         log = self.logs / str(self.started)
-        command = ["run", *map(str, arguments), "--inline", "--output", str(output)]
+        verb, rest = str(arguments[0]), [*map(str, arguments[1:]), "--inline"]
+        if verb in ("retry-failed", "repair"):
+            command = [verb, str(output), *rest]
+        else:
+            command = ["run", verb, *rest, "--output", str(output)]
         process = self.context.Process(target=_run, args=(command, str(output), log, at, order), daemon=True)
         process.start()
         return WarmRun(process, log)

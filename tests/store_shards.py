@@ -83,6 +83,16 @@ def attempt(
     return record, data, failures
 
 
+def second_try(paths: RunPaths, good: Collection[int], lost: Collection[int] = (), shard: int = 0) -> Attempt:
+    """What a worker hands to `commit` for generation 1 of a shard."""
+    again = [Failure(row, f"pair-{row}", "read", "ImageError", "zero bytes") for row in lost]
+    data = write_shard(paths, shard, "again", table(good), 1) if good else None
+    failures = write_failures(paths, shard, "again", again, FINGERPRINT, 1) if again else None
+    rows = range(shard * ROWS, (shard + 1) * ROWS)
+    record = Record(shard, FINGERPRINT, rows.start, rows.stop, attempt="again", generation=1)
+    return record, data, failures
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` by its path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -51,7 +51,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "inline": GROUND | {"lease", "shard"},
     "progress": {"lease"},
     "runner": GROUND | {"job", "store", "planning", "report", "lease", "progress", "inline", "cluster"},
-    "cli": GROUND | BESIDE | {"labels", "planning", "report", "runner"},
+    "mend": GROUND | {"store", "runner"},
+    "cli": GROUND | BESIDE | {"labels", "planning", "report", "runner", "mend"},
     "__main__": {"cli"},
 }
 

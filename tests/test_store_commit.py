@@ -18,8 +18,8 @@ from store_shards import FINGERPRINT, ROWS, Attempt, attempt, files, in_child, k
 from stylemill.errors import DamagedError, StorageError
 from stylemill.store.checkpoints import save_inputs
 from stylemill.store.commit import clean, commit
+from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Ledger
 from stylemill.store.verify import verify
 
 STEPS = ("fsync", "link", "unlink", "rename", "mkdir", "rmdir")

@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from store_shards import attempt, files, run_folder, table
+from store_shards import ROWS, attempt, files, run_folder, second_try, table
 from stylemill.errors import OutputError
 from stylemill.store.commit import clean, commit
+from stylemill.store.compaction import compact
+from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest
 from stylemill.store.records import Record
+from stylemill.store.segments import segments
 from stylemill.store.verify import verify
 from stylemill.store.writer import write_shard
 
@@ -84,7 +87,7 @@ PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
     (lambda paths: forge(paths, 1, failures=None, rows_failed=0), "row 5 is missing"),
     (lambda paths: forge(paths, 1, rows_ok=4), "contradict each other"),
     (lambda paths: other_data(paths, row=[0, 1, 1, 3]), "row 1 is there more than once"),
-    (lambda paths: other_data(paths, row=[0, 1, 2, 7]), "row 7 is not one of this shard"),
+    (lambda paths: other_data(paths, row=[0, 1, 2, 7]), "row 7 is not of this shard"),
     (lambda paths: other_data(paths, pair_id=["pair-0", "pair-1", "pair-2", "pair-6"]), "rows 3 and 6 have the same"),
     (lambda paths: other_data(paths, width=[4, 4, 5, 4]), r"row 2: the image has \(4, 3\) pixels"),
     (not_an_image, "row 0: the image cannot be decoded"),
@@ -102,6 +105,68 @@ def test_what_is_wrong_is_named_and_left_as_it_is(
     assert not report.ok
     with pytest.raises(AssertionError, match=expected):
         raise AssertionError(report.describe())
+    assert files(paths.output) == before
+
+
+def in_generations(folder: Path) -> RunPaths:
+    """Shard 0 compacted, with two failed rows of which one succeeded later and one failed again; shard 1 whole."""
+    paths = run_folder(folder, shards=2)
+    commit(paths, *attempt(paths, "a0", 0, failed=[1, 2]))
+    ledger = Ledger(paths)
+    ledger.refresh()
+    compact(paths, ledger, least=1)
+    commit(paths, *second_try(paths, [1], [2]))
+    commit(paths, *attempt(paths, "a1", 1))
+    clean(paths)
+    return paths
+
+
+def in_two_generations(paths: RunPaths) -> None:
+    """Row 0 was there from the start."""
+    paths.tmp.mkdir()
+    write_shard(paths, 0, "forged", table([0, 1]), 1).replace(paths.data(0, 1))
+    paths.tmp.rmdir()
+    record = Record.from_bytes(paths.record(0, 1).read_bytes())
+    assert record.data is not None
+    size = paths.data(0, 1).stat().st_size
+    entry = replace(record.data, rows=2, bytes=size, sha256=digest(paths.data(0, 1)))
+    paths.record(0, 1).write_bytes(replace(record, data=entry, rows_ok=2).to_bytes())
+
+
+def forge_later(paths: RunPaths, **changes: object) -> None:
+    record = Record.from_bytes(paths.record(0, 1).read_bytes())
+    paths.record(0, 1).write_bytes(replace(record, **changes).to_bytes())  # type: ignore[arg-type]
+
+
+LATER: list[tuple[Callable[[RunPaths], object], str]] = [
+    (in_two_generations, "row 0 is there already, in an earlier generation"),
+    (lambda paths: flip(segments(paths)[0]), "compact-000000-.*truncated or was changed"),
+    (lambda paths: segments(paths)[0].unlink(), "shard 0 is not committed yet"),
+    (lambda paths: flip(paths.data(0)), "train-00000-of-00002.parquet: has other bytes"),
+    (lambda paths: paths.data(0).unlink(), "train-00000-of-00002.parquet is missing"),
+    (lambda paths: flip(paths.data(0, 1)), "-r1.parquet: has other bytes"),
+    (lambda paths: flip(paths.failures(0, 1)), "failures/00000-r1.parquet: has other bytes"),
+    (lambda paths: flip(paths.record(0, 1)), r"records/00000\.r1\.json: the record"),
+    (lambda paths: paths.record(0, 1).unlink(), "data/ has 1 files that are not the run's: train-00000-of-00002-r1"),
+    (lambda paths: forge_later(paths, fingerprint="0" * 64), r"00000\.r1\.json: belongs to another job"),
+    (lambda paths: forge_later(paths, failed_by_class={"Other": 1}), "counts of error classes"),
+    (lambda paths: (paths.records_folder / "00000.r7.json").write_text("{}"), r"00000\.r7\.json: the record"),
+    (lambda paths: paths.numerics.write_text("{"), "numerics.json: is truncated or damaged"),
+    (lambda paths: paths.retry.write_text("[1]"), "retry.json: is truncated or damaged"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), LATER, ids=[expected for _, expected in LATER])
+def test_what_is_wrong_across_generations_and_segments_is_named(
+    tmp_path: Path, spoil: Callable[[RunPaths], object], expected: str
+) -> None:
+    paths = in_generations(tmp_path)
+    report = verify(paths.output, deep=True)
+    assert (report.problems, report.shards, report.rows_ok, report.rows_failed) == ([], 2, 2 * ROWS - 1, 1)
+    spoil(paths)
+    before = files(paths.output)
+    with pytest.raises(AssertionError, match=expected):
+        raise AssertionError(verify(paths.output, deep=True).describe())
     assert files(paths.output) == before
 
 

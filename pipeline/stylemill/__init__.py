@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
+    from stylemill.mend import repair
     from stylemill.planning import plan
     from stylemill.report.status import status
-    from stylemill.runner import run
+    from stylemill.runner import retry_failed, run
     from stylemill.store.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "plan", "run", "status", "verify"]
+__all__ = ["Engine", "plan", "repair", "retry_failed", "run", "status", "verify"]
 
 _HOMES = {
     "Engine": "stylemill.engine",
     "plan": "stylemill.planning",
+    "repair": "stylemill.mend",
+    "retry_failed": "stylemill.runner",
     "run": "stylemill.runner",
     "status": "stylemill.report.status",
     "verify": "stylemill.store.verify",

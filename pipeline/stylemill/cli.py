@@ -67,6 +67,22 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _retry_failed(options: argparse.Namespace) -> int:
+    from stylemill.runner import retry_failed
+
+    result = retry_failed(options.run, _overrides(options), inline=options.inline)
+    print(result.describe())
+    return 0 if result.exit_code == 3 and options.failures_ok else result.exit_code
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from stylemill.mend import repair
+
+    result = repair(options.run, _overrides(options), deep=options.deep, inline=options.inline)
+    print(result.describe())
+    return 0 if result.exit_code == 3 and options.failures_ok else result.exit_code
+
+
 def _verify(options: argparse.Namespace) -> int:
     from stylemill.store.verify import verify
 
@@ -143,7 +159,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
             raise JobError(f"--set {assignment}: write it as key=value, such as sampling.steps=20")
         given[key] = load_yaml(value, f"--set {assignment}")
     for flag, (key, _, _) in JOB_FLAGS.items():
-        value = getattr(options, flag.removeprefix("--"))
+        value = getattr(options, flag.removeprefix("--"), None)
         if value is not None:
             given[key] = int(value) if flag == "--workers" and value.isdecimal() else value
     return given
@@ -242,8 +258,30 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="any key of the job, such as sampling.steps=20",
         )
-    run.add_argument("--inline", action="store_true", help="work in this process, without Ray")
-    run.add_argument("--failures-ok", action="store_true", help="exit 0 even if rows failed for good")
+    retry = verb(
+        verbs,
+        "retry-failed",
+        _retry_failed,
+        "try the failed rows of a run again, and no others, or go on with that",
+        "retry-failed runs/first --workers 2",
+    )
+    repair = verb(
+        verbs,
+        "repair",
+        _repair,
+        "redo from the manifest whatever verify finds wrong; damaged files go to quarantine",
+        "repair runs/first --deep",
+    )
+    repair.add_argument("--deep", action="store_true", help="also decode every image")
+    for folder in (retry, repair):
+        folder.add_argument("run", help="run folder")
+        for flag in ("--workers", "--address"):
+            key, metavar, text = JOB_FLAGS[flag]
+            folder.add_argument(flag, metavar=metavar, help=f"{text} ({key})")
+        folder.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the job")
+    for works in (run, retry, repair):
+        works.add_argument("--inline", action="store_true", help="work in this process, without Ray")
+        works.add_argument("--failures-ok", action="store_true", help="exit 0 even if rows failed for good")
 
     status = verb(verbs, "status", _status, "show how far a run is", "status runs/quickstart")
     status.add_argument("run", help="run folder")

@@ -20,6 +20,7 @@ from stylemill.job import Job
 from stylemill.labels import load_labels
 from stylemill.lease import Lease, Run
 from stylemill.manifest import ImageRef, Row
+from stylemill.store.generations import Assignment
 from stylemill.store.writer import Failure, output_schema, write_failures, write_shard
 
 READERS = 4  # images decoded at a time; Pillow lets go of the GIL
@@ -42,9 +43,22 @@ class Item:
     content_sha256: str | None = None
     style_sha256: tuple[str, ...] = ()
     failure: Reason | None = None
+    wanted: bool = True  # False: it keeps its slot, and another generation of the shard has it
     losses: tuple[tuple[float, float], ...] = ((nan, nan), (nan, nan))  # first and last; AD and content
     image: bytes | None = None
     size: tuple[int, int] = (0, 0)  # of the image, width and height
+
+
+def assigned(items: list[Item], work: Assignment) -> list[Item]:
+    """The items of a generation: those of other rows, and those whose failure is known, only keep their slots."""
+    return [
+        replace(
+            item,
+            wanted=item.row.row in work.rows or item.row.row in work.held,
+            failure=Reason(held.stage, held.error, held.message) if (held := work.held.get(item.row.row)) else None,
+        )
+        for item in items
+    ]
 
 
 def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list[Item]]:
@@ -80,6 +94,7 @@ def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list
                 style_masks=tuple(masks[need][0] for need in _masks(run, row)[1:]),
                 controls=tuple(controls[need][0] for need in _controls(run, row, size)),
                 sized=not (keeps and lost),
+                idle=item.failure is not None or not item.wanted,
             )
         )
         problems = lost + [unusable for need in _masks(run, row) if (unusable := masks[need][1])]
@@ -89,7 +104,7 @@ def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list
                 item,
                 content_sha256=digests.get(content) if content else None,
                 style_sha256=tuple(digests.get(style, "") for style in styles),
-                failure=problems[0] if problems else None,
+                failure=item.failure or (problems[0] if problems else None),
             )
         )
     return pairs, read
@@ -234,10 +249,14 @@ def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
         carried = run.manifest.carried_images(rows.start, rows.stop)
         for name in carried.column_names:
             table = table.append_column(carried.schema.field(name), carried[name].take(good))
-        data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)))
-    if len(good) < len(items):
-        lost = [Failure(item.row.row, item.row.pair_id, **asdict(item.failure)) for item in items if item.failure]
-        failures = write_failures(run.paths, lease.shard, lease.attempt, lost, run.fingerprint)
+        data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)), lease.generation)
+    lost = [
+        Failure(item.row.row, item.row.pair_id, **asdict(item.failure))
+        for item in items
+        if item.failure and item.wanted
+    ]
+    if lost:
+        failures = write_failures(run.paths, lease.shard, lease.attempt, lost, run.fingerprint, lease.generation)
     return data, failures
 
 

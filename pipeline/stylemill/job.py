@@ -197,7 +197,7 @@ class Job(Frozen):
         except (ValueError, RuntimeError) as error:  # a NUL character; the home folder of an unknown user
             raise JobError(f"{path}: manifest, output and model must be paths: {error}") from None
         for key, value in given.items():
-            _set_dotted(values, key, value)
+            set_dotted(values, key, value)
         return cls.parse(values, str(path), frozenset(given))
 
     @classmethod
@@ -266,7 +266,7 @@ def _named_paths(value: Any, base: Path) -> Any:
     return _model_path(value, base)
 
 
-def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
         inner = values.get(parent)

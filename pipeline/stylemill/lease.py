@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from uuid import uuid4
 
@@ -23,6 +23,8 @@ class Run:
     fingerprint: str
     pairs_per_shard: int
     model: str  # the model's name with its commit or digest, as the output's `model` column shows it
+    generations: Mapping[int, int] = field(default_factory=dict)  # of shards whose lease is not on generation 0
+    newest: int = 0  # the latest generation that any shard has
 
     def rows_of(self, shard: int) -> range:
         return self.manifest.shard(shard, self.pairs_per_shard)
@@ -31,7 +33,7 @@ class Run:
         """A new attempt at `shard`, under a name that no other attempt has."""
         rows = {image // self.manifest.copies for image in self.rows_of(shard)}
         own = {row: occurrences[row] for row in rows if row in occurrences}
-        return Lease(shard, uuid4().hex[:12], own)
+        return Lease(shard, uuid4().hex[:12], own, self.generations.get(shard, 0))
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Lease:
     shard: int
     attempt: str
     occurrences: dict[int, int]
+    generation: int = 0
 
 
 @dataclass(frozen=True)

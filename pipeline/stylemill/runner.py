@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,21 @@ from typing import Any
 from uuid import uuid4
 
 from stylemill.errors import DamagedError, IncompleteError, OutputError
-from stylemill.job import Job
+from stylemill.job import Job, set_dotted
 from stylemill.lease import Progress, Run
 from stylemill.planning import Plan, fingerprint_differences, plan
 from stylemill.progress import ProgressBar
 from stylemill.report.contact_sheet import write_contact_sheet
 from stylemill.report.summary import Summary, summarize
+from stylemill.store.adopt import adopt_standing
 from stylemill.store.commit import clean
+from stylemill.store.compaction import compact
+from stylemill.store.generations import begin_retry, end_retry, failed_before, pending_retry
+from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import publish_bytes
-from stylemill.store.records import Ledger, Record
+from stylemill.store.records import Record
 from stylemill.store.run_file import RunFile, installed_versions
 
 NOT_REACHED = "not reached"
@@ -45,9 +49,9 @@ class RunResult:
 
         1: incomplete, or so many rows failed that something other than the rows must be wrong.
         """
-        if self.signal is not None and self.summary.open_shards:
+        if self.signal is not None and self.open:
             return 128 + self.signal
-        if self.summary.open_shards or self.stopped_because:
+        if self.open or self.stopped_because:
             return 1
         return 3 if self.summary.rows_failed else 0
 
@@ -74,6 +78,68 @@ def run(
     job = job if isinstance(job, Job) else Job.load(job, overrides)
     existing = RunFile.find(job.output)
     planned = plan(job, pairs_per_shard=existing.pairs_per_shard if existing else None)
+    return _work(planned, existing, _open_generations, inline, quiet)
+
+
+def retry_failed(
+    output: str | Path, overrides: dict[str, Any] | None = None, *, inline: bool = False, quiet: bool = False
+) -> RunResult:
+    """Try the recorded failures of a run again, and no other row; those that fail again stay recorded.
+
+    What succeeds becomes a new generation of its shard beside what is committed. A retry that was killed goes on with
+    the same call. `overrides` are dotted keys of the job. Raises as `run` does, and DamagedError for `repair`.
+    """
+    return _resume(output, overrides, _failed_generations, inline, quiet)
+
+
+def resume(
+    output: str | Path, overrides: dict[str, Any] | None = None, *, inline: bool = False, quiet: bool = False
+) -> RunResult:
+    """Bring a run folder to its end: what is open first, then a retry that was begun. As `run`, from job.json alone."""
+    result = _resume(output, overrides, _open_generations, inline, quiet)
+    _, paths = RunFile.open(output)
+    while not result.open and (left := pending_retry(paths, _read_ledger(paths))):
+        result = _resume(output, overrides, _failed_generations, inline, quiet)
+        if pending_retry(paths, _read_ledger(paths)) == left:
+            break
+    return result
+
+
+Choice = Callable[[RunPaths, Ledger], dict[int, int]]  # the shards to work on, and the generation that each gets
+
+
+def _read_ledger(paths: RunPaths) -> Ledger:
+    ledger = Ledger(paths, read_only=True)
+    ledger.refresh()
+    return ledger
+
+
+def _open_generations(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
+    return {shard: ledger.first_missing(shard) for shard in ledger.open_shards(paths.shards)}
+
+
+def _failed_generations(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
+    """Those of the retry that was begun, else of a new one."""
+    if not (wanted := pending_retry(paths, ledger)):
+        wanted = {shard: ledger.latest(shard) + 1 for shard in ledger.failed_shards()}
+        begin_retry(paths, wanted)
+    for shard, generation in wanted.items():
+        failed_before(paths, shard, generation)  # a damaged file is found now, not by a worker
+    return wanted
+
+
+def _resume(
+    output: str | Path, overrides: dict[str, Any] | None, choose: Choice, inline: bool, quiet: bool
+) -> RunResult:
+    file, paths = RunFile.open(output)
+    values = json.loads(json.dumps(file.job)) | {"output": str(paths.output.absolute())}
+    for key, value in (overrides or {}).items():
+        set_dotted(values, key, value)
+    planned = plan(Job.parse(values, str(paths.job), frozenset(overrides or {})), pairs_per_shard=file.pairs_per_shard)
+    return _work(planned, file, choose, inline, quiet)
+
+
+def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool, quiet: bool) -> RunResult:
     paths = RunPaths(Path(planned.job.output), planned.shards)
     if existing and (differences := fingerprint_differences(existing.fingerprint, planned.fingerprint)):
         raise OutputError(
@@ -84,32 +150,46 @@ def run(
     paths.create()
     with RunLock(paths), _interruptible() as interruption:
         file = existing or _claim(planned, paths)
-        this = Run(
-            planned.job, paths, planned.manifest, file.fingerprint_sha256, planned.pairs_per_shard, planned.model.label
-        )
         ledger = Ledger(paths)
         ledger.refresh()
-        listener = RunListener(this, ledger, quiet)
+        if ledger.damaged:  # a segment: its thousands of shards lack no more than their records
+            adopt_standing(paths, file, ledger)
+        compact(paths, ledger)
+        wanted = choose(paths, ledger)
+        this = Run(
+            job=planned.job,
+            paths=paths,
+            manifest=planned.manifest,
+            fingerprint=file.fingerprint_sha256,
+            pairs_per_shard=planned.pairs_per_shard,
+            model=planned.model.label,
+            generations={shard: generation for shard, generation in wanted.items() if generation},
+            newest=ledger.newest,
+        )
+        listener = RunListener(this, ledger, quiet, limited=choose is _open_generations)
         reasons: dict[int, str] = {}
         stopped_because = None
-        if still_open := ledger.open_shards(planned.shards):
-            clean(paths)  # what killed attempts left behind
+        if wanted:
+            clean(paths, ledger)  # what killed attempts left behind
             try:
                 with listener.bar:
                     work = _executor(inline)
-                    reasons = work(this, still_open, planned.occurrences, listener, interruption.stopping)
+                    reasons = work(this, list(wanted), planned.occurrences, listener, interruption.stopping)
             except IncompleteError as error:
                 stopped_because = str(error)
         still_open = ledger.open_shards(planned.shards)
         if not still_open and (listener.committed_now or not paths.contact_sheet.exists()):
-            write_contact_sheet(paths, planned.manifest, ledger.refresh().values())
+            write_contact_sheet(paths, planned.manifest, ledger.records())
         if not still_open:
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
-        clean(paths)
+        left = [shard for shard, generation in wanted.items() if not ledger.stands(shard, generation)]
+        if not still_open and not pending_retry(paths, ledger):
+            end_retry(paths)
+        clean(paths, ledger)
         summary = summarize(paths, ledger, planned.rows)
         return RunResult(
             summary=summary,
-            open={shard: reasons.get(shard, NOT_REACHED) for shard in still_open},
+            open={shard: reasons.get(shard, NOT_REACHED) for shard in sorted({*still_open, *left})},
             signal=interruption.signal,
             stopped_because=stopped_because,
         )
@@ -145,10 +225,11 @@ def _claim(planned: Plan, paths: RunPaths) -> RunFile:
 class RunListener:
     """The driver's ears: counts what is committed, shows progress, and stops a run that only fails."""
 
-    def __init__(self, run: Run, ledger: Ledger, quiet: bool) -> None:
+    def __init__(self, run: Run, ledger: Ledger, quiet: bool, limited: bool = True) -> None:
         self.run = run
         self.ledger = ledger
-        self.numerics_file = run.paths.output / "numerics.json"
+        self.limited = limited  # by max_failed_fraction; a retry begins with failed rows and can only make them fewer
+        self.numerics_file = run.paths.numerics
         self.settled = _read_json(self.numerics_file)
         totals = ledger.totals()
         self.bar = ProgressBar(run.manifest.num_images, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet)
@@ -173,11 +254,12 @@ class RunListener:
         self.bar.moved(progress)
 
     def committed(self, record: Record) -> None:
-        self.ledger.read(record.shard)
+        self.ledger.read(record.shard, record.generation)
+        compact(self.run.paths, self.ledger)
         self.committed_now += 1
         totals = self.ledger.totals()
         self.bar.committed(record.shard, totals.rows_ok + totals.rows_failed, totals.rows_failed)
-        if words := self.too_many_failed():
+        if self.limited and (words := self.too_many_failed()):
             raise IncompleteError(words)
 
     def too_many_failed(self) -> str | None:
@@ -188,9 +270,9 @@ class RunListener:
             return None
         return (
             f"too many failures: {totals.rows_failed:,} of the {seen:,} rows seen so far, more than the "
-            f"max_failed_fraction of {limit:g}; {self.run.paths.failures_folder} says why. What is recorded as failed "
-            "stays so in this folder: mend the cause and choose another with --output, or accept the failures with "
-            "--set max_failed_fraction=1"
+            f"max_failed_fraction of {limit:g}; {self.run.paths.failures_folder} says why. Mend the cause and try them "
+            f"again with `stylemill retry-failed {self.run.paths.output}`, or accept the failures with --set "
+            "max_failed_fraction=1"
         )
 
     def warn(self, message: str) -> None:

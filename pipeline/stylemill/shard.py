@@ -18,12 +18,14 @@ import PIL
 import pyarrow as pa
 
 from stylemill.engine import Engine, Pair, SampleState
-from stylemill.items import Item, Reason, encoded, note_sampled, read_pairs, write_tables
+from stylemill.items import Item, Reason, assigned, encoded, note_sampled, read_pairs, write_tables
 from stylemill.lease import Lease, Progress, Run
 from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
 from stylemill.store.commit import commit
 from stylemill.store.decoder_cache import RunDecoders
-from stylemill.store.records import Ledger, Record
+from stylemill.store.generations import assignment
+from stylemill.store.ledger import Ledger
+from stylemill.store.records import Record
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ def process_shard(
     `device` is held while sampling, so that another thread may read ahead and a third encode. Raises TransientError
     when the attempt, not a row, failed; InputError when no attempt can succeed.
     """
-    if record := Ledger(run.paths).read(lease.shard):  # an earlier attempt may have died after its commit
-        return record
+    if record := Ledger(run.paths).read(lease.shard, lease.generation):
+        return record  # an earlier attempt died after its commit
     steps, clock = run.job.sampling.steps, Clock()
     rows = run.rows_of(lease.shard)
 
@@ -72,6 +74,7 @@ def process_shard(
     tell("read", 0)
     with clock.measure("read"):
         items = [Item(row) for row in run.manifest.images(rows.start, rows.stop, lease.occurrences)]
+        items = assigned(items, assignment(run.paths, rows, lease.shard, lease.generation, run.newest))
         keeper = CheckpointKeeper(run, lease, items, engine.numerics)
         pairs: list[Pair] = []
         resumed: SampleState | None = None
@@ -107,6 +110,7 @@ def process_shard(
             first_row=rows.start,
             stop_row=rows.stop,
             attempt=lease.attempt,
+            generation=lease.generation,
             numerics=numerics(engine),
             timings=clock.seconds,
         )
@@ -136,6 +140,9 @@ class CheckpointKeeper:
         self.lease = lease
         self.numerics = numerics
         ids = "\n".join(item.row.pair_id for item in items)
+        idle = [place for place, item in enumerate(items) if item.failure or not item.wanted]
+        if lease.generation or idle:  # of the same shard, but of other rows
+            ids += f"\n{lease.generation} without {idle}"
         self.identity = {
             "fingerprint": run.fingerprint,
             "shard": lease.shard,

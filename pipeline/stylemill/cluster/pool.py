@@ -15,7 +15,7 @@ from stylemill.cluster.room import ask, room
 from stylemill.cluster.worker import Home, Loaded
 from stylemill.errors import ClusterError, InputError, StylemillError, TransientError
 from stylemill.lease import Lease, Listener, Run
-from stylemill.store.records import Ledger
+from stylemill.store.ledger import Ledger
 
 TICK = 0.25  # seconds between two looks at `stopping`
 STARTS = 3  # workers that may die one after another before any of them has loaded the model
@@ -134,7 +134,7 @@ class Pool:
             lease = self._run.lease(shard, self._occurrences)
             self._book.grant(number, lease)
             try:
-                record = self._ledger.read(shard)
+                record = self._ledger.read(shard, lease.generation)
             except TransientError as error:
                 self._failed(lease, str(error))
                 continue

@@ -127,6 +127,8 @@ def _refined_on(pairs: Sequence[Pair], images: dict[str, InputImage]) -> list[Te
 
 
 def _impossible(pair: Pair, made: PairInputs, settings: Sampling) -> str | None:
+    if pair.idle:
+        return "this pair was not asked for"
     if any(image.pixels is None for image in pair.images):
         return "an image of this pair could not be read"
     if settings.init == "content" and pair.content is None:

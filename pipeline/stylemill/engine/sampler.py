@@ -66,7 +66,7 @@ class Sampler:
         noised = self.noised_images(state, block, s) if guiding else {}
         if descending := guiding and self.settings.iterations > 0:
             features = self.guide.extract(state.inputs, block.batches, noised, s)
-        for batch in block.batches:
+        for batch in _asked_for(state, block):
             z = self._denoise(_gather(state.latents_of, batch), t, state, batch)
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
@@ -81,7 +81,7 @@ class Sampler:
         if guiding := self.settings.guides(state.step):
             noised = self.noised_images(state, block, t)
             features = self.guide.extract(state.inputs, block.batches, noised, t)
-        for batch in block.batches:
+        for batch in _asked_for(state, block):
             z = _gather(state.latents_of, batch)
             if guiding and self.settings.adain:
                 z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
@@ -96,7 +96,7 @@ class Sampler:
         clean = {image: state.inputs.images[image] for image in block.images}
         features = self.guide.extract(state.inputs, block.batches, clean, t)
         done = (state.step - self.settings.start_step) * self.settings.iterations
-        for batch in block.batches:
+        for batch in _asked_for(state, block):
             targets = features.targets(state.inputs, batch)
             moments = _gather(state.moments_of, batch).transpose(0, 1)  # (2, B, C, h, w)
             z = _gather(state.latents_of, batch)
@@ -185,6 +185,11 @@ class Sampler:
         """λ of each pair at this step, (B,)."""
         own = tuple(state.inputs.pairs[pair].content_weight for pair in batch)
         return constant(own, z.dtype, z.device) * self.settings.content_factor(state.step)
+
+
+def _asked_for(state: SampleState, block: Block) -> list[Batch]:
+    """The micro-batches with a pair that can succeed. The features of the block are read for all of them, as ever."""
+    return [batch for batch in block.batches if not all(pair in state.unreadable for pair in batch)]
 
 
 def _gather(tensors: list[Tensor], batch: Batch) -> Tensor:

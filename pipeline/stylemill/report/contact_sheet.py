@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -44,18 +43,17 @@ def write_contact_sheet(
 ) -> Path | None:
     """Draw the first committed pairs, at most `limit` = (contents, styles), and return the sheet's path.
 
+    `records` come by shard, and by generation within one, as `Ledger.records` gives them; it may be lazy.
+
     Reads a bounded number of rows and images however large the run is. A failed pair is a hatched cell, an image that
     cannot be read a grey one, a combination that is no committed pair an empty one. None when nothing is committed.
     Raises StorageError when the sheet cannot be written.
     """
-    shards: dict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        shards[record.shard].append(record)
-    grid, used = _lay_out(manifest, shards, limit)
+    grid, used = _lay_out(manifest, records, limit)
     if not grid.cells:
         return None
     outputs: dict[int, Image.Image] = {}
-    for record in (record for shard in used for record in shards[shard]):
+    for record in used:
         wanted = {row for row in grid.cells.values() if record.first_row <= row < record.stop_row}
         if record.data is not None:
             outputs |= _outputs(paths.output / record.data.name, wanted - outputs.keys())
@@ -72,13 +70,14 @@ def write_contact_sheet(
     return final
 
 
-def _lay_out(manifest: Manifest, shards: Mapping[int, list[Record]], limit: tuple[int, int]) -> tuple[_Grid, list[int]]:
-    """Choose the contents, the styles and the row of each cell; also the shards these rows are in."""
+def _lay_out(manifest: Manifest, records: Iterable[Record], limit: tuple[int, int]) -> tuple[_Grid, list[Record]]:
+    """Choose the contents, the styles and the row of each cell; also the records of the shards these rows are in."""
     grid, used = _Grid(), []
     cells = limit[0] * limit[1]
     left = _SCAN * cells
-    for shard in sorted(shards):
-        start, stop = shards[shard][0].first_row, shards[shard][0].stop_row
+    for _, one_shard in groupby(records, lambda record: record.shard):
+        generations = list(one_shard)
+        start, stop = generations[0].first_row, generations[0].stop_row
         before = len(grid.cells)
         for row in islice(manifest.rows(start, stop), left):
             left -= 1
@@ -92,7 +91,7 @@ def _lay_out(manifest: Manifest, shards: Mapping[int, list[Record]], limit: tupl
             if len(grid.cells) == cells:
                 break
         if len(grid.cells) > before:
-            used.append(shard)
+            used += generations
         if len(grid.cells) == cells or not left:
             break
     return grid, used

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stylemill.report.summary import Summary, summarize
+from stylemill.store.generations import pending_retry
+from stylemill.store.ledger import Ledger
 from stylemill.store.lock import holder
-from stylemill.store.records import Ledger
 from stylemill.store.run_file import RunFile
 
 
@@ -18,16 +19,19 @@ class Status:
     summary: Summary
     worked_on_by: str | None
     in_flight: list[str]
+    retrying: int  # shards of a retry that are not done
 
     @property
     def finished(self) -> bool:
         return self.summary.open_shards == 0
 
     def describe(self) -> str:
-        if self.finished:
-            state = "finished"
-        elif self.worked_on_by:
+        if self.worked_on_by:
             state = f"running: {self.worked_on_by}"
+        elif self.retrying:
+            state = f"stopped while failed rows of {self.retrying:,} shards were tried again; `retry-failed` goes on"
+        elif self.finished:
+            state = "finished"
         else:
             state = "stopped; the command that started it resumes it"
         flight = f"\nin flight {len(self.in_flight)} shards have checkpoints" if self.in_flight else ""
@@ -37,9 +41,10 @@ class Status:
 def status(output: str | Path) -> Status:
     """Look at a run folder. Changes nothing. Raises OutputError where `output` is no run folder."""
     file, paths = RunFile.open(output)
-    folder = paths.checkpoints_folder
+    folder, ledger = paths.checkpoints_folder, Ledger(paths, read_only=True)
     return Status(
-        summary=summarize(paths, Ledger(paths, read_only=True), file.rows),
+        summary=summarize(paths, ledger, file.rows),
         worked_on_by=holder(paths),
         in_flight=sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.exists() else [],
+        retrying=len(pending_retry(paths, ledger)),
     )

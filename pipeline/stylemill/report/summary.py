@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
-
+from stylemill.errors import DamagedError
+from stylemill.store.generations import failed_before
+from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Ledger, Record
 
 EXAMPLES = 3  # messages shown of each error class
+_LOOKS = 100  # shards looked at for them
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,6 @@ class Summary:
     open_shards: int
     failed_by_class: dict[str, int]
     examples: dict[str, list[str]]
-    sampling_seconds: float
 
     @property
     def rows_open(self) -> int:
@@ -49,7 +49,7 @@ class Summary:
 
 def summarize(paths: RunPaths, ledger: Ledger, rows: int) -> Summary:
     """Sum up all records; opens failure files only until every error class has its examples."""
-    records = ledger.refresh().values()
+    ledger.refresh()
     totals = ledger.totals()
     return Summary(
         paths=paths,
@@ -58,19 +58,28 @@ def summarize(paths: RunPaths, ledger: Ledger, rows: int) -> Summary:
         rows_failed=totals.rows_failed,
         open_shards=paths.shards - totals.shards,
         failed_by_class=totals.failed_by_class,
-        examples=_examples(paths, list(records)),
-        sampling_seconds=sum(record.timings.get("sample", 0.0) for record in records),
+        examples=_examples(paths, ledger, set(totals.failed_by_class)),
     )
 
 
-def _examples(paths: RunPaths, records: list[Record]) -> dict[str, list[str]]:
+def _examples(paths: RunPaths, ledger: Ledger, classes: set[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for record in records:
-        wanted = [name for name in record.failed_by_class if len(found.get(name, [])) < EXAMPLES]
-        if not wanted or record.failures is None:
+    looks = 0
+    for shard in ledger.failed_shards():
+        wanted = {name for name in classes if len(found.get(name, [])) < EXAMPLES}
+        if not wanted:
+            break
+        if not wanted & ledger.classes(shard):
             continue
-        for row in pq.read_table(paths.output / record.failures.name).to_pylist():
-            examples = found.setdefault(row["error"], [])
+        looks += 1
+        if looks > _LOOKS:
+            break
+        try:
+            failures = failed_before(paths, shard, ledger.latest(shard) + 1).values()
+        except DamagedError:
+            continue  # a summary shows what it can; `verify` says what is wrong
+        for failure in failures:
+            examples = found.setdefault(failure.error, [])
             if len(examples) < EXAMPLES:
-                examples.append(f"{row['pair_id']}: {row['message']}")
+                examples.append(f"{failure.pair_id}: {failure.message}")
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, StorageError
 from stylemill.store import checkpoints
+from stylemill.store.generations import failed_before, pending_retry
+from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest, discard, persist, publish, publish_bytes, quarantine, storage_errors
-from stylemill.store.records import FileEntry, Ledger, Record, standing_record
+from stylemill.store.records import FileEntry, Record, standing_record
 from stylemill.store.writer import check_file, write_again
 
 
@@ -32,7 +35,13 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     nothing, if the files do not hold every row of the shard once.
     """
     try:
-        _check_complete(record, data_tmp, failures_tmp)
+        if record.generation:
+            before = failed_before(paths, record.shard, record.generation)
+            classes = Counter(failure.error for failure in before.values())
+            record = replace(record, retried_by_class=dict(classes))
+            _check_complete(record, before, data_tmp, failures_tmp)
+        else:
+            _check_complete(record, range(record.first_row, record.stop_row), data_tmp, failures_tmp)
         # The lock keeps two attempts from judging each other's half-published work; create-if-absent would do without
         # it as long as both give the same rows.
         with exclusive(paths.commit_lock(record.shard)):
@@ -40,7 +49,7 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
             if standing is None:
                 data = _settle(paths, data_tmp, paths.data(record.shard, record.generation))
                 failures = _settle(paths, failures_tmp, paths.failures(record.shard, record.generation))
-                standing = _publish_record(paths, _complete(paths, record, data, failures))
+                standing = publish_record(paths, complete_record(paths, record, data, failures))
     finally:
         discard(data_tmp)
         discard(failures_tmp)
@@ -48,16 +57,22 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     return standing
 
 
-def clean(paths: RunPaths) -> None:
+def clean(paths: RunPaths, ledger: Ledger | None = None) -> None:
     """Empty tmp/ and remove the checkpoints of committed shards; a finished run keeps neither folder, nor its cache.
 
     The caller holds the RunLock and has no worker at work. Raises StorageError.
     """
-    committed = Ledger(paths).refresh()
-    for shard in committed:
-        checkpoints.clear(paths, shard)
-        discard(paths.commit_lock(shard))
-    finished = len(committed) == paths.shards
+    ledger = ledger or Ledger(paths)
+    wanted = {*ledger.open_shards(paths.shards), *pending_retry(paths, ledger)}
+    kept = {paths.number(shard) for shard in wanted}
+    with storage_errors(paths.checkpoints_folder):
+        found = list(paths.checkpoints_folder.iterdir()) if paths.checkpoints_folder.exists() else []
+    for path in found:
+        if path.suffix == ".lock" and path.stem not in kept:
+            discard(path)
+        elif path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+    finished = not wanted
     with storage_errors(paths.output):
         for folder in (paths.tmp, paths.checkpoints_folder, paths.cache) if finished else (paths.tmp,):
             if folder.exists():
@@ -66,7 +81,9 @@ def clean(paths: RunPaths) -> None:
             paths.tmp.mkdir()
 
 
-def _check_complete(record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> None:
+def _check_complete(
+    record: Record, expected: Collection[int], data_tmp: Path | None, failures_tmp: Path | None
+) -> None:
     rows: list[int] = []
     for tmp in (data_tmp, failures_tmp):
         if tmp is not None:
@@ -74,12 +91,10 @@ def _check_complete(record: Record, data_tmp: Path | None, failures_tmp: Path | 
             if list(found) != sorted(found):
                 raise DamagedError(f"{tmp}: rows are not in the order of the manifest; nothing was committed")
             rows += found
-    expected = range(record.first_row, record.stop_row)
-    # A later generation holds rows that failed before, and no others.
-    complete = sorted(rows) == list(expected) if record.generation == 0 else set(rows) <= set(expected)
-    if not complete or len(set(rows)) != len(rows):
+    if sorted(rows) != sorted(expected):
+        those = "that failed before " if record.generation else ""
         raise DamagedError(
-            f"shard {record.shard}: the {len(rows)} rows of attempt {record.attempt} are not rows "
+            f"shard {record.shard}: the {len(rows)} rows of attempt {record.attempt} are not the rows {those}of "
             f"{record.first_row} to {record.stop_row - 1} once each; nothing was committed"
         )
 
@@ -102,7 +117,7 @@ def _settle(paths: RunPaths, tmp: Path | None, final: Path) -> Path | None:
             quarantine(paths, final, "no record names it, and the shard has no such rows")
         return None
     while not publish(tmp, final):
-        why = _unlike(final, tmp)
+        why = unlike(final, tmp)
         if why is None:
             persist(final)
             break
@@ -110,7 +125,7 @@ def _settle(paths: RunPaths, tmp: Path | None, final: Path) -> Path | None:
     return final
 
 
-def _unlike(final: Path, tmp: Path) -> str | None:
+def unlike(final: Path, tmp: Path) -> str | None:
     """Why the file at `final` cannot stand for `tmp`, or None: it is whole and has the same columns, job and rows."""
     if digest(final) == digest(tmp):
         return None
@@ -129,7 +144,7 @@ def _unlike(final: Path, tmp: Path) -> str | None:
     return None if same else "it is not as it was written"
 
 
-def _complete(paths: RunPaths, record: Record, data: Path | None, failures: Path | None) -> Record:
+def complete_record(paths: RunPaths, record: Record, data: Path | None, failures: Path | None) -> Record:
     entries = {name: _entry(paths, path) for name, path in (("data", data), ("failures", failures)) if path is not None}
     classes: Counter[str] = Counter()
     if failures is not None:
@@ -154,7 +169,7 @@ def _entry(paths: RunPaths, path: Path) -> FileEntry:
     return FileEntry(name=paths.relative(path), rows=rows, bytes=size, sha256=digest(path))
 
 
-def _publish_record(paths: RunPaths, record: Record) -> Record:
+def publish_record(paths: RunPaths, record: Record) -> Record:
     final = paths.record(record.shard, record.generation)
     if publish_bytes(paths, final, record.to_bytes(), record.attempt):
         return record

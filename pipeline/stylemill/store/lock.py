@@ -56,7 +56,8 @@ def _acquire(path: Path, wait: bool) -> int:
         try:
             _flock(descriptor, path, wait)
             if _is_at(descriptor, path):
-                _sign(descriptor)
+                if not wait:  # who waits asks for no name
+                    _sign(descriptor)
                 return descriptor
         except BaseException:
             _close(descriptor)

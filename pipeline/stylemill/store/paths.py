@@ -4,6 +4,8 @@
 <output>/data/train-00000-of-00042.parquet         successful rows only
 <output>/failures/00000.parquet                    rows that failed for good
 <output>/records/00000.json                        published last: what makes a shard done
+<output>/records/compact-000000-<digest>.parquet   thousands of them, once a run has so many
+<output>/retry.json                                which failed rows are being tried again, until they were
 <output>/checkpoints/00000/  00000.lock            shards in flight only
 <output>/cache/decoders/                           refined VAE decoders, until the run is finished
 <output>/tmp/                                      everything unfinished, on the same filesystem as the rest
@@ -21,6 +23,9 @@ from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
 from stylemill.store.publish import discard, publish, sync
+
+LAST_GENERATION = 10_000  # what has a higher number in its name is no file of ours
+_RECORD = re.compile(r"(?P<shard>[0-9]+)(\.r(?P<generation>[0-9]+))?\.json")
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,30 @@ class RunPaths:
         return max(5, len(str(self.shards)))
 
     def data(self, shard: int, generation: int = 0) -> Path:
-        total = self.number(self.shards)
-        return self.data_folder / f"train-{self.number(shard)}-of-{total}{_suffix('-r', generation)}.parquet"
+        return Path(self.data_name(shard, generation))
 
     def failures(self, shard: int, generation: int = 0) -> Path:
-        return self.failures_folder / f"{self.number(shard)}{_suffix('-r', generation)}.parquet"
+        return Path(self.failures_name(shard, generation))
+
+    def data_name(self, shard: int, generation: int = 0) -> str:
+        """`data` as a string: a million Paths take as many seconds as the rest of opening a run."""
+        width, suffix = self._width, _suffix("-r", generation)
+        return f"{self.output}/data/train-{shard:0{width}d}-of-{self.shards:0{width}d}{suffix}.parquet"
+
+    def failures_name(self, shard: int, generation: int = 0) -> str:
+        return f"{self.output}/failures/{self.number(shard)}{_suffix('-r', generation)}.parquet"
 
     def record(self, shard: int, generation: int = 0) -> Path:
         return self.records_folder / f"{self.number(shard)}{_suffix('.r', generation)}.json"
+
+    def parse_record(self, name: str) -> tuple[int, int] | None:
+        """Shard and generation of the record whose file has this name; None for any other file."""
+        match = _RECORD.fullmatch(name)
+        if match is None:
+            return None
+        shard, generation = int(match["shard"]), int(match["generation"] or 0)
+        ours = shard < self.shards and generation < LAST_GENERATION and self.record(shard, generation).name == name
+        return (shard, generation) if ours else None
 
     def checkpoints(self, shard: int) -> Path:
         """The folder of one shard's checkpoints."""
@@ -104,6 +125,14 @@ class RunPaths:
     @property
     def job(self) -> Path:
         return self.output / "job.json"
+
+    @property
+    def retry(self) -> Path:
+        return self.output / "retry.json"
+
+    @property
+    def numerics(self) -> Path:
+        return self.output / "numerics.json"
 
     @property
     def lock(self) -> Path:

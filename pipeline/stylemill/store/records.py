@@ -1,19 +1,21 @@
-"""Records and the ledger: a shard is done if and only if a valid record stands."""
+"""Records: a shard is done if and only if a valid record stands, in a file of its own or in a segment."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stylemill.errors import DamagedError
-from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import quarantine, storage_errors
+from stylemill.store.publish import storage_errors
+from stylemill.store.segments import find_record
+
+# Keys are sorted, so that of the record's own digest is never the last one.
+_SEAL = re.compile(rb'\n "sha256": "([0-9a-f]{64})",(?=\n)')
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of the manifest rows [first_row, stop_row). Times are seconds by name of the stage."""
+    """What became of the manifest rows [first_row, stop_row). Times are seconds by name of the stage.
+
+    A later generation is about those rows only that had failed before it, `retried_by_class` of them: it takes them
+    from the failed ones, and those that failed again are among its own.
+    """
 
     shard: int
     fingerprint: str
@@ -41,109 +47,57 @@ class Record:
     data: FileEntry | None = None  # None: no row succeeded
     failures: FileEntry | None = None  # None: no row failed
     failed_by_class: dict[str, int] = field(default_factory=dict)
+    retried_by_class: dict[str, int] = field(default_factory=dict)
     numerics: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """JSON with sorted keys and, under `sha256`, the digest of the same JSON without that key."""
         values = asdict(self)
+        if not self.generation:
+            del values["retried_by_class"]
         return _json({**values, "sha256": hashlib.sha256(_json(values)).hexdigest()})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
         """Raises DamagedError for anything but the very bytes `to_bytes` gives, so no truncation or edit passes."""
+        seals = _SEAL.findall(data)
+        if len(seals) != 1 or hashlib.sha256(_SEAL.sub(b"", data)).hexdigest().encode() != seals[0]:
+            raise DamagedError("the record is truncated, or was changed after it was written")
         try:
             values = json.loads(data)
-            values.pop("sha256")
+            del values["sha256"]
             for key in ("data", "failures"):
                 values[key] = FileEntry(**values[key]) if values[key] is not None else None
-            record = cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedError("the record is truncated or no record at all") from error
-        if record.to_bytes() != data:
-            raise DamagedError("the record was changed after it was written")
-        return record
+            return cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DamagedError("it is no record") from error
 
 
 def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
-@dataclass(frozen=True)
-class Totals:
-    shards: int
-    rows_ok: int
-    rows_failed: int
-    failed_by_class: dict[str, int]
-
-
-class Ledger:
-    """All records of a run, read as they appear: the only truth about what is done.
-
-    A record that is invalid, or whose files are missing or of another size, does not count and is moved to quarantine;
-    with `read_only` it only does not count.
-    """
-
-    def __init__(self, paths: RunPaths, read_only: bool = False) -> None:
-        self._paths = paths
-        self._read_only = read_only
-        self._records: dict[int, Record] = {}
-
-    def read(self, shard: int) -> Record | None:
-        """The valid record of a shard, or None: it is open. Always looks at the disk."""
-        self._records.pop(shard, None)
-        try:
-            record = standing_record(self._paths, shard)
-        except DamagedError:
-            record = None if self._read_only else self._set_aside(shard)
-        if record is not None:
-            self._records[shard] = record
-        return record
-
-    def refresh(self) -> dict[int, Record]:
-        """All valid records by shard, in order; reads only those that were not there before."""
-        folder = self._paths.records_folder
-        with storage_errors(folder):
-            names = {entry.name for entry in os.scandir(folder)} if folder.exists() else set()
-        numbers = sorted(int(name[:-5]) for name in names if re.fullmatch(r"[0-9]+\.json", name))
-        shards = [shard for shard in numbers if shard < self._paths.shards and self._paths.record(shard).name in names]
-        self._records = {shard: self._records[shard] for shard in shards if shard in self._records}
-        for shard in shards:
-            if shard not in self._records:
-                self.read(shard)
-        return dict(sorted(self._records.items()))
-
-    def open_shards(self, total: int) -> list[int]:
-        """The shards of range(total) that are not done, in order."""
-        done = self.refresh()
-        return [shard for shard in range(total) if shard not in done]
-
-    def totals(self) -> Totals:
-        """Sums over the records read so far."""
-        records = self._records.values()
-        classes: Counter[str] = Counter()
-        for record in records:
-            classes.update(record.failed_by_class)
-        return Totals(len(records), sum(r.rows_ok for r in records), sum(r.rows_failed for r in records), dict(classes))
-
-    def _set_aside(self, shard: int) -> Record | None:
-        # Under the lock and looked at once more, for a worker may have replaced the damaged record by a valid one.
-        with exclusive(self._paths.commit_lock(shard)):
-            try:
-                return standing_record(self._paths, shard)
-            except DamagedError as error:
-                quarantine(self._paths, self._paths.record(shard), str(error))
-        return None
-
-
 def standing_record(paths: RunPaths, shard: int, generation: int = 0) -> Record | None:
     """The record on disk, None if there is none. Raises DamagedError if it is invalid or its files are not there."""
+    found = find(paths, shard, generation)
+    return None if found is None else checked(paths, found[0], shard, generation)
+
+
+def find(paths: RunPaths, shard: int, generation: int) -> tuple[bytes, Path] | None:
+    """The bytes of a record, whatever they are, and the file they stand in: its own, or a segment."""
     path = paths.record(shard, generation)
     with storage_errors(path):
         try:
-            record = Record.from_bytes(path.read_bytes())
+            return path.read_bytes(), path
         except FileNotFoundError:
-            return None
+            pass  # a segment is durable before the records in it are removed, so looking there second misses none
+    return find_record(paths, shard, generation)
+
+
+def checked(paths: RunPaths, data: bytes, shard: int, generation: int) -> Record:
+    """The record `data`. Raises DamagedError unless it is that of the shard and its files are there in their sizes."""
+    record = Record.from_bytes(data)
     if (record.shard, record.generation) != (shard, generation):
         raise DamagedError(f"the record is that of shard {record.shard}, generation {record.generation}")
     for entry, final in (

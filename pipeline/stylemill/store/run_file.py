@@ -31,6 +31,10 @@ class RunFile:
     def to_bytes(self) -> bytes:
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
 
+    def rows_of(self, shard: int) -> range:
+        first = shard * self.pairs_per_shard
+        return range(first, min(first + self.pairs_per_shard, self.rows))
+
     @property
     def manifest(self) -> Path:
         return Path(self.job["manifest"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, OutputError
+from stylemill.store.adopt import without_record
+from stylemill.store.generations import failures_of, pending_retry
+from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest, storage_errors
-from stylemill.store.records import FileEntry, Record, standing_record
+from stylemill.store.records import FileEntry, Record
 from stylemill.store.run_file import RunFile
+from stylemill.store.segments import find_record, segments
 from stylemill.store.writer import check_file
 
 _NAMED = 5  # rows or files named in one message
@@ -24,10 +31,14 @@ _NAMED = 5  # rows or files named in one message
 
 @dataclass
 class VerifyReport:
-    """What `verify` found. `shards`, `rows_ok` and `rows_failed` count what is committed."""
+    """What `verify` found. `shards`, `rows_ok` and `rows_failed` count what is committed.
+
+    `damaged` are the files that cannot stay where they are, with the reason: `repair` moves them to quarantine.
+    """
 
     output: Path
     problems: list[str] = field(default_factory=list)
+    damaged: dict[Path, str] = field(default_factory=dict)
     shards: int = 0
     rows_ok: int = 0
     rows_failed: int = 0
@@ -43,6 +54,11 @@ class VerifyReport:
             return f"{self.output}: every row is there once and every digest is right: {found}"
         return "\n".join([f"{self.output}: {len(self.problems)} problems; committed: {found}", *self.problems])
 
+    def note(self, problem: str, *damaged: Path) -> None:
+        self.problems.append(problem)
+        for path in damaged:
+            self.damaged.setdefault(path, problem)
+
 
 def verify(output: str | Path, deep: bool = False) -> VerifyReport:
     """Read all of a run folder and report what is wrong in it; changes nothing.
@@ -55,77 +71,118 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
             f"{paths.job}: {run.rows} rows and {run.shards} shards do not belong together; it was changed"
         )
     report = VerifyReport(paths.output)
-    rows = _Rows(run.rows)
-    expected: set[Path] = set()
-    open_shards = []
-    for shard in range(paths.shards):
-        try:
-            record = standing_record(paths, shard)
-        except DamagedError as error:
-            report.problems.append(f"{paths.relative(paths.record(shard))}: {error}; the next run redoes this shard")
-            record = None
-        else:
-            if record is None:
-                open_shards.append(shard)
-        if record is None:
-            # What a killed commit published before its record is no stray: the next commit adopts it.
-            expected |= {paths.record(shard), paths.data(shard), paths.failures(shard)}
-            continue
-        expected |= {
-            paths.record(shard),
-            *(paths.output / entry.name for entry in (record.data, record.failures) if entry),
-        }
-        report.problems += _check_shard(paths, record, run, rows, deep)
-        report.shards += 1
-        report.rows_ok += record.rows_ok
-        report.rows_failed += record.rows_failed
-    if open_shards:
-        report.problems.append(f"{_some('shard', open_shards)} not committed yet; the same run command goes on")
-    report.problems += rows.repeated()
-    report.problems += _stray(paths, expected, finished=report.shards == paths.shards)
+    ledger = Ledger(paths, read_only=True)
+    ledger.refresh()
+    for path, why in sorted(ledger.damaged.items()):
+        gone = [path] if path.parent == paths.records_folder else []  # not a file that a segment may be wrong about
+        report.note(f"{paths.relative(path)}: {why}; `stylemill repair` sets it right", *gone)
+    rows = _Rows(run.rows, run.pairs_per_shard)
+    expected = {path for path in segments(paths) if path not in ledger.damaged} | set(ledger.damaged)
+    for shard, generations in groupby(ledger.records(), lambda record: record.shard):
+        failed: set[int] | None = set(run.rows_of(shard))
+        last = -1
+        for record in generations:
+            failed, last = failed if record.generation == last + 1 else None, record.generation
+            entries = [entry for entry in (record.data, record.failures) if entry]
+            expected |= {paths.record(shard, record.generation), *(paths.output / entry.name for entry in entries)}
+            failed = _Shard(paths, report, run, rows, record).check(failed, deep)
+    totals = ledger.totals()
+    report.shards, report.rows_ok, report.rows_failed = totals.shards, totals.rows_ok, totals.rows_failed
+    not_done = {shard: ledger.first_missing(shard) for shard in ledger.open_shards(paths.shards)}
+    unexplained = [shard for shard, lacks in not_done.items() if paths.record(shard, lacks) not in ledger.damaged]
+    if unexplained:
+        report.note(f"{_some('shard', unexplained)} not committed yet; the same run command goes on")
+    # What a killed commit published before its record is no stray: the next commit adopts it.
+    for shard, generation in [*not_done.items(), *pending_retry(paths, ledger).items()]:
+        expected |= {place(shard, generation) for place in (paths.record, paths.data, paths.failures)}
+    for problem, places in rows.repeated():
+        report.note(problem, *(paths.data(place) for place in places), *(paths.record(place) for place in places))
+    _check_notes(paths, report)
+    adoptable = {path for path, _, _ in without_record(paths, ledger)}  # `repair` looks whether they are whole
+    _find_strays(paths, report, expected, adoptable)
     return report
 
 
-def _check_shard(paths: RunPaths, record: Record, run: RunFile, rows: _Rows, deep: bool) -> Iterator[str]:
-    name = paths.relative(paths.record(record.shard))
-    first = record.shard * run.pairs_per_shard
-    stop = min(first + run.pairs_per_shard, run.rows)
-    if record.fingerprint != run.fingerprint_sha256:
-        yield f"{name}: belongs to another job than job.json"
-    if (record.first_row, record.stop_row) != (first, stop):
-        yield f"{name}: is for rows [{record.first_row}, {record.stop_row}); job.json cuts [{first}, {stop})"
-    count = np.zeros(stop - first, dtype=np.int64)
-    for entry, claimed in ((record.data, record.rows_ok), (record.failures, record.rows_failed)):
-        if (entry.rows if entry else 0) != claimed:
-            yield f"{name}: its row counts contradict each other"
-        if entry is None:
-            continue
-        path = paths.output / entry.name
-        found = _check_file(path, entry, record)
+@dataclass
+class _Shard:
+    """One record and the files it is about."""
+
+    paths: RunPaths
+    report: VerifyReport
+    run: RunFile
+    rows: _Rows
+    record: Record
+
+    def check(self, expected: set[int] | None, deep: bool) -> set[int] | None:
+        """Report what is wrong; returns the rows that are left failed, None where that cannot be known.
+
+        `expected` are the rows that this generation must be about, None: not known.
+        """
+        record, run = self.record, self.run
+        own = self.paths.record(record.shard, record.generation)
+        name, rows = self.paths.relative(own), run.rows_of(record.shard)
+        if not own.exists() and (found_in := find_record(self.paths, record.shard, record.generation)):
+            own = found_in[1]
+        if record.fingerprint != run.fingerprint_sha256:
+            self.report.note(f"{name}: belongs to another job than job.json", own)
+        if (record.first_row, record.stop_row) != (rows.start, rows.stop):
+            cut = f"job.json cuts [{rows.start}, {rows.stop})"
+            self.report.note(f"{name}: is for rows [{record.first_row}, {record.stop_row}); {cut}", own)
+        found: list[list[int] | None] = []
+        for entry, claimed in ((record.data, record.rows_ok), (record.failures, record.rows_failed)):
+            if (entry.rows if entry else 0) != claimed:
+                self.report.note(f"{name}: its row counts contradict each other", own)
+            found.append(self._rows_of(entry, own, deep) if entry else [])
+        good, lost = found
+        if good is None or lost is None:
+            return set(lost) if lost is not None else None
+        files = [self.paths.output / entry.name for entry in (record.data, record.failures) if entry]
+        count = Counter([*good, *lost])
+        if expected is not None:
+            if missing := sorted(expected - count.keys()) if not record.generation else []:
+                self.report.note(f"{name}: {_some('row', missing)} missing", own)
+            if foreign := sorted(count.keys() - expected):
+                if record.generation:
+                    why = f"{_some('row', foreign)} there already, in an earlier generation"
+                else:
+                    why = f"{_some('row', foreign)} not of this shard"
+                self.report.note(f"{name}: {why}", own, *files)
+        if twice := sorted(row for row, times in count.items() if times > 1):
+            self.report.note(f"{name}: {_some('row', twice)} there more than once", own, *files)
+        try:
+            classes = Counter(failure.error for failure in failures_of(self.paths, record).values())
+        except DamagedError as error:
+            self.report.note(str(error), own, *files)
+        else:
+            if classes != record.failed_by_class:
+                self.report.note(f"{name}: its counts of error classes are not those of its failures", own)
+        if not record.generation:
+            return set(lost)
+        return None if expected is None else expected - set(good)
+
+    def _rows_of(self, entry: FileEntry, own: Path, deep: bool) -> list[int] | None:
+        """The rows of a file, None where that is not known."""
+        path = self.paths.output / entry.name
+        found = _check_file(path, entry, self.run.fingerprint_sha256)
         if isinstance(found, str):
-            yield found
-            continue
+            wrong_count = "its record says" in found
+            self.report.note(found, own if wrong_count else path)
+            return None
         for row, pair_id in found:
-            if first <= row < stop:
-                count[row - first] += 1
-                rows.add(row, pair_id)
-            else:
-                yield f"{entry.name}: row {row} is not one of this shard"
-        if deep and entry is record.data:
-            yield from _decode(path, entry.name)
-    for what, wrong in (("missing", count == 0), ("there more than once", count > 1)):
-        if wrong.any():
-            yield f"{name}: {_some('row', (np.flatnonzero(wrong) + first).tolist())} {what}"
+            if row in self.run.rows_of(self.record.shard):
+                self.rows.add(row, pair_id)
+        if deep and entry is self.record.data:
+            for problem in _decode(path, entry.name):
+                self.report.note(problem, path)
+        return [row for row, _ in found]
 
 
-def _check_file(path: Path, entry: FileEntry, record: Record) -> list[tuple[int, str]] | str:
+def _check_file(path: Path, entry: FileEntry, fingerprint: str) -> list[tuple[int, str]] | str:
     """The (row, pair_id) of a committed file, or what is wrong with it."""
     if digest(path) != entry.sha256:
-        return (
-            f"{entry.name}: has other bytes than were committed (SHA-256 differs); move its record away and run again"
-        )
+        return f"{entry.name}: has other bytes than were committed (SHA-256 differs)"
     try:
-        ids = check_file(path, fingerprint=record.fingerprint)
+        ids = check_file(path, fingerprint=fingerprint)
     except DamagedError as error:
         return str(error)
     if len(ids) != entry.rows:
@@ -153,29 +210,48 @@ def _decode(path: Path, name: str) -> Iterator[str]:
 class _Rows:
     """The pair_ids seen in a run, as 64 bits a row: a manifest of ten million rows takes 80 MB."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, pairs_per_shard: int) -> None:
+        self._pairs_per_shard = pairs_per_shard
         self._digests = np.zeros(rows, dtype=np.uint64)  # 0: not seen
 
     def add(self, row: int, pair_id: str) -> None:
         short = hashlib.blake2b(str(pair_id).encode(), digest_size=8).digest()
         self._digests[row] = int.from_bytes(short, "little") or 1
 
-    def repeated(self) -> Iterator[str]:
+    def repeated(self) -> Iterator[tuple[str, list[int]]]:
+        """What to say of a repeated pair_id, and the shards it is in."""
         order = np.argsort(self._digests, kind="stable")
         ordered = self._digests[order]
         same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
         for position in same[:_NAMED]:
-            yield f"rows {order[position]} and {order[position + 1]} have the same pair_id"
+            both = [int(row) for row in order[position : position + 2]]
+            yield f"rows {both[0]} and {both[1]} have the same pair_id", [row // self._pairs_per_shard for row in both]
 
 
-def _stray(paths: RunPaths, expected: set[Path], finished: bool) -> Iterator[str]:
+def _check_notes(paths: RunPaths, report: VerifyReport) -> None:
+    """The small JSON files beside job.json."""
+    for path in (paths.numerics, paths.retry):
+        with storage_errors(path):
+            data = path.read_bytes() if path.exists() else b"{}"
+        try:
+            whole = isinstance(json.loads(data), dict)
+        except (ValueError, RecursionError):
+            whole = False
+        if not whole:
+            report.note(f"{path.name}: is truncated or damaged", path)
+
+
+def _find_strays(paths: RunPaths, report: VerifyReport, expected: set[Path], adoptable: set[Path]) -> None:
+    finished = report.shards == paths.shards and not paths.retry.exists()
     unfinished = (paths.tmp, paths.checkpoints_folder) if finished else ()
     for folder in (paths.data_folder, paths.failures_folder, paths.records_folder, *unfinished):
         with storage_errors(folder):
             found = set(folder.iterdir()) if folder.exists() else set()
-        stray = sorted(path.name for path in found - expected)
+        stray = sorted(found - expected)
         if stray:
-            yield f"{paths.relative(folder)}/ has {len(stray)} files that are not the run's: {_list(stray)}"
+            names = _list([path.name for path in stray])
+            problem = f"{paths.relative(folder)}/ has {len(stray)} files that are not the run's: {names}"
+            report.note(problem, *(path for path in stray if path not in adoptable and folder not in unfinished))
 
 
 def _some(what: str, numbers: list[int]) -> str:

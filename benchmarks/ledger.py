@@ -1,0 +1,99 @@
+"""How long a run of many shards takes to open, and how much memory: the ledger at size.
+
+    python benchmarks/ledger.py /tmp/ledger 1000000
+
+Makes a run folder whose records but the last are compacted, by the function that a run uses, and opens it in a fresh
+process: as the driver does (`Ledger`), and as `stylemill status` does. The data files are empty: what opening asks of
+them is their size.
+A folder that an earlier call made is used again.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from stylemill.store.compaction import pack
+from stylemill.store.paths import RunPaths
+from stylemill.store.records import FileEntry, Record
+from stylemill.store.run_file import RunFile
+from stylemill.store.segments import ROWS
+
+PAIRS = 256
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+MEASURE = """
+import resource, sys, time
+start = time.perf_counter()
+{what}
+seconds = time.perf_counter() - start
+print(f"{{seconds:.1f}} s, {{time.process_time():.1f}} of CPU;", end=" ")
+print(f"{{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}} MB peak: {{found}}")
+"""
+DRIVER = """
+from stylemill.store.ledger import Ledger
+from stylemill.store.run_file import RunFile
+_, paths = RunFile.open(sys.argv[1])
+found = f"{len(Ledger(paths).open_shards(paths.shards)):,} shards open"
+"""
+STATUS = """
+from stylemill.report.status import status
+found = f"{status(sys.argv[1]).summary.rows_ok:,} images"
+"""
+
+
+def make(output: Path, shards: int) -> None:
+    """A finished run: `shards` shards, one in a hundred with a failed row."""
+    paths = RunPaths(output, shards)
+    paths.create()
+    numerics = {"device": "cpu", "dtype": "float32", "threads": 1, "micro_batch": 4, "torch": "2.6.0"}
+    paths.job.write_bytes(RunFile({}, "f" * 64, shards * PAIRS, shards, PAIRS, {"manifest": "m"}, {}).to_bytes())
+    records: list[Record] = []
+    for shard in range(shards):
+        failed = shard % 100 == 0
+        for path in (paths.data(shard), paths.failures(shard))[: 1 + failed]:
+            path.touch()
+        record = Record(
+            shard=shard,
+            fingerprint="f" * 64,
+            first_row=shard * PAIRS,
+            stop_row=(shard + 1) * PAIRS,
+            attempt=os.urandom(6).hex(),
+            rows_ok=PAIRS - failed,
+            rows_failed=int(failed),
+            data=FileEntry(paths.relative(paths.data(shard)), PAIRS - failed, 0, os.urandom(32).hex()),
+            failures=FileEntry(paths.relative(paths.failures(shard)), 1, 0, EMPTY) if failed else None,
+            failed_by_class={"ImageError": 1} if failed else {},
+            numerics=numerics,
+            timings={"read": 1.25, "sample": 812.5, "decode": 20.25, "write": 3.125},
+        )
+        records.append(record)
+        if len(records) == ROWS:
+            pack(paths, records)
+            records.clear()
+    for record in records:
+        paths.record(record.shard).write_bytes(record.to_bytes())
+
+
+def main(folder: str, count: str) -> None:
+    output, shards = Path(folder) / f"run-{count}", int(count)
+    if not (output / "done").exists():
+        start = time.perf_counter()
+        make(output, shards)
+        (output / "done").touch()
+        print(f"made {shards:,} records in {time.perf_counter() - start:.0f} s")
+    records = output / "records"
+    size = sum(entry.stat().st_size for entry in os.scandir(records)) / 2**20
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {len(os.listdir(records)):,} record files, {size:.0f} MB")
+    for name, what in (("driver", DRIVER), ("status", STATUS)):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE.format(what=what), output], capture_output=True, text=True, check=True
+        )
+        print(f"{name}: {done.stdout.strip()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""Records made again from the files they were about: what is whole is not sampled a second time."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+from stylemill.errors import DamagedError
+from stylemill.store.commit import complete_record, publish_record
+from stylemill.store.generations import failed_before
+from stylemill.store.ledger import Ledger
+from stylemill.store.lock import exclusive
+from stylemill.store.paths import LAST_GENERATION, RunPaths
+from stylemill.store.publish import digest, discard, storage_errors
+from stylemill.store.records import Record, standing_record
+from stylemill.store.run_file import RunFile
+from stylemill.store.writer import check_file, write_again
+
+_FILE = re.compile(r"(train-)?(?P<shard>[0-9]+)(-of-[0-9]+)?(-r(?P<generation>[0-9]+))?\.parquet")
+
+
+def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
+    """Give a record to each shard that lacks no more than that: a kill, or damage, took it. Returns how many.
+
+    The caller holds the RunLock. What is not whole stays as it is, for the commit that comes. Raises StorageError.
+    """
+    count = 0
+    for shard, generation in sorted({(shard, generation) for _, shard, generation in without_record(paths, ledger)}):
+        with exclusive(paths.commit_lock(shard)):
+            record = _adopted(paths, run, shard, generation)
+        if record is not None:
+            ledger.read(shard, generation)
+            count += 1
+    return count
+
+
+def without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
+    """Files that are named as those of a shard and a generation are, while no record of that one stands."""
+    for folder in (paths.data_folder, paths.failures_folder):
+        with storage_errors(folder):
+            for entry in os.scandir(folder) if folder.exists() else ():
+                path = folder / entry.name
+                if (key := shard_of(paths, path)) and not ledger.stands(*key):
+                    yield path, *key
+
+
+def shard_of(paths: RunPaths, path: Path) -> tuple[int, int] | None:
+    """Shard and generation that a record, data or failures file is of by its name; None for any other file."""
+    if path.parent == paths.records_folder:
+        return paths.parse_record(path.name)
+    match = _FILE.fullmatch(path.name)
+    if match is None or int(match["shard"]) >= paths.shards or int(match["generation"] or 0) >= LAST_GENERATION:
+        return None
+    shard, generation = int(match["shard"]), int(match["generation"] or 0)
+    return (shard, generation) if path in (paths.data(shard, generation), paths.failures(shard, generation)) else None
+
+
+def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int) -> Record | None:
+    """The record that the files of a generation deserve, published; None unless they are as a commit left them."""
+    data, failures = (
+        path if path.exists() else None for path in (paths.data(shard, generation), paths.failures(shard, generation))
+    )
+    attempt = f"found-{uuid4().hex[:12]}"
+    rows = run.rows_of(shard)
+    try:
+        if standing_record(paths, shard, generation) is not None:
+            return None
+        retried = failed_before(paths, shard, generation)
+        found = [row for path in (data, failures) if path for row in _whole_rows(paths, run, path, attempt)]
+        if sorted(found) != (sorted(retried) if generation else list(rows)):
+            return None
+    except DamagedError:
+        return None
+    draft = Record(
+        shard=shard,
+        fingerprint=run.fingerprint_sha256,
+        first_row=rows.start,
+        stop_row=rows.stop,
+        attempt=attempt,
+        generation=generation,
+        retried_by_class=dict(Counter(failure.error for failure in retried.values())),
+    )
+    return publish_record(paths, complete_record(paths, draft, data, failures))
+
+
+def _whole_rows(paths: RunPaths, run: RunFile, path: Path, attempt: str) -> tuple[int, ...]:
+    """The rows of a file that is, to the byte, what our writer makes of them: pages have checksums, the footer none."""
+    rows = check_file(path, fingerprint=run.fingerprint_sha256).rows
+    paths.tmp.mkdir(exist_ok=True)
+    again = paths.tmp_name(path, attempt)
+    try:
+        with storage_errors(path):
+            same = digest(write_again(path, again)) == digest(path)
+    finally:
+        discard(again)
+    if not same or list(rows) != sorted(rows):
+        raise DamagedError(f"{path}: is not as it was written")
+    return rows
