@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, StorageError
+from stylemill.faults import fault
 from stylemill.store import checkpoints
 from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
@@ -38,9 +39,14 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
         with exclusive(paths.commit_lock(record.shard)):
             standing = _standing(paths, record)
             if standing is None:
+                fault("before-publish", shard=record.shard)
                 data = _settle(paths, data_tmp, paths.data(record.shard, record.generation))
                 failures = _settle(paths, failures_tmp, paths.failures(record.shard, record.generation))
-                standing = _publish_record(paths, _complete(paths, record, data, failures))
+                fault("after-publish", shard=record.shard)
+                complete = _complete(paths, record, data, failures)
+                fault("before-record", shard=record.shard)
+                standing = _publish_record(paths, complete)
+                fault("after-record", shard=record.shard)
     finally:
         discard(data_tmp)
         discard(failures_tmp)
@@ -57,11 +63,13 @@ def clean(paths: RunPaths) -> None:
     for shard in committed:
         checkpoints.clear(paths, shard)
         discard(paths.commit_lock(shard))
+        fault("mid-clean", shard=shard)
     finished = len(committed) == paths.shards
     with storage_errors(paths.output):
         for folder in (paths.tmp, paths.checkpoints_folder, paths.cache) if finished else (paths.tmp,):
             if folder.exists():
                 shutil.rmtree(folder)
+                fault("mid-clean", folder=folder.name)
         if not finished:
             paths.tmp.mkdir()
 
