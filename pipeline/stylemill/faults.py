@@ -69,7 +69,7 @@ class Rule:
 
 def fault(point: str, **facts: Any) -> None:
     """A point of the protocol, with what a rule may ask of it; a collection holds if any of its members does."""
-    if (text := os.environ.get("STYLEMILL_FAULTS")) is None:
+    if not (text := os.environ.get("STYLEMILL_FAULTS")):
         return
     for rule in parse(text):
         if rule.applies(point, facts):

@@ -38,14 +38,14 @@ class Run:
 class Lease:
     """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest.
 
-    `killers` are left out, by their place in the shard, since they kill whoever takes them up: at which stage, and how.
+    `killers` are left out, by their place in the shard, since they kill whoever takes them up, at the stage given.
     With a `probe`, nothing is committed.
     """
 
     shard: int
     attempt: str
     occurrences: dict[int, int]
-    killers: dict[int, tuple[str, str]] = field(default_factory=dict)
+    killers: dict[int, str] = field(default_factory=dict)
     probe: Probe | None = None
 
 

@@ -168,7 +168,8 @@ def read_rows(run: Run, lease: Lease) -> list[Item]:
 
 def without_killers(lease: Lease, items: list[Item]) -> list[Item]:
     """The items, with those that the lease leaves out failed for good."""
-    killed = {place: Reason(stage, KillerError.__name__, why) for place, (stage, why) in lease.killers.items()}
+    words = "worker after worker died over this pair, alone too; look at its images, and try it in a run of its own"
+    killed = {place: Reason(stage, KillerError.__name__, words) for place, stage in lease.killers.items()}
     return [replace(item, failure=item.failure or killed.get(place)) for place, item in enumerate(items)]
 
 

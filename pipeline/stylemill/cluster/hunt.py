@@ -21,7 +21,7 @@ class Hunt:
     """
 
     def __init__(self, places: Sequence[int], until: int, others_survive: Callable[[], bool]) -> None:
-        self.killers: dict[int, tuple[str, str]] = {}  # place -> stage and how
+        self.killers: dict[int, str] = {}  # place -> stage
         self._all = tuple(places)
         self._until = until
         self._others_survive = others_survive
@@ -41,17 +41,17 @@ class Hunt:
             self._stage, self._acquitted = "sample", False
             self._groups = _halves(self._all)
 
-    def died(self, why: str) -> None:
+    def died(self) -> None:
         group = self._groups.pop()
         if len(group) > 1:
             self._groups += _halves(group)
             return
-        self.killers[group[0]] = (self._stage, why)
+        self.killers[group[0]] = self._stage
         if len(self.killers) > MOST_KILLERS:
             self._groups = []
 
     @property
-    def found(self) -> dict[int, tuple[str, str]]:
+    def found(self) -> dict[int, str]:
         """The killers, when the hunt is over; none where their number or a lack of survivors speaks for them."""
         proven = (self._acquitted or self._others_survive()) and len(self.killers) <= MOST_KILLERS
         return self.killers if proven else {}

@@ -58,7 +58,7 @@ class LeaseBook:
         self._stuck: dict[int, tuple[int, int]] = {}  # shard -> the step it came to, and deaths since
         self._hunts: dict[int, Hunt] = {}
         self._hunted: set[int] = set()  # in vain
-        self._killers: dict[int, dict[int, tuple[str, str]]] = {}
+        self._killers: dict[int, dict[int, str]] = {}
         self._fresh = deque(shards)
         self._again: dict[int, float] = {}  # shard to try again -> not before
         self._held: dict[str, Holding] = {}  # by attempt, oldest first
@@ -184,7 +184,7 @@ class LeaseBook:
         lease, shard = holding.lease, holding.lease.shard
         self._suspects.add(shard)
         if lease.probe:
-            self._hunts[shard].died(why)
+            self._hunts[shard].died()
             self._probed(lease, backoff(1))
             return
         self._release(lease, why, charged=True)
