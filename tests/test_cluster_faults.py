@@ -87,7 +87,7 @@ def test_a_pair_that_kills_its_workers_is_found_and_the_others_come_out_as_ever(
     run_with: Any, rules: str, killer: int, stage: str
 ) -> None:
     undisturbed, _ = run_with("", "whole")
-    run, ears = run_with(rules, "run")
+    run, _ = run_with(rules, "run")
     assert failures(run) == [(killer, stage, "KillerError")]
     expected = images(undisturbed)
     del expected[killer]
@@ -112,7 +112,7 @@ def test_a_worker_that_hangs_is_killed_and_its_shard_goes_on(run_with: Any) -> N
 @pytest.mark.slow
 def test_a_stopped_worker_is_killed_for_good(run_with: Any) -> None:
     """It holds its lock and its GPU until it is dead, and hears no request to end."""
-    run, ears = run_with("mid-sample:stop:shard=1:step=3", "run", step_timeout=0.5)
+    _, ears = run_with("mid-sample:stop:shard=1:step=3", "run", step_timeout=0.5)
     (warning,) = [warning for warning in ears.warnings if "no progress for" in warning]
     pid = int(warning.split("pid ")[1].split()[0])
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]

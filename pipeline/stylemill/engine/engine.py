@@ -260,7 +260,7 @@ class Engine:
                 if self.micro_batch == 1:
                     raise
             self.micro_batch //= 2
-            _log.warning("out of memory: from here on %d pairs in a UNet call, not more", self.micro_batch)
+            _log.warning("out of memory: from here on at most %d in a UNet call", self.micro_batch)
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
         guide = Guide(self.model, self.layers, settings, self.micro_batch, self.passes)

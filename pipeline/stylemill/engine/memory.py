@@ -21,7 +21,7 @@ def within_memory(work: Callable[[], T]) -> T:
     except (RuntimeError, MemoryError) as error:
         if not _is_shortage(error):
             raise
-        why = str(error).partition("\n")[0].partition(". ")[0]
+        why = ". ".join(str(error).split(". ")[:2])  # and how much was asked for
     # Only here, with the trace gone, do the tensors of the frames in it go too.
     gc.collect()
     if torch.cuda.is_available():
