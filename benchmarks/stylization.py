@@ -59,7 +59,9 @@ def ways(options: argparse.Namespace) -> dict[str, Sampling]:
     chosen = {"optimization": Sampling(**PRESETS["style-transfer"] | own)}
     if options.ways:
         for weight in (0.0, 0.25, 1.0):
-            chosen[f"optimization λ {weight:g}"] = Sampling(**PRESETS["style-transfer"] | own | {"content_weight": weight})
+            chosen[f"optimization λ {weight:g}"] = Sampling(
+                **PRESETS["style-transfer"] | own | {"content_weight": weight}
+            )
         started = own | {"init": "content", "strength": 0.6}
         chosen["guided from the noised content"] = Sampling(**PRESETS["guided-transfer"] | started)
         chosen["kv injection"] = Sampling(**PRESETS["kv-injection"] | started)
@@ -128,7 +130,9 @@ def describe(judged: dict[str, float]) -> str:
     )
 
 
-def sheet(contents: Sequence[InputImage], styles: Sequence[InputImage], images: Sequence[Sequence[Pixels]]) -> Image.Image:
+def sheet(
+    contents: Sequence[InputImage], styles: Sequence[InputImage], images: Sequence[Sequence[Pixels]]
+) -> Image.Image:
     """Contents down, styles across."""
     blank = np.full_like(contents[0].pixels, 255)
     rows = [[blank, *(style.pixels for style in styles)]]

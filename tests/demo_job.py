@@ -15,8 +15,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from store_shards import files
 
 STEPS, EVERY_STEPS, PAIRS_PER_SHARD, SHARDS = 5, 2, 3, 3
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -74,6 +77,33 @@ def write_job(folder: Path) -> Path:
     path = folder / "job.yaml"
     path.write_text(json.dumps(job))
     return path
+
+
+def check_same(run: Path, whole: Path, set_aside: int = 0) -> None:
+    """`run` is finished and holds what `whole` holds, beside `set_aside` files in quarantine."""
+    from stylemill.store.verify import verify
+
+    found, expected = files(run), files(whole)
+    aside = [found.pop(name) for name in list(found) if name.startswith("quarantine/")]
+    assert len(aside) == set_aside + bool(set_aside), "the files and the reasons"
+    assert sorted(found) == sorted(expected)
+    for name in expected:
+        if name.startswith("records/"):
+            assert lasting(found[name]) == lasting(expected[name])
+        elif name != "job.json":  # it names the folder
+            assert found[name] == expected[name], name
+    report = verify(run, deep=True)
+    assert report.ok, report.problems
+
+
+def lasting(record: bytes) -> dict[str, Any]:
+    """What of a record is the same whoever committed it, and when."""
+    return {name: value for name, value in json.loads(record).items() if name not in ("attempt", "timings", "sha256")}
+
+
+def until(happened: Callable[[], object]) -> None:
+    while not happened():  # pytest-timeout ends it
+        time.sleep(0.005)
 
 
 # --- the real command -------------------------------------------------------------------------------------------------
@@ -141,10 +171,18 @@ class Warm:
         transformers = ["transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"]
         self.context.set_forkserver_preload(["pytest", "stylemill.runner", "stylemill.inline", *transformers])
 
-    def start(self, output: Path, *arguments: object, at: Moment | None = None, order: Sequence[int] = ()) -> WarmRun:
-        """Begin `stylemill run … --inline --output OUTPUT`; `order` is that in which shards are worked off.
+    def start(
+        self,
+        output: Path,
+        *arguments: object,
+        at: Moment | None = None,
+        order: Sequence[int] = (),
+        faults: dict[str, str] | None = None,
+    ) -> WarmRun:
+        """Begin `stylemill run … --inline --output OUTPUT`.
 
         Where the first argument is `retry-failed` or `repair`, it begins that of the run folder OUTPUT.
+        `order` is that in which shards are worked off, `faults` what stands in the environment.
         """
         self.started += 1
         log = self.logs / str(self.started)
@@ -153,12 +191,13 @@ class Warm:
             command = [verb, str(output), *rest]
         else:
             command = ["run", verb, *rest, "--output", str(output)]
-        process = self.context.Process(target=_run, args=(command, str(output), log, at, order), daemon=True)
+        how = (at, order, faults or {})
+        process = self.context.Process(target=_run, args=(command, str(output), log, *how), daemon=True)
         process.start()
         return WarmRun(process, log)
 
-    def run(self, output: Path, *arguments: object, at: Moment | None = None, order: Sequence[int] = ()) -> Ended:
-        return self.start(output, *arguments, at=at, order=order).ended()
+    def run(self, output: Path, *arguments: object, **how: Any) -> Ended:
+        return self.start(output, *arguments, **how).ended()
 
 
 class WarmRun:
@@ -177,7 +216,10 @@ class WarmRun:
         )
 
 
-def _run(command: list[str], output: str, log: Path, at: Moment | None, order: Sequence[int]) -> None:
+def _run(
+    command: list[str], output: str, log: Path, at: Moment | None, order: Sequence[int], faults: dict[str, str]
+) -> None:
+    os.environ.update(faults)
     with open(log.with_suffix(".out"), "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)

@@ -15,10 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,8 +31,10 @@ from demo_job import (
     Moment,
     Stage,
     Warm,
+    check_same,
     start,
     stylemill,
+    until,
     write_job,
 )
 from store_shards import files
@@ -65,31 +66,6 @@ def whole(job: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tu
     """The run folder of an undisturbed run, not to be changed, and how it went."""
     output = tmp_path_factory.mktemp("whole") / "run"
     return output, warm.run(output, job)
-
-
-def check_same(run: Path, whole: Path, set_aside: int = 0) -> None:
-    """`run` is finished and holds what `whole` holds, beside `set_aside` files in quarantine."""
-    found, expected = files(run), files(whole)
-    aside = [found.pop(name) for name in list(found) if name.startswith("quarantine/")]
-    assert len(aside) == set_aside + bool(set_aside), "the files and the reasons"
-    assert sorted(found) == sorted(expected)
-    for name in expected:
-        if name.startswith("records/"):
-            assert lasting(found[name]) == lasting(expected[name])
-        elif name != "job.json":  # it names the folder
-            assert found[name] == expected[name], name
-    report = verify(run, deep=True)
-    assert report.ok, report.problems
-
-
-def lasting(record: bytes) -> dict[str, Any]:
-    """What of a record is the same whoever committed it, and when."""
-    return {name: value for name, value in json.loads(record).items() if name not in ("attempt", "timings", "sha256")}
-
-
-def until(happened: Callable[[], object]) -> None:
-    while not happened():  # pytest-timeout ends it
-        time.sleep(0.005)
 
 
 # --- one run has it all -----------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ GROUND = {
     "strict_yaml",
     "models",
     "scheduler_names",
+    "faults",
 }
 BESIDE = {"job", "manifest", "images", "store", "engine"}  # stand on the ground and do not know one another
 MAY_KNOW: dict[str, set[str]] = {
@@ -40,6 +41,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "strict_yaml": {"errors"},
     "models": {"errors", "settings"},
     "scheduler_names": set(),
+    "faults": {"errors"},
     **dict.fromkeys(BESIDE, GROUND),
     "planning": GROUND | {"job", "manifest", "store"},
     "report": GROUND | {"job", "manifest", "store", "images"},

@@ -139,7 +139,12 @@ def leaves(random: Random) -> Field:
     scene = coloured(cloud(random, 1.8), palette(random, 3))
     colours = palette(random, 8)
     for size in np.sort(8 / random.uniform(0.05, 1, random.integers(25, 70)))[::-1]:
-        cx, cy, turn, flat = random.uniform(0, SIDE), random.uniform(0, SIDE), random.uniform(0, np.pi), random.uniform(0.3, 1)
+        cx, cy, turn, flat = (
+            random.uniform(0, SIDE),
+            random.uniform(0, SIDE),
+            random.uniform(0, np.pi),
+            random.uniform(0.3, 1),
+        )
         reach = int(size) + 2
         rows = slice(max(0, int(cy) - reach), min(SIDE, int(cy) + reach))
         columns = slice(max(0, int(cx) - reach), min(SIDE, int(cx) + reach))
@@ -162,7 +167,11 @@ def solids(random: Random) -> Field:
     x, y = grid()
     colours = palette(random, 6)
     table = random.uniform(0.4, 0.8) * SIDE
-    scene = np.where((y > table)[..., None], colours[4] * (0.5 + 0.5 * y / SIDE)[..., None], colours[1] + 0.15 * cloud(random, 2)[..., None])
+    scene = np.where(
+        (y > table)[..., None],
+        colours[4] * (0.5 + 0.5 * y / SIDE)[..., None],
+        colours[1] + 0.15 * cloud(random, 2)[..., None],
+    )
     lamp = random.uniform(-1, 1)
     for cy in np.sort(random.uniform(0.3, 1, random.integers(2, 7))) * SIDE:
         cx, size = random.uniform(0, SIDE), random.uniform(15, 80)
@@ -223,7 +232,9 @@ def cells(random: Random, count: int) -> tuple[NDArray[np.int64], Field, NDArray
     across = int(np.sqrt(count)) + 1
     pace = SIDE / across
     rows, columns = np.mgrid[-1 : across + 1, -1 : across + 1]
-    points = (np.stack([columns, rows], -1).reshape(-1, 2) + 0.5 + random.uniform(-0.38, 0.38, ((across + 2) ** 2, 2))) * pace
+    points = (
+        np.stack([columns, rows], -1).reshape(-1, 2) + 0.5 + random.uniform(-0.38, 0.38, ((across + 2) ** 2, 2))
+    ) * pace
     x, y = grid()
     home_x, home_y = (x / pace).astype(int), (y / pace).astype(int)
     best = np.full((2, SIDE, SIDE), 1e9)
@@ -345,7 +356,10 @@ def weave(random: Random, scene: Field) -> Field:
     u, v = x / pace, y / pace
     over = ((u.astype(int) + v.astype(int)) % 2).astype(np.float32)
     bulge = np.where(over > 0, np.sin(np.pi * (u % 1)), np.sin(np.pi * (v % 1)))
-    cut = (np.clip((v.astype(int) + 0.5) * pace, 0, SIDE - 1).astype(int), np.clip((u.astype(int) + 0.5) * pace, 0, SIDE - 1).astype(int))
+    cut = (
+        np.clip((v.astype(int) + 0.5) * pace, 0, SIDE - 1).astype(int),
+        np.clip((u.astype(int) + 0.5) * pace, 0, SIDE - 1).astype(int),
+    )
     colours = palette(random, 4)
     threads = np.where(over[..., None] > 0, scene[cut], 0.5 * scene[cut] + 0.5 * colours[random.integers(4)])
     return np.asarray(threads * (0.45 + 0.55 * bulge[..., None]))

@@ -235,7 +235,9 @@ def pass_norm(part: Any, before: Any, width: int, large: float) -> None:
 
 
 def differences(image: torch.Tensor) -> torch.Tensor:
-    return torch.cat([(image[..., 1:] - image[..., :-1]).flatten(1), (image[..., 1:, :] - image[..., :-1, :]).flatten(1)], 1)
+    return torch.cat(
+        [(image[..., 1:] - image[..., :-1]).flatten(1), (image[..., 1:, :] - image[..., :-1, :]).flatten(1)], 1
+    )
 
 
 def train_vae(pool: torch.Tensor, steps: int, seed: int, device: torch.device) -> dict[str, Any]:
@@ -363,7 +365,9 @@ def train_unet(
     losses, begun = [], time.monotonic()
     for step in range(steps):
         set_rate(adam, step, steps, 8e-4)
-        side, batch = ((32, 16), (32, 16), (24, 28), (16, 64), (40, 10))[int(random.choice(5, p=(0.4, 0.2, 0.2, 0.1, 0.1)))]
+        side, batch = ((32, 16), (32, 16), (24, 28), (16, 64), (40, 10))[
+            int(random.choice(5, p=(0.4, 0.2, 0.2, 0.1, 0.1)))
+        ]
         numbers = torch.from_numpy(random.integers(0, latents.shape[1], batch))
         top, left = random.integers(0, latents.shape[-1] - side + 1, 2)
         clean = latents[int(random.integers(2)), numbers, :, top : top + side, left : left + side].to(device)

@@ -9,9 +9,11 @@
     │   └── ClusterError           Ray cannot be reached or has no room for a worker
     ├── RowError                   one row is lost for good; its shard goes on
     │   ├── ImageError             an input image cannot be read, decoded or fitted
-    │   └── SamplingError          the row's latents became NaN or Inf
+    │   ├── SamplingError          the row's latents became NaN or Inf
+    │   └── KillerError            the row killed every worker that took it up, alone too
     ├── TransientError             trying again can cure it; a row is never blamed
-    │   └── StorageError           writing or reading the run folder failed (disk full, I/O error)
+    │   ├── StorageError           writing or reading the run folder failed (disk full, I/O error)
+    │   └── DeviceMemoryError      even one pair in a UNet call is too much for the memory that is free
     ├── DamagedError               a state file of the run is truncated or edited; it is set aside and redone
     ├── LockedError                another live process works on this run folder
     └── IncompleteError            the run stopped before every row was committed
@@ -64,11 +66,19 @@ class SamplingError(RowError):
     stage = "sample"
 
 
+class KillerError(RowError):
+    stage = "sample"
+
+
 class TransientError(StylemillError):
     pass
 
 
 class StorageError(TransientError):
+    pass
+
+
+class DeviceMemoryError(TransientError):
     pass
 
 

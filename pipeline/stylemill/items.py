@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from stylemill.engine import InputImage, LabelImage, Pair, Pixels, SampleState
 from stylemill.errors import RowError, SamplingError
+from stylemill.faults import fault
 from stylemill.images import FittedImage, encode_image, load_image
 from stylemill.job import Job
 from stylemill.labels import load_labels
@@ -64,11 +65,13 @@ def assigned(items: list[Item], work: Assignment) -> list[Item]:
 def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list[Item]]:
     """Read, decode and fit each unique image of the shard once. A bad image fails its rows, and only them.
 
-    `grid` is the model's: what image sides are multiples of.
+    `grid` is the model's: what image sides are multiples of. What only items that failed before need is not touched.
     """
-    needs = list(dict.fromkeys(need for item in items for need in _needs(run, item.row)))
+    needs = list(dict.fromkeys(need for item in items if not item.failure for need in _needs(run, item.row)))
     with ThreadPoolExecutor(READERS) as readers:
-        loaded = dict(zip(needs, readers.map(lambda need: _load(run, need, grid), needs), strict=True))
+        read_now = zip(needs, readers.map(lambda need: _load(run, need, grid), needs), strict=True)
+        without = {need: item.failure for item in items if item.failure for need in _needs(run, item.row)}
+        loaded: dict[Need, FittedImage | Reason] = {**without, **dict(read_now)}
     keeps = run.job.image.fit == "keep"
     inputs = {need: _input(need, image, keeps) for need, image in loaded.items()}
     masks = _read_masks(run, items, loaded)
@@ -166,7 +169,7 @@ def _read_masks(
     def read(need: Mask) -> tuple[LabelImage, Reason | None]:
         path, of = need
         name, image = f"{path} of {of.name if of else 'no image'}", images[of] if of else None
-        if isinstance(image, Reason):
+        if isinstance(image, Reason) or need not in wanted:
             return LabelImage(name, None), None
         size, source = run.job.image.width_height, None
         if image is not None:
@@ -177,6 +180,7 @@ def _read_masks(
             return LabelImage(name, None), _reason(error)
         return LabelImage(name, labels), None
 
+    wanted = {need for item in items if not item.failure for need in _masks(run, item.row)}
     needs = list(dict.fromkeys(need for item in items for need in _masks(run, item.row)))
     with ThreadPoolExecutor(READERS) as readers:
         return dict(zip(needs, readers.map(read, needs), strict=True))
@@ -194,20 +198,24 @@ def _read_controls(
     fit = "crop" if run.job.image.fit == "keep" else run.job.image.fit  # the size to keep is the content's
 
     def read(need: Need) -> tuple[InputImage, Reason | None]:
+        if need not in wanted:
+            return InputImage(need.name, None, need.size), None
         try:
             image = load_image(need.ref.path, need.ref.data, run.manifest.base, need.size, fit)
         except RowError as error:
             return InputImage(need.name, None, need.size), _reason(error)
         return InputImage(need.name, image.pixels), None
 
-    pairs = zip(items, sizes, strict=True)
-    needs = list(dict.fromkeys(need for item, size in pairs for need in _controls(run, item.row, size)))
+    needs_of = [_controls(run, item.row, size) for item, size in zip(items, sizes, strict=True)]
+    wanted = {need for item, own in zip(items, needs_of, strict=True) if not item.failure for need in own}
+    needs = list(dict.fromkeys(need for own in needs_of for need in own))
     with ThreadPoolExecutor(READERS) as readers:
         return dict(zip(needs, readers.map(read, needs), strict=True))
 
 
 def _load(run: Run, need: Need, grid: int) -> FittedImage | Reason:
     ref, fit = need.ref, run.job.image.fit
+    fault("read-image", name=need.key)
     try:
         return load_image(ref.path, ref.data, run.manifest.base, need.size, fit, grid)
     except RowError as error:

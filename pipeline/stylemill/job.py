@@ -100,7 +100,8 @@ class Checkpoint(Frozen):
 
 
 class Cluster(Frozen):
-    """Where and how wide the job runs. Worker count never changes a byte of the output; the last three may."""
+    """Where and how wide the job runs. Worker count never changes a byte of the output; threads, micro_batch and
+    feature_budget_mb may."""
 
     address: str | None = None  # None: Ray starts and stops on this machine with the run
     workers: Annotated[Count | Auto, Field(description="a number of workers, 1 or more, or auto")] = "auto"
@@ -112,6 +113,10 @@ class Cluster(Frozen):
         Count | Auto, Field(description="a number of pairs in one UNet call, 1 or more, or auto")
     ] = "auto"
     feature_budget_mb: Count = 4096  # features held at once; a shard above it works in blocks
+    # Seconds without news after which a worker counts as hanging: in a step, unless the slowest one before it was
+    # already a twentieth of that; and in the first step, or while it loads, reads, decodes or writes.
+    step_timeout: Annotated[float, Field(gt=0)] = 600.0
+    stage_timeout: Annotated[float, Field(gt=0)] = 3600.0
 
 
 class Job(Frozen):
@@ -253,7 +258,11 @@ def _absolute(values: dict[str, Any], base: Path) -> None:
 
 def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if isinstance(name, str) and name != DEMO and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
+    if (
+        isinstance(name, str)
+        and name != DEMO
+        and (name.startswith((".", "/", "~")) or (name and (base / name).exists()))
+    ):
         return str((base / Path(name).expanduser()).resolve())
     return name
 

@@ -38,12 +38,27 @@ class Run:
 
 @dataclass(frozen=True)
 class Lease:
-    """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest."""
+    """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest.
+
+    `killers` are left out, by their place in the shard, since they kill whoever takes them up, at the stage given.
+    With a `probe`, nothing is committed.
+    """
 
     shard: int
     attempt: str
     occurrences: dict[int, int]
     generation: int = 0
+    killers: dict[int, str] = field(default_factory=dict)
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Some pairs of a shard, tried without the others to see whether a worker survives them."""
+
+    places: tuple[int, ...]
+    stage: str  # read: they are only read; sample: all the way, short of writing them
+    until: int  # this step
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,11 @@ class Progress:
 
     shard: int
     attempt: str
-    stage: str  # read | sample | write
+    stage: str  # read | wait (for the device) | encode | sample | decode | write
     step: int
     steps: int
     pairs: int
+    limit: float | None = None  # seconds in which there must be news, or its worker hangs; None: others decide that
 
 
 class Listener(Protocol):

@@ -66,7 +66,7 @@ class ProgressBar:
             )
 
     def _tail(self) -> str:
-        sampling = [progress for progress in self.in_flight.values() if progress.stage != "read"]
+        sampling = [progress for progress in self.in_flight.values() if progress.stage not in ("read", "wait")]
         share = sum(p.step for p in sampling) / max(sum(p.steps for p in sampling), 1)
         flight = f", {len(sampling)} shards in flight at {share:.0%}" if sampling else ""
         return f"failed {self.failed}{flight}"

@@ -234,6 +234,7 @@ class RunListener:
         totals = ledger.totals()
         self.bar = ProgressBar(run.manifest.num_images, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet)
         self.committed_now = 0
+        self.told: set[str] = set()
 
     @property
     def micro_batch(self) -> int | None:
@@ -256,6 +257,11 @@ class RunListener:
     def committed(self, record: Record) -> None:
         self.ledger.read(record.shard, record.generation)
         compact(self.run.paths, self.ledger)
+        if (size := record.numerics.get("micro_batch")) and size < (self.settled.get("micro_batch") or size):
+            self.warn_once(
+                f"out of memory: a worker halved its micro-batch to {size}; its images may differ in low bits, and the "
+                "records say which"
+            )
         self.committed_now += 1
         totals = self.ledger.totals()
         self.bar.committed(record.shard, totals.rows_ok + totals.rows_failed, totals.rows_failed)
@@ -277,6 +283,11 @@ class RunListener:
 
     def warn(self, message: str) -> None:
         self.bar.warn(message)
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.told:
+            self.told.add(message)
+            self.warn(message)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

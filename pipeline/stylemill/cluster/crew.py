@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stylemill.cluster.leases import LEASES
 from stylemill.cluster.room import Ask, Resources
@@ -29,6 +34,7 @@ class Member:
     since: float = field(default_factory=time.monotonic)
     home: Home | None = None
     loading: bool = False
+    loading_since: float = 0.0
     ready: bool = False
     retiring: bool = False  # its process can no longer be trusted: it gets no more leases
     asked: float = 0.0  # when it was last asked for a beat
@@ -82,8 +88,19 @@ class Crew:
         self._calls = {reference: call for reference, call in self._calls.items() if call.member is not member}
         ray.kill(member.actor, no_restart=True)
 
+    def kill(self, member: Member) -> None:
+        """Dismiss a worker that hangs. Ray asks a process to end itself, which a stopped one does not hear."""
+        self.dismiss(member)
+        home = member.home
+        if home and home.host == socket.gethostname():
+            _end(home.pid)
+        elif home:
+            for node in [node for node in ray.nodes() if node["Alive"] and node["NodeManagerHostname"] == home.host]:
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ray.remote(_end).options(num_cpus=0, scheduling_strategy=there).remote(home.pid)
+
     def call(self, member: Member, method: str, *arguments: Any) -> None:
-        lease = arguments[0] if method == "work" else None
+        lease = arguments[0] if method in ("work", "probe") else None
         self._calls[getattr(member.actor, method).remote(*arguments)] = Call(member, method, lease)
 
     def replies(self, timeout: float) -> Iterator[Reply]:
@@ -96,6 +113,15 @@ class Crew:
         for reference in there:
             if call := self._calls.pop(reference, None):  # its worker may have been dismissed for an earlier reply
                 yield _reply(call, reference)
+
+
+def _end(pid: int) -> None:
+    """Kill a worker of Ray's on this machine, if that is what has this pid."""
+    try:
+        if b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has ended
 
 
 def _reply(call: Call, reference: Any) -> Reply:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from stylemill.cluster.hunt import Hunt
 from stylemill.cluster.patience import backoff
 from stylemill.lease import Lease, Progress
 
+STUCK = 2  # deaths of a shard's workers without a step more, until the pair that kills them is hunted
 LEASES = 2  # a worker holds: one samples while the other is read ahead or written
 
 
@@ -19,20 +21,44 @@ class Holding:
 
     worker: int
     lease: Lease
+    since: float  # when it came to where it is
     stage: str = "read"
+    step: int = 0
     share: float = 0.0  # of the steps done
+    limit: float | None = None  # seconds it may stay there; None: as long as its worker answers
+
+    @property
+    def begun(self) -> bool:
+        """Whether it had the device."""
+        return self.stage not in ("read", "wait")
 
 
 class LeaseBook:
     """Every open shard is waiting, held or given up; `attempts` failures give it up.
 
     A shard whose worker died is a suspect: it is tried again alone in its worker, so that the next death can be blamed
-    on the right one.
+    on the right one. Where one death follows another and no step is made, the pair that kills is hunted and left out.
+
+    `pairs` tells a shard's number of pairs, `saved` the step of its newest checkpoint, `every` how far apart those are.
     """
 
-    def __init__(self, shards: Sequence[int], attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        shards: Sequence[int],
+        attempts: int,
+        clock: Callable[[], float] = time.monotonic,
+        pairs: Callable[[int], int] = lambda shard: 0,
+        saved: Callable[[int], int] = lambda shard: 0,
+        every: int = 1,
+    ) -> None:
         self._attempts = attempts
         self._clock = clock
+        self._pairs, self._saved, self._every = pairs, saved, every
+        self._committed = False  # whether any shard was, since the start
+        self._stuck: dict[int, tuple[int, int]] = {}  # shard -> the step it came to, and deaths since
+        self._hunts: dict[int, Hunt] = {}
+        self._hunted: set[int] = set()  # in vain
+        self._killers: dict[int, dict[int, str]] = {}
         self._fresh = deque(shards)
         self._again: dict[int, float] = {}  # shard to try again -> not before
         self._held: dict[str, Holding] = {}  # by attempt, oldest first
@@ -91,38 +117,102 @@ class LeaseBook:
             del self._again[lease.shard]
         else:
             self._fresh.remove(lease.shard)
-        self._held[lease.attempt] = Holding(worker, lease)
+        self._held[lease.attempt] = Holding(worker, lease, self._clock())
+
+    def fit_out(self, lease: Lease) -> Lease:
+        """The lease with what is known of the shard's killers, or what is to be tried to find them."""
+        hunt = self._hunts.get(lease.shard)
+        killers = self._killers.get(lease.shard, {})
+        return replace(lease, killers=dict(killers), probe=hunt.probe if hunt else None)
 
     def note(self, progress: Progress) -> None:
         if holding := self._held.get(progress.attempt):
-            holding.stage = progress.stage
+            if (progress.stage, progress.step) != (holding.stage, holding.step) or holding.limit is None:
+                holding.since = self._clock()
+            holding.stage, holding.step, holding.limit = progress.stage, progress.step, progress.limit
             holding.share = progress.step / progress.steps
+
+    def overdue(self, longest: float) -> Iterator[tuple[int, str]]:
+        """Workers that hang, and where. While nothing is heard of how long it may take, that is `longest` seconds."""
+        for holding in list(self._held.values()):
+            limit = holding.limit or longest
+            if self._clock() - holding.since > limit:
+                where = f"shard {holding.lease.shard}, stage {holding.stage}, step {holding.step}"
+                yield holding.worker, f"no progress for {limit:.0f} s in {where}"
 
     def done(self, lease: Lease) -> None:
         del self._held[lease.attempt]
         self._suspects.discard(lease.shard)
+        self._hunts.pop(lease.shard, None)
+        self._committed = True
+
+    def survived(self, lease: Lease) -> None:
+        """The worker came through the lease's probe."""
+        self._hunts[lease.shard].survived()
+        self._probed(lease, 0.0)
 
     def returned(self, lease: Lease) -> None:
         """The worker left the shard because it was asked to."""
         self._release(lease, "stopped before it was finished", charged=False)
 
-    def failed(self, lease: Lease, why: str, charged: bool = True) -> bool:
-        """The attempt failed and its worker lives. Whether the shard will be tried again."""
-        self._release(lease, why, charged)
+    def failed(self, lease: Lease, why: str, charged: bool = True, fatal: bool = False) -> bool:
+        """The attempt failed; `fatal`: and its worker is to be replaced. Whether the shard will be tried again."""
+        if fatal and charged:
+            self._killed(self._held[lease.attempt], why)
+        else:
+            self._release(lease, why, charged)
         return lease.shard not in self._given_up
 
     def lost(self, worker: int, why: str) -> None:
         """The worker died. Charged are the shards it had begun to sample, or else the oldest; not one read ahead."""
         holdings = self._of(worker)
-        guilty = [holding for holding in holdings if holding.stage != "read"] or holdings[:1]
+        guilty = [holding for holding in holdings if holding.begun] or holdings[:1]
         for holding in holdings:
-            self._suspects.add(holding.lease.shard)
-            self._release(holding.lease, why, charged=holding in guilty)
+            if holding in guilty:
+                self._killed(holding, why)
+            else:
+                self._suspects.add(holding.lease.shard)
+                self._release(holding.lease, why, charged=False)
 
     def unfinished(self) -> dict[int, str]:
         """Why each shard that is not done is open."""
         left = {*self._fresh, *self._again, *self._given_up, *(held.lease.shard for held in self._held.values())}
         return {shard: self._why.get(shard, "stopped before it was begun") for shard in sorted(left)}
+
+    def _killed(self, holding: Holding, why: str) -> None:
+        """A worker died over this shard, or cannot be trusted any more."""
+        lease, shard = holding.lease, holding.lease.shard
+        self._suspects.add(shard)
+        if lease.probe:
+            self._hunts[shard].died()
+            self._probed(lease, backoff(1))
+            return
+        self._release(lease, why, charged=True)
+        saved = self._saved(shard)
+        step, (before, deaths) = max(saved, holding.step), self._stuck.get(shard, (-1, 0))
+        self._stuck[shard] = (step, 1) if step > before else (before, deaths + 1)
+        if self._stuck[shard][1] >= STUCK and shard not in self._hunted:
+            places = [place for place in range(self._pairs(shard)) if place not in self._killers.get(shard, {})]
+            if places:
+                # It died before its next checkpoint.
+                self._hunts[shard] = Hunt(places, max(step, saved + self._every), lambda: self._committed)
+                self._given_up.discard(shard)
+                self._again[shard] = self._clock() + backoff(1)
+
+    def _probed(self, lease: Lease, pause: float) -> None:
+        """A probe is over; with the last one the hunt is, too."""
+        shard, hunt = lease.shard, self._hunts[lease.shard]
+        del self._held[lease.attempt]
+        self._again[shard] = self._clock() + pause
+        if hunt.probe is None:
+            del self._hunts[shard]
+            if found := hunt.found:
+                self._killers.setdefault(shard, {}).update(found)
+                self._failures[shard] = 0
+                del self._stuck[shard]
+            else:
+                self._hunted.add(shard)
+                self._give_up_if_spent(shard, f"{self._why[shard]}; no single pair does that")
 
     def _of(self, worker: int) -> list[Holding]:
         return [holding for holding in self._held.values() if holding.worker == worker]
@@ -135,8 +225,13 @@ class LeaseBook:
         shard = lease.shard
         self._failures[shard] += charged
         self._why[shard] = why
-        if charged and self._failures[shard] >= self._attempts:
+        self._again[shard] = self._clock() + (backoff(self._failures[shard]) if charged else 0)
+        if charged:
+            self._give_up_if_spent(shard, why)
+
+    def _give_up_if_spent(self, shard: int, why: str) -> None:
+        if self._failures[shard] >= self._attempts:
             self._why[shard] = f"{self._attempts} attempts failed, the last one: {why}"
             self._given_up.add(shard)
-        else:
-            self._again[shard] = self._clock() + (backoff(self._failures[shard]) if charged else 0)
+            self._again.pop(shard, None)
+            self._hunts.pop(shard, None)

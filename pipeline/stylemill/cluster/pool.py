@@ -13,11 +13,13 @@ from stylemill.cluster.leases import LeaseBook
 from stylemill.cluster.patience import Patience, backoff
 from stylemill.cluster.room import ask, room
 from stylemill.cluster.worker import Home, Loaded
-from stylemill.errors import ClusterError, InputError, StylemillError, TransientError
+from stylemill.errors import ClusterError, InputError, ModelError, StylemillError, TransientError
 from stylemill.lease import Lease, Listener, Run
+from stylemill.store.checkpoints import newest_step
 from stylemill.store.ledger import Ledger
 
 TICK = 0.25  # seconds between two looks at `stopping`
+LONGEST_TICK = 10  # seconds that count for one: a driver that was itself stopped blames no worker for that
 STARTS = 3  # workers that may die one after another before any of them has loaded the model
 
 
@@ -40,7 +42,15 @@ class Pool:
         self._listener = listener
         self._stopping = stopping
         self._patience = patience
-        self._book = LeaseBook(shards, 1 + run.job.retries)
+        self._awake, self._ticked = 0.0, time.monotonic()  # seconds that workers were listened to
+        self._book = LeaseBook(
+            shards,
+            1 + run.job.retries,
+            clock=lambda: self._awake,
+            pairs=lambda shard: len(run.rows_of(shard)),
+            saved=self._saved,
+            every=run.job.checkpoint.every_steps,
+        )
         self._ledger = Ledger(run.paths)
         self._machines, self._surveyed = machines(), time.monotonic()
         self._ask = ask(self._job, self._machines)
@@ -52,6 +62,7 @@ class Pool:
         self._stillborn = 0  # deaths before the model was loaded, since a worker loaded it
         self._hire_after = 0.0
         self._told: set[str] = set()
+        self._unfit: dict[str, BaseException] = {}  # machines that the model cannot be loaded on, and why
         if embedded and not any(self._ask.fits(machine) for machine in self._machines):
             raise self._no_room()  # nor will there ever be
 
@@ -64,6 +75,7 @@ class Pool:
                 self._lease()
                 self._ask_for_beats()
                 self._listen()
+                self._replace_hanging()
             self._leave()
         except Exception:
             self._leave(quiet=True)
@@ -72,6 +84,9 @@ class Pool:
             for member in list(self._crew.members.values()):
                 self._crew.dismiss(member)
         return self._book.unfinished()
+
+    def _saved(self, shard: int) -> int:
+        return newest_step(self._run.paths, shard) or self._run.job.sampling.first_step
 
     # --- the size of the pool -----------------------------------------------------------------------------------------
 
@@ -99,6 +114,7 @@ class Pool:
         if longest > self._patience.place and len(waiting) == len(members):
             raise self._no_room()
         if longest > self._patience.remark:
+            self._check_machines(to_come=False)
             self._tell(f"waiting for Ray to place more workers; each asks for {self._ask}")
 
     def _no_room(self) -> ClusterError:
@@ -121,17 +137,17 @@ class Pool:
         for member in members:
             if alone and any(other.loading for other in members):
                 return
-            if member.home and not member.loading and not member.ready:
-                member.loading = True
+            if self._may_load(member) and not member.loading:
+                member.loading, member.loading_since = True, self._awake
                 self._crew.call(member, "load", self._micro_batch)
 
     def _lease(self) -> None:
         members = self._crew.members
         able = [member.number for member in members.values() if member.ready and not member.retiring]
-        coming = sum(member.home is not None and not member.ready for member in members.values())
+        coming = sum(self._may_load(member) for member in members.values())
         while choice := self._book.choose(able, coming):
             number, shard = choice
-            lease = self._run.lease(shard, self._occurrences)
+            lease = self._book.fit_out(self._run.lease(shard, self._occurrences))
             self._book.grant(number, lease)
             try:
                 record = self._ledger.read(shard, lease.generation)
@@ -139,7 +155,7 @@ class Pool:
                 self._failed(lease, str(error))
                 continue
             if record is None:
-                self._crew.call(members[number], "work", lease)
+                self._crew.call(members[number], "probe" if lease.probe else "work", lease)
             else:  # by an attempt whose worker died just afterwards
                 self._book.done(lease)
                 self._listener.committed(record)
@@ -172,6 +188,8 @@ class Pool:
     # --- answers ------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
+        now = time.monotonic()
+        self._awake, self._ticked = self._awake + min(now - self._ticked, LONGEST_TICK), now
         for reply in self._crew.replies(TICK):
             member = reply.call.member
             if reply.died is not None:
@@ -185,7 +203,9 @@ class Pool:
 
     def _answered(self, call: Call, answer: Any) -> None:
         member = call.member
-        if call.lease:
+        if call.lease and call.lease.probe:
+            self._book.survived(call.lease) if answer else self._book.returned(call.lease)
+        elif call.lease:
             self._finished(call.lease, answer)
         elif call.method == "hello":
             self._greet(member, answer)
@@ -212,6 +232,7 @@ class Pool:
                 "version on both"
             )
         member.home = home
+        self._check_machines()
 
     def _ready(self, member: Member, loaded: Loaded) -> None:
         member.loading, member.ready, member.heard = False, True, time.monotonic()
@@ -232,35 +253,70 @@ class Pool:
     def _raised(self, reply: Reply, error: BaseException) -> None:
         """A method raised and its worker lives. Only our own errors leave a worker that can be trusted."""
         member, lease, ours = reply.call.member, reply.call.lease, isinstance(error, StylemillError)
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) and not (member.loading and isinstance(error, ModelError)):
             if lease:
                 self._book.failed(lease, str(error))
             raise error
         if not member.ready and isinstance(error, ImportError):
             raise _not_installed(str(error))
         why = str(error) if ours else f"{type(error).__name__}: {error}"
+        if member.loading:
+            self._give_up_machine(member, error, why)
+            return
         if not ours:
             self._tell(reply.trace)
         if lease is None:
             self._lost(member, why)
             return
         # What else that worker was doing may fail for the same reason: a CUDA error stays until its process ends.
-        self._failed(lease, why, charged=not member.retiring)
+        self._failed(lease, why, charged=not member.retiring, fatal=not ours)
         member.retiring |= not ours
 
-    def _failed(self, lease: Lease, why: str, charged: bool = True) -> None:
-        again = self._book.failed(lease, why, charged)
+    def _give_up_machine(self, member: Member, error: BaseException, why: str) -> None:
+        """The model cannot be loaded there: the others go on, if there are any."""
+        assert member.home  # it was greeted before it was to load
+        member.loading = False  # it stays, and keeps the place, so that no other worker comes to it
+        ours = isinstance(error, StylemillError)
+        self._unfit[member.home.host] = error if ours else StylemillError(f"the model cannot be loaded: {why}")
+        self._check_machines()
+        self._tell(f"the model cannot be loaded on {member.home.host}, which is given up; others go on: {why}")
+
+    def _check_machines(self, to_come: bool = True) -> None:
+        """Raises why the model could not be loaded when no machine is left to try it on, nor, if so, one `to_come`."""
+        members = self._crew.members.values()
+        left = (member.ready or self._may_load(member) or (to_come and not member.home) for member in members)
+        if self._unfit and not any(left):
+            raise list(self._unfit.values())[-1]
+
+    def _may_load(self, member: Member) -> bool:
+        return member.home is not None and not member.ready and member.home.host not in self._unfit
+
+    def _replace_hanging(self) -> None:
+        """Kill the workers that made no progress for longer than they may."""
+        members, longest = self._crew.members, self._job.stage_timeout
+        hanging = {
+            member.number: f"no progress for {longest:.0f} s while loading the model"
+            for member in members.values()
+            if member.loading and self._awake - member.loading_since > longest
+        }
+        for number, why in {**dict(self._book.overdue(longest)), **hanging}.items():
+            setting = "cluster.stage_timeout and cluster.step_timeout say how long that may be"
+            self._lost(members[number], f"{why}; {setting}", hangs=True)
+
+    def _failed(self, lease: Lease, why: str, charged: bool = True, fatal: bool = False) -> None:
+        again = self._book.failed(lease, why, charged, fatal)
         then = "it is tried again" if again else "its attempts are used up; the next start tries again"
         self._listener.warn(f"shard {lease.shard}: {why}; {then}")
 
-    def _lost(self, member: Member, why: str) -> None:
-        """A worker is gone: its shards go back, and another takes its place after a while."""
+    def _lost(self, member: Member, why: str, hangs: bool = False) -> None:
+        """A worker is gone, or `hangs`: its shards go back, and another takes its place after a while."""
         if not member.home and "ModuleNotFoundError" in why:  # Ray could not even make a Worker there
             raise _not_installed(why)
-        held = [str(lease.shard) for lease in self._book.held_by(member.number)]
+        leases = self._book.held_by(member.number)
+        held, expected = [str(lease.shard) for lease in leases], any(lease.probe for lease in leases)
         self._book.lost(member.number, f"{member} died: {why}")
-        self._crew.dismiss(member)
-        self._deaths += 1
+        (self._crew.kill if hangs else self._crew.dismiss)(member)
+        self._deaths += not expected
         self._hire_after = time.monotonic() + backoff(self._deaths)
         self._stillborn += not member.ready
         if self._stillborn >= STARTS and not any(other.ready for other in self._crew.members.values()):

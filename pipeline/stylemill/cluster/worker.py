@@ -75,6 +75,17 @@ class Worker:
         finally:
             self._progress.pop(lease.attempt, None)
 
+    def probe(self, lease: Lease) -> bool:
+        """Try the pairs of `lease.probe`; False when `stop` was called first. Raises what `process_shard` raises."""
+        from stylemill.shard import survives
+
+        if self._engine is None:
+            raise RuntimeError("a lease came before the model was loaded")
+        try:
+            return survives(self._run, lease, self._engine, self._device, self._watch, self._stopping.is_set)
+        finally:
+            self._progress.pop(lease.attempt, None)
+
     def beat(self) -> list[Progress]:
         """A sign of life: the latest of each shard in work."""
         return list(self._progress.copy().values())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import diffusers
 import numpy as np
@@ -23,18 +26,22 @@ from stylemill.engine.guidance import Guide
 from stylemill.engine.inputs import InputImage, Pair, Pixels
 from stylemill.engine.layout import blocks, micro_batches
 from stylemill.engine.lora import fuse_lora
+from stylemill.engine.memory import within_memory
 from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
 from stylemill.engine.tiling import circular
 from stylemill.engine.windows import Windows
+from stylemill.errors import DeviceMemoryError
 from stylemill.models.files import CONTROLNET, fetch_model
 from stylemill.models.lora_files import fetch_lora
 from stylemill.models.single_file import fetch_config, is_single_file
 from stylemill.settings import ControlNet, DType, Lora, Sampling, cpu_micro_batch
 
 LARGEST_MICRO_BATCH = 64
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -134,17 +141,22 @@ class Engine:
         settings: Sampling,
         state: SampleState | None = None,
         noise: Noise | None = None,
+        left_out: Mapping[int, str] | None = None,
     ) -> Iterator[SampleState]:
         """Sample `pairs` in lockstep, yielding the one state, changed in place, after every step.
 
         The caller owns progress, checkpoints and stopping. With `state` (restored from a checkpoint) sampling goes
         on after `state.step` and `pairs` is not looked at. A pair that cannot be sampled is noted in
-        `state.failures`; the others go on and come out as if it had been well.
+        `state.failures`; the others go on and come out as if it had been well. `left_out` says which pairs must not
+        be sampled, and why. Out of memory, a step is repeated with half the micro-batch, which then stays so; raises
+        DeviceMemoryError where that is 1 already.
         """
         noise = noise or Noise(settings.seed)
         with self._repeatable():
             if state is None:
-                state = begin(self.model, pairs, settings, noise, self.layers)
+                state = within_memory(lambda: begin(self.model, pairs, settings, noise, self.layers))
+            if left_out:
+                state.leave_out(left_out)
             state.to(self.model.device)
             sampler = self._sampler(state, settings, noise)
         if len(state.unreadable) == len(state.latents_of):
@@ -152,7 +164,8 @@ class Engine:
             yield state
         while state.step < settings.steps:
             with self._repeatable():
-                sampler.advance(state)
+                sampler, taken = self._halving(partial(self._step, sampler, state, settings, noise))
+                state.become(taken)
             yield state
 
     def decode(self, state: SampleState, decoders: DecoderCache | None = None) -> list[Pixels | None]:
@@ -161,26 +174,29 @@ class Engine:
         With `refine_decoder_steps` the VAE's decoder is first refined on the pair's first style, or taken from
         `decoders`; without that cache the engine remembers the last few itself.
         """
-        decoders = self.decoders if decoders is None else decoders
+        known = self.decoders if decoders is None else decoders
+        with self._repeatable():
+            return self._halving(lambda: self._decode(state, known))
+
+    def _decode(self, state: SampleState, decoders: DecoderCache) -> list[Pixels | None]:
         # The micro-batch is measured on windows; an image made in them is larger.
         size = self.micro_batch if state.inputs.window is None else 1
         images: dict[int, Pixels] = {}
         failures = state.failures
-        with self._repeatable():
-            for style, batches in by_decoder(state.inputs, size):
-                pairs = [pair for batch in batches for pair in batch]
-                if all(pair in failures for pair in pairs):  # a style that could not be read, for one
+        for style, batches in by_decoder(state.inputs, size):
+            pairs = [pair for batch in batches for pair in batch]
+            if all(pair in failures for pair in pairs):  # a style that could not be read, for one
+                continue
+            with (
+                refined(self.model, state.inputs, style, self.numerics, decoders) as usable,
+                circular(state.inputs.tiling, self.model.vae.decoder),
+            ):
+                if not usable:
+                    state.unreadable |= {pair: UNSOUND for pair in pairs if pair not in failures}
                     continue
-                with (
-                    refined(self.model, state.inputs, style, self.numerics, decoders) as usable,
-                    circular(state.inputs.tiling, self.model.vae.decoder),
-                ):
-                    if not usable:
-                        state.unreadable |= {pair: UNSOUND for pair in pairs if pair not in failures}
-                        continue
-                    for batch in batches:
-                        decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
-                        images |= zip(batch, decoded, strict=True)
+                for batch in batches:
+                    decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
+                    images |= zip(batch, decoded, strict=True)
         return [None if pair in failures else images.get(pair) for pair in range(len(state.latents_of))]
 
     def gradient(
@@ -207,6 +223,8 @@ class Engine:
             blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
             pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controls))
             used = [self._peak_memory(pair, count) for count in (1, 2)]
+            if self.micro_batch == 1:  # halved: there is no room for two
+                return 1
             room = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
             fitting = 1 + int(room / max(used[1] - used[0], 1))
             self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)
@@ -222,6 +240,27 @@ class Engine:
         for _ in self.sample([pair] * count, Sampling(steps=1, guidance_scale=2.0, content_weight=1.0)):
             pass
         return torch.cuda.max_memory_allocated(device) - before
+
+    def _step(
+        self, sampler: Sampler, state: SampleState, settings: Sampling, noise: Noise
+    ) -> tuple[Sampler, SampleState]:
+        """A step from `state`, which stays as it is; the sampler, or another where the micro-batch changed since."""
+        if sampler.guide.micro_batch != self.micro_batch:
+            sampler = self._sampler(state, settings, noise)
+        taken = state.copy()
+        sampler.advance(taken)
+        return sampler, taken
+
+    def _halving(self, work: Callable[[], T]) -> T:
+        """Do `work`, begun anew with half the micro-batch, which stays so, as often as memory is short."""
+        while True:
+            try:
+                return within_memory(work)
+            except DeviceMemoryError:
+                if self.micro_batch == 1:
+                    raise
+            self.micro_batch //= 2
+            _log.warning("out of memory: from here on at most %d in a UNet call", self.micro_batch)
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
         guide = Guide(self.model, self.layers, settings, self.micro_batch, self.passes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -107,6 +108,31 @@ class SampleState:
             if step >= 0
         }
         return lost | self.unreadable
+
+    def copy(self) -> SampleState:
+        """One that a step can be taken with, while this one stays as it is."""
+        return replace(
+            self,
+            latents_of=[*self.latents_of],  # steps put others in their place, and never write to them
+            moments_of=[*self.moments_of],
+            history_of=[*self.history_of],
+            lost_at=self.lost_at.clone(),
+            losses=self.losses.clone(),
+        )
+
+    def become(self, other: SampleState) -> None:
+        """Be what `other` is, which is not used any more."""
+        vars(self).update(vars(other))
+
+    def leave_out(self, why: Mapping[int, str]) -> None:
+        """Give pairs up, each for its reason. Their slots stay, zero-filled, and so do the images of theirs alone."""
+        for tensors in (self.latents_of, self.moments_of, self.history_of):
+            tensors[:] = [torch.zeros_like(one) if place in why else one for place, one in enumerate(tensors)]
+        kept = [pair for place, pair in enumerate(self.inputs.pairs) if place not in why]
+        needed = {image for pair in kept for image in (pair.content, *pair.styles)}
+        images = [one if place in needed else torch.zeros_like(one) for place, one in enumerate(self.inputs.images)]
+        self.inputs = replace(self.inputs, images=images)
+        self.unreadable = {**why, **self.unreadable}
 
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
         """Arrays and JSON-able facts that never change; saved once a shard."""

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from stylemill.errors import DamagedError
+from stylemill.errors import DamagedError, StorageError
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import publish_bytes, quarantine, storage_errors
 
@@ -88,6 +88,14 @@ def load(paths: RunPaths, shard: int, expect: Mapping[str, Any]) -> Checkpoint |
         else:
             return Checkpoint(step, str(header["inputs"]), inputs, inputs_header["meta"], arrays, header["meta"])
     return None
+
+
+def newest_step(paths: RunPaths, shard: int) -> int | None:
+    """The step that a shard in flight has safely behind it; None where it has no checkpoint, or the disk fails."""
+    try:
+        return next((step for step, _ in _progress(paths, shard)), None)
+    except StorageError:
+        return None
 
 
 def clear(paths: RunPaths, shard: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, StorageError
+from stylemill.faults import fault
 from stylemill.store import checkpoints
 from stylemill.store.generations import failed_before, pending_retry
 from stylemill.store.ledger import Ledger
@@ -47,9 +48,14 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
         with exclusive(paths.commit_lock(record.shard)):
             standing = _standing(paths, record)
             if standing is None:
+                fault("before-publish", shard=record.shard)
                 data = _settle(paths, data_tmp, paths.data(record.shard, record.generation))
                 failures = _settle(paths, failures_tmp, paths.failures(record.shard, record.generation))
-                standing = publish_record(paths, complete_record(paths, record, data, failures))
+                fault("after-publish", shard=record.shard)
+                complete = complete_record(paths, record, data, failures)
+                fault("before-record", shard=record.shard)
+                standing = publish_record(paths, complete)
+                fault("after-record", shard=record.shard)
     finally:
         discard(data_tmp)
         discard(failures_tmp)
@@ -72,11 +78,13 @@ def clean(paths: RunPaths, ledger: Ledger | None = None) -> None:
             discard(path)
         elif path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
+            fault("mid-clean", folder=path.name)
     finished = not wanted
     with storage_errors(paths.output):
         for folder in (paths.tmp, paths.checkpoints_folder, paths.cache) if finished else (paths.tmp,):
             if folder.exists():
                 shutil.rmtree(folder)
+                fault("mid-clean", folder=folder.name)
         if not finished:
             paths.tmp.mkdir()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
+from stylemill.faults import fault
 
 if TYPE_CHECKING:
     from stylemill.store.paths import RunPaths
@@ -58,6 +59,7 @@ def publish(tmp: Path, final: Path) -> bool:
                     "safely; choose a folder on another disk with --output"
                 ) from error
             raise
+        fault("mid-publish", folder=final.parent.name)
         sync(final.parent)
         tmp.unlink(missing_ok=True)
         return True
@@ -69,6 +71,7 @@ def publish_bytes(paths: RunPaths, final: Path, data: bytes, attempt: str) -> bo
     try:
         with storage_errors(final), open(tmp, "xb") as file:
             file.write(data)
+            fault("mid-write", folder=final.parent.name)
         return publish(tmp, final)
     finally:
         discard(tmp)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError
+from stylemill.faults import fault
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import discard, storage_errors, sync
 
@@ -132,6 +133,7 @@ def _write(table: pa.Table, tmp: Path) -> Path:
                     data_page_size=1 << 20,
                     write_page_checksum=True,
                 )
+                fault("mid-write", folder=tmp.name.partition("-")[0])  # its last bytes are in a buffer
             sync(tmp)
         if check_file(tmp, read_back) != row_ids(table):
             raise DamagedError(f"{tmp}: other rows were read back than were written")

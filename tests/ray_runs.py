@@ -1,0 +1,98 @@
+"""Small runs on a Ray of our own, and a listener that keeps what it hears."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from stylemill.cluster import Patience
+from stylemill.cluster.session import session
+from stylemill.job import Cluster, Job
+from stylemill.lease import Progress, Run
+from stylemill.manifest import open_manifest
+from stylemill.store.paths import RunPaths
+from stylemill.store.records import Record
+
+PATIENCE = Patience(connect=2, place=60, remark=60, leave=30, beat=0.05)
+
+
+@contextmanager
+def one_ray(tests: ModuleType) -> Iterator[None]:
+    """A Ray for the tests of a module, whose classes go to the workers."""
+
+    def ours(*_: object) -> None: ...
+
+    ray.cloudpickle.register_pickle_by_value(tests)  # workers cannot import that file
+    before = signal.signal(signal.SIGTERM, ours)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # must not be joined by accident
+        with session(Cluster(workers=4), 10) as embedded:
+            assert embedded
+            assert signal.getsignal(signal.SIGTERM) is ours, "Ray put its own handler in the place of the run's"
+            yield
+    signal.signal(signal.SIGTERM, before)
+
+
+class Ears:
+    """A listener that keeps what it hears."""
+
+    def __init__(self, micro_batch: int | None = None) -> None:
+        self.micro_batch = micro_batch
+        self.settled: list[dict[str, str | int]] = []
+        self.done: list[int] = []
+        self.warnings: list[str] = []
+        self.on_progress: Callable[[Progress], None] = lambda progress: None
+
+    def settle(self, numerics: dict[str, str | int]) -> None:
+        assert not self.done
+        self.settled.append(numerics)
+
+    def progress(self, progress: Progress) -> None:
+        self.on_progress(progress)
+
+    def committed(self, record: Record) -> None:
+        self.done.append(record.shard)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def make_run(folder: Path, rows: int, pairs_per_shard: int, **job: Any) -> Run:
+    noise = np.random.default_rng(0)
+    for number in range(3):
+        pixels = noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    columns = {
+        "content": [f"{row % 3}.png" for row in range(rows)],
+        "style": [f"{row // 3}.png" for row in range(rows)],
+    }
+    pq.write_table(pa.table(columns), folder / "pairs.parquet")
+    values = {
+        "name": "test",
+        "manifest": str(folder / "pairs.parquet"),
+        "output": str(folder / "out"),
+        "model": str(folder / "model"),
+        "image": {"size": 64},
+        "sampling": {"steps": 10},
+        "checkpoint": {"every_steps": 2},
+        "retries": 1,
+        **job,
+    }
+    paths = RunPaths(folder / "out", -(-rows // pairs_per_shard))
+    paths.create()
+    return Run(Job.parse(values), paths, open_manifest(values["manifest"]), "f" * 64, pairs_per_shard, "demo")
+
+
+def data_files(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.paths.data_folder.iterdir())}

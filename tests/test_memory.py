@@ -1,0 +1,177 @@
+"""Out of memory, the micro-batch is halved and the work done again; pairs that kill are left out, and no byte moves."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import stylemill
+from ray_runs import make_run
+from stylemill.engine import Engine, InputImage, Pair
+from stylemill.errors import DeviceMemoryError
+from stylemill.lease import Lease, Progress, Run
+from stylemill.settings import Sampling
+from stylemill.shard import process_shard
+from stylemill.store.records import Record
+
+SETTINGS = Sampling(steps=3, guidance_scale=1.0)
+
+
+def pairs(count: int) -> list[Pair]:
+    noise = np.random.default_rng(0)
+    one = [InputImage(str(n), noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for n in range(count + 1)]
+    return [Pair((one[0],), (64, 64), content=content) for content in one[1:]]
+
+
+def load(folder: Path, micro_batch: int) -> Engine:
+    return Engine.load(folder, dtype="float32", device="cpu", micro_batch=micro_batch)
+
+
+def limit_memory(module: Any, name: str, samples: int, since_call: int = 0) -> list[int]:
+    """Let a method fail as CUDA does for more than `samples` at a time; returns the batch sizes it was called with."""
+    real, sizes = getattr(module, name), []
+
+    def limited(z: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sizes.append(len(z))
+        if len(z) > samples and len(sizes) > since_call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 10 MiB free.")
+        return real(z, *rest, **options)
+
+    setattr(module, name, limited)
+    return sizes
+
+
+def sample(engine: Engine, count: int = 5) -> tuple[torch.Tensor, list[Any]]:
+    *_, state = engine.sample(pairs(count), SETTINGS)
+    return state.latents, engine.decode(state)
+
+
+def test_out_of_memory_a_step_is_repeated_with_half_the_micro_batch_which_stays(folder: Path) -> None:
+    engine = load(folder, 8)
+    sizes = limit_memory(engine.model.unet, "forward", 2)
+    latents, images = sample(engine)
+    assert engine.micro_batch == 2
+    assert engine.numerics["micro_batch"] == 2
+    failed = [size for size in sizes if size > 2]
+    assert len(failed) == 2, "8 and 4 are tried once each, and never again"
+    expected, expected_images = sample(load(folder, 2))
+    assert torch.equal(latents, expected)
+    assert all(map(np.array_equal, images, expected_images))
+
+
+def test_what_a_failed_step_had_done_is_undone(folder: Path) -> None:
+    """It runs out in its middle: some pairs have moved, and losses are noted."""
+    whole = load(folder, 4)
+    calls = limit_memory(whole.model.unet, "forward", 99)
+    at_step = [(state.step, len(calls)) for state in whole.sample(pairs(5), SETTINGS)]
+    engine = load(folder, 4)
+    limit_memory(engine.model.unet, "forward", 2, since_call=at_step[0][1] + 3)
+    states = engine.sample(pairs(5), SETTINGS)
+    first = next(states).copy()
+    second = next(states)
+    assert (second.step, engine.micro_batch) == (2, 2)
+    other = load(folder, 2)
+    again = next(other.sample([], SETTINGS, first))
+    assert torch.equal(second.latents, again.latents)
+    assert torch.equal(second.losses, again.losses)
+
+
+def test_decoding_is_repeated_too(folder: Path) -> None:
+    engine = load(folder, 4)
+    sizes = limit_memory(engine.model.vae, "decode", 1)
+    _, images = sample(engine, 3)
+    assert (sizes, engine.micro_batch) == ([3, 2, 1, 1, 1], 1)
+    assert all(image is not None for image in images)
+
+
+def test_where_not_even_one_pair_fits_the_advice_is_given(folder: Path) -> None:
+    engine = load(folder, 4)
+    limit_memory(engine.model.unet, "forward", 0)
+    with pytest.raises(DeviceMemoryError, match=r"Tried to allocate 2.00 GiB.*lower cluster.feature_budget_mb"):
+        sample(engine)
+
+
+def test_other_errors_are_not_taken_for_it(folder: Path) -> None:
+    engine = load(folder, 4)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine.model.unet.forward = broken
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        sample(engine)
+    assert engine.micro_batch == 4
+
+
+def test_the_record_and_a_warning_say_so_and_the_shard_that_never_fits_stays_open(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stylemill import inline
+
+    room = {"samples": 2}
+
+    def short_of_memory(run: Run, micro_batch: int | None) -> Engine:
+        engine = load(folder, 4)
+        limit_memory(engine.model.unet, "forward", room["samples"])
+        return engine
+
+    monkeypatch.setattr(inline, "load_engine", short_of_memory)
+    cut, memory = {"pairs_per_shard": 4}, {"micro_batch": 4}
+    job = make_run(tmp_path, 4, 4, model=str(folder), sampling={"steps": 2}, retries=0, shards=cut, cluster=memory).job
+    room["samples"] = 0
+    result = stylemill.run(job, inline=True)
+    assert (result.exit_code, list(result.open)) == (1, [0])
+    assert "take a smaller image.size" in result.describe()
+    room["samples"] = 2
+    assert stylemill.run(job, inline=True).exit_code == 0
+    record = Record.from_bytes((tmp_path / "out" / "records" / "00000.json").read_bytes())
+    assert record.numerics["micro_batch"] == 2
+    assert "a worker halved its micro-batch to 2" in capsys.readouterr().err
+
+
+# --- pairs that are left out ------------------------------------------------------------------------------------------
+
+
+def committed(run: Run, engine: Engine, lease: Lease, stop_at: int | None = None) -> dict[int, bytes]:
+    """Images by row after the lease was worked off, up to a step if so."""
+    heard: list[Progress] = []
+    process_shard(run, lease, engine, nullcontext(), heard.append, lambda: bool(heard) and heard[-1].step == stop_at)
+    files = sorted(run.paths.data_folder.iterdir())
+    return {row["row"]: row["image"]["bytes"] for path in files for row in pq.read_table(path).to_pylist()}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_killer_is_left_out_untouched_and_no_byte_of_the_others_moves(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Row 3 alone has style 1; `begun`: the shard goes on from a checkpoint of all pairs."""
+    engine = load(folder, 2)
+    runs, job = [], {"sampling": {"steps": 3}, "checkpoint": {"every_steps": 1}}
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+        runs.append(make_run(tmp_path / name, 4, 4, model=str(folder), **job))
+    whole, run = runs
+    expected = committed(whole, engine, whole.lease(0, {}))
+    if begun:
+        assert committed(run, engine, run.lease(0, {}), stop_at=2) == {}
+    monkeypatch.setenv("STYLEMILL_FAULTS", "mid-sample:raise:row=3:times=always")
+    monkeypatch.setenv("STYLEMILL_FAULTS_STATE", str(tmp_path))
+    lease = replace(run.lease(0, {}), killers={3: "sample"})
+    if begun:  # and from then on a checkpoint alone says who is left out
+        monkeypatch.setenv("STYLEMILL_FAULTS", "before-decode:raise; mid-sample:raise:row=3:times=always")
+        with pytest.raises(RuntimeError, match="injected at before-decode"):
+            committed(run, engine, lease)
+        lease = run.lease(0, {})
+    found = committed(run, engine, lease)
+    del expected[3]
+    assert found == expected
+    (lost,) = pq.read_table(run.paths.failures(0)).to_pylist()
+    assert (lost["row"], lost["stage"], lost["error"]) == (3, "sample", "KillerError")
+    assert "try it in a run of its own" in lost["message"]
