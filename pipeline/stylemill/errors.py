@@ -11,7 +11,8 @@
     │   ├── ImageError             an input image cannot be read, decoded or fitted
     │   └── SamplingError          the row's latents became NaN or Inf
     ├── TransientError             trying again can cure it; a row is never blamed
-    │   └── StorageError           writing or reading the run folder failed (disk full, I/O error)
+    │   ├── StorageError           writing or reading the run folder failed (disk full, I/O error)
+    │   └── DownloadError          an input's server or store is silent, busy or cuts connections
     ├── DamagedError               a state file of the run is truncated or edited; it is set aside and redone
     ├── LockedError                another live process works on this run folder
     └── IncompleteError            the run stopped before every row was committed
@@ -70,6 +71,14 @@ class TransientError(StylemillError):
 
 class StorageError(TransientError):
     pass
+
+
+class DownloadError(TransientError):
+    """`retry_after`: the seconds that the server asked to be left alone for."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DamagedError(StylemillError):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from stylemill.errors import JobError
 from stylemill.models.single_file import CHECKPOINT_SUFFIXES
-from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Lora, Sampling
+from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Inputs, Lora, Sampling
 from stylemill.strict_yaml import load_yaml
 
 # The description of a field that takes values of two kinds is what a message says was expected.
@@ -124,6 +124,7 @@ class Job(Frozen):
     sampling: Sampling = Sampling()
     images_per_pair: Annotated[int, Field(ge=1, le=10_000)] = 1  # of each manifest row, each from noise of its own
     image: Image = Image()
+    inputs: Inputs = Inputs()
     shards: Shards = Shards()
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()

@@ -102,7 +102,7 @@ def run(
                 stopped_because = str(error)
         still_open = ledger.open_shards(planned.shards)
         if not still_open and (listener.committed_now or not paths.contact_sheet.exists()):
-            write_contact_sheet(paths, planned.manifest, ledger.refresh().values())
+            write_contact_sheet(paths, planned.manifest, ledger.refresh().values(), inputs=planned.job.inputs)
         if not still_open:
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
         clean(paths)
