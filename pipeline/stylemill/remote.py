@@ -112,21 +112,21 @@ _cache = _Cache()
 
 def _read_http(url: str, inputs: Inputs) -> bytes:
     deadline = time.monotonic() + inputs.timeout
-    at, name = url, shown(url)
+    base, at, name = "", url, shown(url)
     for _ in range(1 + _REDIRECTS):
-        place = _split(at, name)
+        place = _split(base, at, name)
         with _answer(place, _addresses(place, inputs, name), deadline, name) as answer:
             if answer.status not in (301, 302, 303, 307, 308):
                 return _body(answer, inputs, name)
-            at = urljoin(at, answer.headers.get("Location", ""))
+            base, at = place.geturl(), answer.headers.get("Location", "")
         name = f"{shown(url)}: redirected to {shown(at)}"
     raise ImageError(f"{shown(url)}: redirects more than {_REDIRECTS} times; name the image's own URL")
 
 
-def _split(url: str, name: str) -> SplitResult:
+def _split(base: str, url: str, name: str) -> SplitResult:
     try:
         url.encode()  # a lone surrogate is no character of a URL
-        place = urlsplit(url)
+        place = urlsplit(urljoin(base, url))
         port = place.port  # looked at here, for it may be no number
     except ValueError as error:
         raise ImageError(f"{name}: is no URL ({_line(error)}); correct it") from None
@@ -219,9 +219,9 @@ class _Connection(http.client.HTTPConnection):
             with suppress(OSError):  # not SSLSocket's own: that would pull the rug from under the reading thread
                 socket.socket.shutdown(self._open, socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def finish(self) -> None:  # not `close`, which http.client calls as soon as it has read the headers
         self._watch.cancel()
-        super().close()
+        self.close()
 
 
 @contextmanager
@@ -246,7 +246,7 @@ def _answer(place: SplitResult, addresses: list[str], deadline: float, name: str
     finally:
         if response is not None:
             response.close()
-        connection.close()
+        connection.finish()
 
 
 def _body(answer: http.client.HTTPResponse, inputs: Inputs, name: str) -> bytes:
