@@ -115,11 +115,13 @@ def _read_http(url: str, inputs: Inputs) -> bytes:
     base, at, name = "", url, shown(url)
     for _ in range(1 + _REDIRECTS):
         place = _split(base, at, name)
+        if base:
+            name = f"{shown(url)}: redirected to {shown(place.geturl())}"
         with _answer(place, _addresses(place, inputs, name), deadline, name) as answer:
             if answer.status not in (301, 302, 303, 307, 308):
                 return _body(answer, inputs, name)
             base, at = place.geturl(), answer.headers.get("Location", "")
-        name = f"{shown(url)}: redirected to {shown(at)}"
+        name = f"{shown(url)}: what it redirects to"
     raise ImageError(f"{shown(url)}: redirects more than {_REDIRECTS} times; name the image's own URL")
 
 
