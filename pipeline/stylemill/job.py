@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from stylemill.errors import JobError
 from stylemill.models.single_file import CHECKPOINT_SUFFIXES
 from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Inputs, Lora, Sampling
-from stylemill.strict_yaml import load_yaml
+from stylemill.strict_yaml import LARGEST, load_yaml
 
 # The description of a field that takes values of two kinds is what a message says was expected.
 Auto = Literal["auto"]
@@ -179,7 +179,11 @@ class Job(Frozen):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                data = file.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                raise JobError(f"{path}: larger than {LARGEST:,} bytes; that is no job file")
+            text = data.decode("utf-8")
         except FileNotFoundError:
             raise JobError(f"{path}: no such job file") from None
         except UnicodeDecodeError as error:
