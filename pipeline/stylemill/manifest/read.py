@@ -171,6 +171,8 @@ def open_manifest(path: str | Path) -> Manifest:
     path = Path(path).absolute()
     if path.is_dir():
         raise ManifestError(f"{path}: is a folder; name the Parquet file in it")
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise ManifestError(f"{path}: is not a regular file; name a Parquet file")
     try:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
