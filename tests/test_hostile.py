@@ -406,8 +406,8 @@ CORPUS: dict[str, Bad] = {
     "merged laughs": Bad(adds(laughs(9, 9, merge=True)), JobError, MANY),
     "list in itself": Bad(adds("name: &a [*a]"), JobError, "an alias stands inside of what it names"),
     "keys in themselves": Bad(adds("name: &a {b: *a}"), JobError, "line 8.*an alias stands inside"),
-    "deep lists": Bad(adds("name: " + "[" * 1500), JobError, "nested too deeply"),
-    "deep keys": Bad(adds("name: " + "{a: " * 1500), JobError, "nested too deeply"),
+    "deep lists": Bad(adds("name: " + "[" * 700), JobError, "nested too deeply"),
+    "deep keys": Bad(adds("name: " + "{a: " * 700), JobError, "nested too deeply"),
     "many values": Bad(adds("name: [" + "1," * 10_000 + "]"), JobError, MANY),
     "large job": Bad(job_is(b"#" * (2 << 20)), JobError, "larger than 1,048,576 bytes; that is no job file"),
     "endless job": Bad(
