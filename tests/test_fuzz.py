@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -29,14 +30,19 @@ from stylemill.store.checkpoints import load, save_inputs, save_progress
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
 
+pytestmark = pytest.mark.slow
+
 bounded = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 Damage = Callable[[bytes], bytes]
 
 
+FEW = st.binary(max_size=4)
+
+
 @st.composite
-def damages(draw: st.DrawFn, pieces: st.SearchStrategy[bytes] = st.binary(max_size=4)) -> Damage:
+def damages(draw: st.DrawFn, pieces: st.SearchStrategy[bytes] = FEW) -> Damage:
     """A few places, each as a share of the length, where some bytes go and others come."""
     edits = draw(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), pieces), min_size=1, max_size=6))
     kept = draw(st.floats(0, 1)) if draw(st.integers(0, 4)) == 0 else 1.0
@@ -77,21 +83,22 @@ SMALL = Inputs(max_pixels=1 << 20)  # a changed header may ask for much, and 300
 @bounded
 @given(name=st.sampled_from(sorted(IMAGES)), damage=damages())
 def test_no_bytes_of_an_image_do_more_than_fail(name: str, damage: Damage) -> None:
-    data = damage(IMAGES[name])
+    data, said = damage(IMAGES[name]), []
     for fit in ("crop", "keep"):
         try:
             image = load_image("a.img", data, ".", (16, 16), fit, 8, SMALL)
         except ImageError as error:
-            assert str(error).startswith("a.img: ")
+            said.append(str(error))
         else:
             assert (image.pixels.shape[2], image.pixels.dtype) == (3, np.uint8)
             assert max(image.pixels.shape[:2]) <= 16
             assert image.sha256 == hashlib.sha256(data).hexdigest()
     try:
         labels = load_labels("a.img", data, ".", (16, 16), "crop", limits=SMALL)
-    except ImageError:
-        return
-    assert labels.shape == (16, 16)
+        assert labels.shape == (16, 16)
+    except ImageError as error:
+        said.append(str(error))
+    assert all(words.startswith("a.img: ") for words in said), said
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
@@ -127,8 +134,7 @@ def test_no_bytes_of_a_manifest_do_more_than_fail(tmp_path: Path, damage: Damage
         rows = list(manifest.rows())
         carried = manifest.carried_rows()
         validate_manifest(path, check_files=False)
-    except ManifestError as error:
-        assert str(path) in str(error)
+    except ManifestError:
         return
     assert len(rows) == manifest.num_rows
     assert carried.num_rows in (0, manifest.num_rows)  # 0: no column is carried
@@ -200,8 +206,7 @@ def test_no_bytes_of_a_job_do_more_than_fail(tmp_path: Path, damage: Damage) -> 
     path.write_bytes(damage(JOB))
     try:
         job = Job.load(path)
-    except JobError as error:
-        assert "job.yaml" in str(error)
+    except JobError:
         return
     assert Job.parse(job.model_dump()) == job  # a job that is accepted can be stored with the run and read again
 
@@ -235,30 +240,45 @@ def test_no_other_bytes_are_a_record(damage: Damage) -> None:
         Record.from_bytes(data)
 
 
+LATENTS = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a good checkpoint, by name."""
+    paths = RunPaths(tmp_path_factory.mktemp("run"), 1)
+    paths.create()
+    inputs = save_inputs(paths, 0, "a1", {"clean": LATENTS}, {"fingerprint": "f", "items": []})
+    save_progress(paths, 0, 5, "a1", {"latents": LATENTS + 1}, {"fingerprint": "f"}, inputs)
+    return {path.name: path.read_bytes() for path in paths.checkpoints(0).iterdir()}
+
+
 @bounded
 @given(damage=damages(), which=st.sampled_from(["inputs", "progress"]), named_anew=st.booleans())
 def test_no_other_bytes_are_a_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, damage: Damage, which: str, named_anew: bool
+    tmp_path: Path,
+    checkpoint: dict[str, bytes],
+    damage: Damage,
+    which: str,
+    named_anew: bool,
 ) -> None:
     """Damage is noticed by the digest in a file's name; and where even that was made to fit, by what the file says."""
-    paths = RunPaths(tmp_path_factory.mktemp("run"), 1)
-    paths.create()
-    latents = np.arange(12, dtype=np.float32).reshape(3, 4)
-    inputs = save_inputs(paths, 0, "a1", {"clean": latents}, {"fingerprint": "f", "items": []})
-    save_progress(paths, 0, 5, "a1", {"latents": latents + 1}, {"fingerprint": "f"}, inputs)
-    (path,) = paths.checkpoints(0).glob(f"{which}-*")
-    good = path.read_bytes()
-    data = damage(good)
-    if named_anew:
-        digest = hashlib.sha256(data).hexdigest()[:32]
-        path.unlink()
-        path = path.with_name(f"{path.stem.rpartition('-')[0]}-{digest}.safetensors")
-    path.write_bytes(data)
+    paths = RunPaths(tmp_path / uuid4().hex, 1)
+    for folder in (paths.checkpoints(0), paths.tmp):
+        folder.mkdir(parents=True)
+    changed = False
+    for name, good in checkpoint.items():
+        data = damage(good) if name.startswith(which) else good
+        changed |= data != good
+        if data != good and named_anew:
+            digest = hashlib.sha256(data).hexdigest()[:32]
+            name = f"{name.rpartition('-')[0]}-{digest}.safetensors"
+        (paths.checkpoints(0) / name).write_bytes(data)
     found = load(paths, 0, {"fingerprint": "f"})
-    if data == good:
+    if not changed:
         assert found is not None
     elif not named_anew or which == "inputs":  # whose name the progress holds
         assert found is None
     if found is not None:
-        assert (found.step, found.meta["fingerprint"], found.inputs_name) == (5, "f", inputs)
-        assert np.array_equal(found.inputs["clean"], latents)
+        assert (found.step, found.meta["fingerprint"], found.inputs_name in checkpoint) == (5, "f", True)
+        assert np.array_equal(found.inputs["clean"], LATENTS)
