@@ -16,10 +16,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from stylemill import remote
+from stylemill.cli import main
 from stylemill.errors import DownloadError, ImageError, TransientError
 from stylemill.images import load_image
 from stylemill.labels import load_labels
@@ -460,6 +463,34 @@ def test_remote_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) ->
 )
 def test_messages_name_a_path_on_one_short_line_without_secrets(path: str, words: str) -> None:
     assert shown(path) == words
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_an_outage_leaves_the_run_open_and_the_next_start_finishes_it(tmp_path: Path, folder: Path) -> None:
+    """404 is a recorded failure; 503 is never one, however often it comes."""
+    up = threading.Event()
+    busy, good = status(503), status(200, PNG)
+    with serving(style=lambda *asked: (good if up.is_set() else busy)(*asked), content=good) as server:
+        content = [f"{server.url}/content", f"{server.url}/gone"]
+        pq.write_table(pa.table({"content": content, "style": [f"{server.url}/style"] * 2}), tmp_path / "p.parquet")
+        job = tmp_path / "job.yaml"
+        job.write_text(
+            f"manifest: p.parquet\noutput: run\nmodel: {folder}\nsampling: {{steps: 1}}\nimage: {{size: 64}}\n"
+            "shards: {pairs_per_shard: 2}\ncluster: {micro_batch: 2}\nretries: 0\n"
+            "inputs: {remote_only: true, allow_private_addresses: true, retries: 1}\n"
+        )
+        assert main(["run", str(job), "--inline"]) == 1
+        assert not list((tmp_path / "run" / "records").iterdir())
+        assert not list((tmp_path / "run" / "failures").iterdir())
+        up.set()
+        assert main(["run", str(job), "--inline"]) == 3
+        (failure,) = pq.read_table(tmp_path / "run" / "failures" / "00000.parquet").to_pylist()
+        assert "/gone: the server answers 404" in failure["message"]
+        (row,) = pq.read_table(tmp_path / "run" / "data").to_pylist()
+        assert (row["content"], row["content_sha256"]) == (content[0], hashlib.sha256(PNG).hexdigest())
+        assert server.asked.count("/content") == 1  # the second start, and the contact sheet, had it in the cache
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------
