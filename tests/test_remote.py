@@ -205,16 +205,16 @@ def test_what_was_read_is_asked_for_once_and_the_cache_keeps_within_its_size() -
         for _ in range(3):
             assert fetch(f"{server.url}/a", OWN) == PNG
         assert server.asked == ["/a"]
+        with pytest.raises(ImageError, match="allow_private_addresses"):
+            fetch(f"{server.url}/a", Inputs())  # another job's limits hold for what is there, too
         small = OWN.model_copy(update={"cache_mb": 1})
-        fetch(f"{server.url}/a", small)  # of another job's limits: checked anew
-        fetch(f"{server.url}/b", small)  # takes the whole cache
-        fetch(f"{server.url}/b", small)
-        fetch(f"{server.url}/a", small)
-        assert server.asked == ["/a", "/a", "/b", "/a"]
+        for path in ("a", "b", "b", "a"):  # b takes the whole cache
+            fetch(f"{server.url}/{path}", small)
+        assert server.asked == ["/a", "/b", "/a"]
         none = OWN.model_copy(update={"cache_mb": 0})
-        fetch(f"{server.url}/a", none)
-        fetch(f"{server.url}/a", none)
-        assert server.asked[4:] == ["/a", "/a"]
+        fetch(f"{server.url}/b", none)
+        fetch(f"{server.url}/b", none)
+        assert server.asked[3:] == ["/b", "/b"]
 
 
 # --- what is tried again, and what never is ---------------------------------------------------------------------------

@@ -58,7 +58,8 @@ def fetch(url: str, inputs: Inputs) -> bytes:
     Raises ImageError where asking again gives the same answer (404, a refused address, too large), DownloadError where
     `inputs.retries` further tries did not help, JobError where s3fs is not installed.
     """
-    if (cached := _cache.get((url, inputs))) is not None:
+    key = (url, inputs.allow_private_addresses, inputs.max_bytes)  # what one job may read, another may not
+    if (cached := _cache.get(key)) is not None:
         return cached
     scheme = url.partition(":")[0].lower()
     read = {"http": _read_http, "https": _read_http, "s3": _read_s3}.get(scheme)
@@ -66,7 +67,7 @@ def fetch(url: str, inputs: Inputs) -> bytes:
         local = "" if inputs.remote_only else ", or paths of this machine"
         raise ImageError(f"{shown(url)}: {scheme}:// is not read; name http://, https:// or s3:// URLs{local}")
     data = _retried(read, url, inputs)
-    _cache.put((url, inputs), data, inputs.cache_mb << 20)
+    _cache.put(key, data, inputs.cache_mb << 20)
     return data
 
 
@@ -80,21 +81,24 @@ def _retried(read: Callable[[str, Inputs], bytes], url: str, inputs: Inputs) -> 
     return read(url, inputs)
 
 
+_Key = tuple[str, bool, int]
+
+
 class _Cache:
     """The files read last, as many as fit. What is asked of a server is thereby asked once a worker, as a rule."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[tuple[str, Inputs], bytes] = OrderedDict()
+        self._files: OrderedDict[_Key, bytes] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, Inputs]) -> bytes | None:
+    def get(self, key: _Key) -> bytes | None:
         with self._lock:
             if key in self._files:
                 self._files.move_to_end(key)
             return self._files.get(key)
 
-    def put(self, key: tuple[str, Inputs], data: bytes, most: int) -> None:
+    def put(self, key: _Key, data: bytes, most: int) -> None:
         if len(data) > most:
             return
         with self._lock:
