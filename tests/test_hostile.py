@@ -209,7 +209,8 @@ def here(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about what it reads
 def test_each_hostile_image_costs_its_row_and_no_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, (lies_there, _) in IMAGES.items():
         if isinstance(lies_there, bytes):

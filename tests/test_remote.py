@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -463,6 +465,52 @@ def test_remote_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) ->
 )
 def test_messages_name_a_path_on_one_short_line_without_secrets(path: str, words: str) -> None:
     assert shown(path) == words
+
+
+# --- https ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of localhost that has signed itself, with its key, in one file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    plain = serialization.NoEncryption()
+    form = serialization.PrivateFormat.PKCS8
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, form, plain) + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+def test_https_reads_from_whom_the_certificate_names_and_from_nobody_else(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(a=status(200, PNG)) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of handshakes that break off
+        port = server.server_port
+        with pytest.raises(ImageError, match="/a: its certificate is not valid: self-signed certificate"):
+            fetch(f"https://localhost:{port}/a", OWN)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with pytest.raises(ImageError, match=r"/a: its certificate is not valid: .*IP address mismatch"):
+            fetch(f"https://127.0.0.1:{port}/a", OWN)
+        assert server.asked == []
+        assert fetch(f"https://localhost:{port}/a", OWN) == PNG
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
