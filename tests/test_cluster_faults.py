@@ -93,7 +93,9 @@ def test_a_pair_that_kills_its_workers_is_found_and_the_others_come_out_as_ever(
     expected = images(undisturbed)
     del expected[killer]
     assert images(run) == expected
-    record = next(record for record in Ledger(run.paths).records() if record.shard == 1)
+    ledger = Ledger(run.paths)
+    ledger.refresh()
+    (record,) = ledger.records(1)
     assert record.failed_by_class == {"KillerError": 1}
     assert newest_step(run.paths, 1) is None, "the checkpoints are gone"
     assert list(run.paths.tmp.iterdir()) == []

@@ -3,6 +3,7 @@ import errno
 import hashlib
 import io
 import os
+import stat
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw
 from stylemill import images
 from stylemill.errors import ImageError, StorageError
 from stylemill.images import encode_image, load_image
+from stylemill.settings import Inputs
 
 SIZE = (32, 24)
 
@@ -250,6 +252,8 @@ def test_flipped_bytes_never_escape_as_another_error(image_format):
 
 def test_paths_that_cannot_be_images(tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
+    (tmp_path / "loop").symlink_to("loop")
     cases = {
         "absent.png": "No such file",
         "absent/absent.png": "No such file",
@@ -257,8 +261,10 @@ def test_paths_that_cannot_be_images(tmp_path):
         "pipe": "not a regular file",
         "a\0b": "null",
         "x" * 5000: "too long",
-        "s3://bucket/a.png": "only local paths",
-        "https://example.org/a.png": "only local paths",
+        "socket": "No such device",
+        "loop": "Too many levels of symbolic links",
+        "file:///etc/passwd": "file:// is not read",
+        "ftp://example.org/a.png": "ftp:// is not read",
         "": "neither a path nor bytes",
         None: "neither a path nor bytes",
     }
@@ -273,13 +279,24 @@ def test_bytes_without_a_path_are_named_by_their_digest():
         load(b"junk")
 
 
-def test_byte_limit(tmp_path, monkeypatch):
+def test_limits_of_bytes_and_pixels_are_the_jobs(tmp_path):
     data = as_bytes(photo())
     (tmp_path / "a.png").write_bytes(data)
-    monkeypatch.setattr(images, "MAX_BYTES", len(data) - 1)
-    for kind in ({"data": data}, {"data": None, "base": tmp_path}):
-        with pytest.raises(ImageError, match=r"^a\.png: has [\d,]+ bytes, over the limit"):
-            load(path="a.png", **kind)
+    for limits, said in (
+        (Inputs(max_bytes=len(data) - 1), r"has [\d,]+ bytes, over the limit of [\d,]+ \(inputs.max_bytes\)"),
+        (Inputs(max_pixels=200 * 150 - 1), r"200 × 150 pixels, over the limit of 29,999 pixels \(inputs.max_pixels\)"),
+    ):
+        for given in (data, None):
+            with pytest.raises(ImageError, match=rf"^a\.png: {said}"):
+                load_image("a.png", given, tmp_path, SIZE, "crop", limits=limits)
+    exact = Inputs(max_bytes=len(data), max_pixels=200 * 150)
+    assert load_image("a.png", None, tmp_path, SIZE, "crop", limits=exact).source == (200, 150)
+
+
+def test_files_that_pretend_to_be_empty_are_read_no_further_than_the_limit():
+    """Those of /proc have size 0 and may have no end."""
+    with pytest.raises(ImageError, match=r"cmdline: has 11 bytes, over the limit of 10 "):
+        load_image("/proc/self/cmdline", None, "/", SIZE, "crop", limits=Inputs(max_bytes=10))
 
 
 def test_pixel_limit_holds_where_pillows_is_off(monkeypatch):
@@ -292,10 +309,10 @@ def test_pixel_limit_holds_where_pillows_is_off(monkeypatch):
 def test_trouble_of_the_disk_is_transient(number, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(as_bytes(photo()))
 
-    def fails(self):
-        raise OSError(number, os.strerror(number), str(self))
+    def fails(path, flags):
+        raise OSError(number, os.strerror(number), path)
 
-    monkeypatch.setattr(Path, "read_bytes", fails)
+    monkeypatch.setattr(os, "open", fails)
     with pytest.raises(StorageError, match=f"a.png: .*{os.strerror(number)}"):
         load(None, "a.png", base=tmp_path)
 

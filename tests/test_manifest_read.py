@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import random
@@ -155,6 +156,39 @@ def test_a_damaged_page_is_a_manifest_error(file: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(ManifestError, match="damaged"):
         list(open_manifest(file).rows())
+
+
+def test_a_file_that_claims_more_rows_than_it_has_is_no_shorter_manifest(file: Path) -> None:
+    good = write(file, {"style": ["x.png"] * 40}).read_bytes()
+    claims = [place for place in range(len(good) - 400, len(good)) if good[place] == 80]  # zigzag of 40
+    said = []
+    for first, second in itertools.combinations(claims, 2):
+        changed = bytearray(good)
+        changed[first] = changed[second] = 82
+        file.write_bytes(changed)
+        try:
+            assert len(list(open_manifest(file).rows())) == 40  # what was changed was no claim
+        except ManifestError as error:
+            said.append(str(error))
+    assert any("the Parquet file is damaged: it has fewer rows than it claims" in words for words in said)
+    assert any("a damaged Parquet file: it claims 41 rows and has others" in words for words in said)
+
+
+def test_few_bytes_that_stand_for_many_do_not_fill_the_memory(file: Path) -> None:
+    """4,096 prompts of 8 MB in a file of some KB: read as batches of at most 1 GiB."""
+    prompts = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), ["x" * (8 << 20)])
+    write(file, {"style": ["x.png"] * 4096, "prompt": prompts}, dictionary_pagesize_limit=1 << 28)
+    assert file.stat().st_size < 1 << 20
+    manifest = open_manifest(file)
+    assert manifest.batch_rows < 128
+    assert sum(len(row.prompt or "") == 8 << 20 for row in manifest.rows(100, 104)) == 4
+
+
+def test_column_names_that_are_not_utf8_are_a_damaged_file(file: Path) -> None:
+    content = write(file, {"style": ["x.png"], "abcdefgh": ["y"]}).read_bytes()
+    file.write_bytes(content.replace(b"abcdefgh", b"abc\xff\xfefgh"))
+    with pytest.raises(ManifestError, match="not a Parquet file, or a damaged one"):
+        open_manifest(file)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 1), (9, 11), (10, 20), (35, 1000), (5, 5), (37, 40)])

@@ -13,7 +13,8 @@
     │   └── KillerError            the row killed every worker that took it up, alone too
     ├── TransientError             trying again can cure it; a row is never blamed
     │   ├── StorageError           writing or reading the run folder failed (disk full, I/O error)
-    │   └── DeviceMemoryError      even one pair in a UNet call is too much for the memory that is free
+    │   ├── DeviceMemoryError      even one pair in a UNet call is too much for the memory that is free
+    │   └── DownloadError          an input's server or store is silent, busy or cuts connections
     ├── DamagedError               a state file of the run is truncated or edited; it is set aside and redone
     ├── LockedError                another live process works on this run folder
     └── IncompleteError            the run stopped before every row was committed
@@ -80,6 +81,14 @@ class StorageError(TransientError):
 
 class DeviceMemoryError(TransientError):
     pass
+
+
+class DownloadError(TransientError):
+    """`retry_after`: the seconds that the server asked to be left alone for."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DamagedError(StylemillError):

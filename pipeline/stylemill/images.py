@@ -2,7 +2,8 @@
 
 Any raster image a viewer shows becomes (H, W, 3) uint8 RGB: EXIF rotation applied, transparency laid on white, the
 first frame of an animation, 16-bit scaled to 8. What cannot be shown that way without a guess is refused. Colour
-profiles are not applied. Every function may be called from many threads at once.
+profiles are not applied. What a manifest names is not trusted: a job's `inputs` (settings.Inputs) limit what a file may
+cost and where it may lie. Every function may be called from many threads at once.
 """
 
 from __future__ import annotations
@@ -22,12 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stylemill.errors import ImageError, StorageError
-from stylemill.settings import Fit
+from stylemill.remote import fetch, is_url, shown
+from stylemill.settings import DEFAULT_INPUTS, Fit, Inputs
 
-# Pillow's own hard limit, kept even where another library has switched Pillow's off. Decoded, such an image takes up to
-# 0.7 GB; photographs of 100 to 150 megapixels still pass.
-MAX_PIXELS = 178_956_970
-MAX_BYTES = 512 * 2**20  # a file is held whole in memory, so that its digest and its pixels come from the same bytes
 MIN_SIDE = (
     8  # pixels; below one latent of the model there is nothing to see, and such files are nearly always placeholders
 )
@@ -47,7 +45,10 @@ _IMPOSTORS: tuple[tuple[bytes, str], ...] = (
     (rb"....ftyp(heic|heix|mif1|hevc)", "is a HEIC photo; convert it to JPEG or PNG"),
 )
 # The path itself is at fault: asking again gives the same answer. Any other error of the system may pass.
-_PERMANENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+_PERMANENT = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+    errno.ENXIO,  # a socket
+}
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,27 @@ class FittedImage:
 
 
 def load_image(
-    path: str | None, data: bytes | None, base: str | Path, size: tuple[int, int], fit: Fit, grid: int = 1
+    path: str | None,
+    data: bytes | None,
+    base: str | Path,
+    size: tuple[int, int],
+    fit: Fit,
+    grid: int = 1,
+    limits: Inputs = DEFAULT_INPUTS,
 ) -> FittedImage:
     """Read one image and bring it to `size` (width, height).
 
-    `data`, where given, are the file's bytes and `path` only their name; otherwise `path` is read, relative to `base`.
+    `data`, where given, are the file's bytes and `path` only their name; otherwise `path` is a URL, or is read relative
+    to `base`.
     crop: the largest centred part of the right shape. pad: the whole image, centred on white. stretch: the whole image,
     its shape not kept. keep: the image's own size and shape where it fits within `size`, else scaled down to fit; sides
     are rounded to multiples of `grid`, and what that takes off the shape is cropped.
 
-    Raises ImageError where the image can never be read, StorageError where trying again may help.
+    Raises ImageError where the image can never be read, TransientError where trying again may help.
     """
-    name, data = read_bytes(path, data, base)
+    name, data = read_bytes(path, data, base, limits)
     try:
-        image = _rgb(open_image(data, name, largest=2 * max(size)), name)
+        image = _rgb(open_image(data, name, limits.max_pixels, largest=2 * max(size)), name)
         fitted = _fit(image, kept_size(image.size, size, grid) if fit == "keep" else size, fit)
         return FittedImage(np.array(fitted), hashlib.sha256(data).hexdigest(), image.size)
     except MemoryError as error:
@@ -86,15 +94,18 @@ def kept_size(own: tuple[int, int], most: tuple[int, int], grid: int) -> tuple[i
     return width, height
 
 
-def read_bytes(path: str | None, data: bytes | None, base: str | Path) -> tuple[str, bytes]:
-    """The bytes of an image file, and its name in messages. Raises as `load_image` does."""
+def read_bytes(
+    path: str | None, data: bytes | None, base: str | Path, limits: Inputs = DEFAULT_INPUTS
+) -> tuple[str, bytes]:
+    """The bytes of an image file, held whole, so that its digest and its pixels come from the same ones; and its name
+    in messages. Raises as `load_image` does."""
     name = _name(path, data)
     if data is None:
-        data = _read(path, Path(base))
+        data = _read(path, Path(base), limits)
     if not data:
         raise ImageError(f"{name}: is empty (0 bytes); write the file again or remove its rows")
-    if len(data) > MAX_BYTES:
-        raise ImageError(_too_many_bytes(name, len(data)))
+    if len(data) > limits.max_bytes:
+        raise ImageError(_too_many_bytes(name, len(data), limits))
     return name, data
 
 
@@ -115,33 +126,38 @@ def encode_image(pixels: NDArray[np.uint8], image_format: Literal["png", "jpeg",
 
 def _name(path: str | None, data: bytes | None) -> str:
     if path:
-        return path if len(path) <= 200 else path[:200] + "…"
+        return shown(path)
     if data is not None:
         return f"image bytes sha256:{hashlib.sha256(data).hexdigest()[:16]}…"
     return "image"
 
 
-def _too_many_bytes(name: str, size: int) -> str:
-    return f"{name}: has {size:,} bytes, over the limit of {MAX_BYTES:,}; store it smaller or compressed"
+def _too_many_bytes(name: str, size: int, limits: Inputs) -> str:
+    limit = f"over the limit of {limits.max_bytes:,} (inputs.max_bytes)"
+    return f"{name}: has {size:,} bytes, {limit}; store it smaller or compressed"
 
 
-def _read(path: str | None, base: Path) -> bytes:
+def _read(path: str | None, base: Path, limits: Inputs) -> bytes:
     if not path:
         raise ImageError("image: the manifest gives neither a path nor bytes; fill in one of them")
     name = _name(path, None)
-    if scheme := re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path):
+    if is_url(path):
+        return fetch(path, limits)
+    if limits.remote_only:
         raise ImageError(
-            f"{name}: {scheme[0]} is not read yet, only local paths; copy the image and name it by its path"
+            f"{name}: is a path of this machine, and inputs.remote_only allows none; name a URL, or embed the bytes"
         )
     full = base / path
     try:
-        found = full.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for without end
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise ImageError(f"{name}: is {kind}; name an image file")
-        if found.st_size > MAX_BYTES:
-            raise ImageError(_too_many_bytes(name, found.st_size))
-        return full.read_bytes()
+        with open(full, "rb", opener=_open) as file:
+            found = os.stat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ImageError(f"{name}: is not a regular file; name an image file")
+            if found.st_size > limits.max_bytes:
+                raise ImageError(_too_many_bytes(name, found.st_size, limits))
+            return file.read(found.st_size or limits.max_bytes + 1)  # some of /proc have no size and no end
+    except IsADirectoryError:
+        raise ImageError(f"{name}: is a folder; name an image file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte or a lone surrogate in the path
         if isinstance(error, OSError) and error.errno not in _PERMANENT:
             raise StorageError(f"{name}: cannot be read just now: {os.strerror(error.errno or 0)}") from error
@@ -150,7 +166,13 @@ def _read(path: str | None, base: Path) -> bytes:
         raise ImageError(f"{name}: {what} (looked for {where}); correct the path or its rights") from error
 
 
-def open_image(data: bytes, name: str, largest: int | None = None, min_side: int = MIN_SIDE) -> Image.Image:
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would be waited for without end
+
+
+def open_image(
+    data: bytes, name: str, max_pixels: int, largest: int | None = None, min_side: int = MIN_SIDE
+) -> Image.Image:
     """Decode the bytes of an image in its own mode, EXIF rotation applied. Raises ImageError.
 
     A JPEG may be decoded smaller, with sides of `largest` pixels or more.
@@ -161,7 +183,7 @@ def open_image(data: bytes, name: str, largest: int | None = None, min_side: int
     try:
         image = Image.open(io.BytesIO(data), formats=_AVAILABLE)
         width, height = image.size
-        if width * height > MAX_PIXELS:
+        if width * height > max_pixels:
             raise Image.DecompressionBombError(f"{width} × {height} pixels")
         if min(width, height) < min_side:
             raise ImageError(f"{name}: {width} × {height} pixels; a side has at least {min_side}; use a larger image")
@@ -176,7 +198,8 @@ def open_image(data: bytes, name: str, largest: int | None = None, min_side: int
         advice = f"convert it to one of: {', '.join(_AVAILABLE)}"
         raise ImageError(f"{name}: not an image, or of a format that is not read; {advice}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {error}, over the limit of {MAX_PIXELS:,} pixels; scale it down first") from error
+        limit = f"over the limit of {max_pixels:,} pixels (inputs.max_pixels)"
+        raise ImageError(f"{name}: {error}, {limit}; scale it down first") from error
     except Exception as error:  # decoders raise nearly anything on damaged bytes; none of it comes from a disk
         raise ImageError(f"{name}: truncated or damaged ({error}); write the file again") from error
     rotated = _rotated(image)

@@ -175,7 +175,7 @@ def _read_masks(
         if image is not None:
             size, source = (image.pixels.shape[1], image.pixels.shape[0]), image.source
         try:
-            labels = load_labels(path, None, run.manifest.base, size, run.job.image.fit, source)
+            labels = load_labels(path, None, run.manifest.base, size, run.job.image.fit, source, run.job.inputs)
         except RowError as error:
             return LabelImage(name, None), _reason(error)
         return LabelImage(name, labels), None
@@ -201,7 +201,7 @@ def _read_controls(
         if need not in wanted:
             return InputImage(need.name, None, need.size), None
         try:
-            image = load_image(need.ref.path, need.ref.data, run.manifest.base, need.size, fit)
+            image = load_image(need.ref.path, need.ref.data, run.manifest.base, need.size, fit, 1, run.job.inputs)
         except RowError as error:
             return InputImage(need.name, None, need.size), _reason(error)
         return InputImage(need.name, image.pixels), None
@@ -217,7 +217,7 @@ def _load(run: Run, need: Need, grid: int) -> FittedImage | Reason:
     ref, fit = need.ref, run.job.image.fit
     fault("read-image", name=need.key)
     try:
-        return load_image(ref.path, ref.data, run.manifest.base, need.size, fit, grid)
+        return load_image(ref.path, ref.data, run.manifest.base, need.size, fit, grid, run.job.inputs)
     except RowError as error:
         return _reason(error)
 

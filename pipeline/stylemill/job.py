@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from stylemill.errors import JobError
 from stylemill.models.files import DEMO
 from stylemill.models.single_file import CHECKPOINT_SUFFIXES
-from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Lora, Sampling
-from stylemill.strict_yaml import load_yaml
+from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Inputs, Lora, Sampling
+from stylemill.strict_yaml import LARGEST, load_yaml
 
 # The description of a field that takes values of two kinds is what a message says was expected.
 Auto = Literal["auto"]
@@ -130,6 +130,7 @@ class Job(Frozen):
     sampling: Sampling = Sampling()
     images_per_pair: Annotated[int, Field(ge=1, le=10_000)] = 1  # of each manifest row, each from noise of its own
     image: Image = Image()
+    inputs: Inputs = Inputs()
     shards: Shards = Shards()
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
@@ -184,7 +185,11 @@ class Job(Frozen):
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as file:
+                data = file.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                raise JobError(f"{path}: larger than {LARGEST:,} bytes; that is no job file")
+            text = data.decode("utf-8")
         except FileNotFoundError:
             raise JobError(f"{path}: no such job file") from None
         except UnicodeDecodeError as error:

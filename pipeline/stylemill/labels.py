@@ -10,7 +10,7 @@ from PIL import Image
 
 from stylemill.errors import ImageError, StorageError
 from stylemill.images import open_image, placement, read_bytes
-from stylemill.settings import COLOUR_LABEL, Fit
+from stylemill.settings import COLOUR_LABEL, DEFAULT_INPUTS, Fit, Inputs
 
 UNLABELLED = -1  # padding
 
@@ -24,6 +24,7 @@ def load_labels(
     size: tuple[int, int],
     fit: Fit,
     image: tuple[int, int] | None = None,
+    limits: Inputs = DEFAULT_INPUTS,
 ) -> NDArray[np.int32]:
     """Read a label image of any resolution -> (H, W) labels, brought to `size` (width, height) by nearest neighbour.
 
@@ -31,12 +32,12 @@ def load_labels(
     other colour is `COLOUR_LABEL` + 0xRRGGBB. `image` is the size of the image that it belongs to, before fitting: each
     pixel of the result shows the label of the very place that the image shows there. What `pad` adds is UNLABELLED.
 
-    Raises ImageError where the mask can never be read or has another shape than its image, StorageError where trying
+    Raises ImageError where the mask can never be read or has another shape than its image, TransientError where trying
     again may help.
     """
-    name, data = read_bytes(path, data, base)
+    name, data = read_bytes(path, data, base, limits)
     try:
-        opened = open_image(data, name, min_side=1)
+        opened = open_image(data, name, limits.max_pixels, min_side=1)
         labels = _labels(opened, name)
     except MemoryError as error:
         raise StorageError(f"{name}: not enough memory to decode it; give the worker more memory") from error

@@ -179,7 +179,7 @@ def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool,
                 stopped_because = str(error)
         still_open = ledger.open_shards(planned.shards)
         if not still_open and (listener.committed_now or not paths.contact_sheet.exists()):
-            write_contact_sheet(paths, planned.manifest, ledger.records())
+            write_contact_sheet(paths, planned.manifest, ledger.records(), inputs=planned.job.inputs)
         if not still_open:
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
         left = [shard for shard, generation in wanted.items() if not ledger.stands(shard, generation)]

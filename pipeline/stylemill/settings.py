@@ -33,6 +33,21 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class Inputs(Frozen):
+    """Where images may come from and what one may cost: decides which rows fail, never a byte of one that succeeds."""
+
+    remote_only: bool = False  # no file of this machine is read: for manifests that others wrote
+    allow_private_addresses: bool = False  # http(s) hosts of the own network; those of cloud metadata stay refused
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970  # Pillow's own limit; 0.7 GB decoded
+    max_bytes: Annotated[int, Field(ge=1, le=2**32)] = 512 * 2**20  # a file is held whole in memory
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # seconds of one download, from asking to its last byte
+    retries: Annotated[int, Field(ge=0, le=20)] = 3  # downloads tried beyond the first before the attempt fails
+    cache_mb: Annotated[int, Field(ge=0)] = 256  # of downloaded files, kept in the memory of each worker
+
+
+DEFAULT_INPUTS = Inputs()
+
+
 class ControlNet(Frozen):
     """A ControlNet that denoising sees: a diffusers folder or hub id. Its place in the job's list is its control's."""
 

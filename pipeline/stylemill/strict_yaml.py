@@ -9,16 +9,33 @@ import yaml
 
 from stylemill.errors import JobError
 
+LARGEST = 1 << 20  # bytes of a job file
+_MOST_VALUES = 10_000  # of one document, with every alias spelled out: nine lines of aliases can stand for billions
+
 
 class _Loader(yaml.SafeLoader):
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key.value}' stands there twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = int(super().construct_yaml_int(node))
+        if abs(value) >= 2**64:  # no setting is; and Python refuses to print much larger ones
+            raise yaml.MarkedYAMLError(problem="a number beyond 64 bits", problem_mark=node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 # PyYAML follows YAML 1.1, where a number with an exponent needs a point and a sign: `1e-2` would be text.
 _Loader.add_implicit_resolver(
@@ -26,6 +43,25 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?([0-9]+|[0-9]*\.[0-9]+|[0-9]+\.)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
+
+
+def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values `node` holds with every alias spelled out. Raises MarkedYAMLError where there are too many."""
+    if (known := counted.get(id(node))) is not None:
+        if not known:
+            raise yaml.MarkedYAMLError(problem="an alias stands inside of what it names", problem_mark=node.start_mark)
+        return known
+    if isinstance(node, yaml.ScalarNode) and re.search("[\ud800-\udfff]", node.value):
+        raise yaml.MarkedYAMLError(problem="half of a surrogate pair is no character", problem_mark=node.start_mark)
+    counted[id(node)] = 0  # until its children are counted
+    children = node.value if isinstance(node, yaml.CollectionNode) else ()
+    flat = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+    values = 1 + sum(_count(child, counted) for child in flat)
+    if values > _MOST_VALUES:
+        problem = f"more than {_MOST_VALUES:,} values, every alias counted as what it stands for"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    counted[id(node)] = values
+    return values
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -38,5 +74,9 @@ def load_yaml(text: str, where: str) -> Any:
         problem = error.problem or error.context
         advice = "; indent with spaces" if mark and mark.buffer and mark.buffer[mark.pointer] == "\t" else ""
         raise JobError(f"{where}: {place}not valid YAML: {problem}{advice}") from None
+    except RecursionError:
+        raise JobError(f"{where}: not valid YAML: lists or keys are nested too deeply") from None
+    except (TypeError, KeyError, AttributeError):  # PyYAML's own, of values such as '!!bool 7'
+        raise JobError(f"{where}: not valid YAML: a value does not fit its '!!' tag; leave the tag out") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that looks right and is none
         raise JobError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stylemill.manifest.schema import KNOWN, Problem, Row, carried_schema, is_li
 
 _BATCH_BYTES = 16 << 20  # uncompressed; what is in memory at once is a small multiple of it
 _BATCH_ROWS = 4096
+_WORST_BYTES = 1 << 30  # of a batch whose every row repeats the largest value that a dictionary page can hold
 _BUFFER_BYTES = 1 << 20  # without a buffer, pyarrow reads whole column chunks: all of a one-group file
 
 
@@ -155,6 +157,8 @@ class Manifest:
                         # `select`: asking for 'style' also brings a column that happens to be called 'style.name'.
                         yield first + low, batch.select(columns).slice(low, high - low)
                     first += batch.num_rows
+            if first != self.group_starts[groups.stop]:
+                raise ManifestError(f"{self.path}: the Parquet file is damaged: it has fewer rows than it claims")
 
 
 def open_manifest(path: str | Path) -> Manifest:
@@ -167,23 +171,26 @@ def open_manifest(path: str | Path) -> Manifest:
     path = Path(path).absolute()
     if path.is_dir():
         raise ManifestError(f"{path}: is a folder; name the Parquet file in it")
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise ManifestError(f"{path}: is not a regular file; name a Parquet file")
     try:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
             sizes = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            problems = schema_problems(schema)
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such manifest; 'stylemill manifest build' makes one") from None
     except PermissionError:
         raise ManifestError(f"{path}: no permission to read the manifest") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
         raise ManifestError(f"{path}: not a Parquet file, or a damaged one: {_one_line(error)}") from None
-    if problems := schema_problems(schema):
+    if problems:
         raise ManifestError("\n".join(f"{path}: {problem}" for problem in problems))
     if metadata.num_rows == 0:
         raise ManifestError(f"{path}: the manifest has no rows")
-    starts = [0]
-    for group in sizes:
-        starts.append(starts[-1] + group.num_rows)
+    starts = [0, *accumulate(group.num_rows for group in sizes)]
+    if starts[-1] != metadata.num_rows or min(group.num_rows for group in sizes) < 0:
+        raise ManifestError(f"{path}: a damaged Parquet file: it claims {metadata.num_rows:,} rows and has others")
     row_bytes = max(group.total_byte_size / max(group.num_rows, 1) for group in sizes)
     return Manifest(
         path=path,
@@ -193,8 +200,14 @@ def open_manifest(path: str | Path) -> Manifest:
         carried=carried_schema(schema),
         style_is_list=is_list(schema.field("style").type),
         group_starts=tuple(starts),
-        batch_rows=max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(row_bytes, 1)))),
+        batch_rows=max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(row_bytes, 1)), _WORST_BYTES // _dictionary(sizes))),
     )
+
+
+def _dictionary(groups: list[Any]) -> int:
+    """Bytes that one value of a dictionary page has at most: few bytes of a file can stand for many of them."""
+    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
+    return max((chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=1) or 1
 
 
 def _runs(metadata: Any, groups: range) -> Iterator[list[int]]:
@@ -252,7 +265,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ManifestError(f"{path}: the manifest is no longer there") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow reports damaged pages as OSError too, but only the system's own errors have a number.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"{path}: the manifest cannot be read just now: {error}") from error

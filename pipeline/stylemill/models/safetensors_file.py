@@ -43,7 +43,7 @@ def tensors_of(path: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(entry["shape"]) for key, entry in tensors.items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # the last: a header of brackets
         raise ModelError(f"{path}: truncated or not safetensors ({error}); copy or download it again") from error
 
 

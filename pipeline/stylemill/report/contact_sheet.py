@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from stylemill.errors import ImageError, StorageError
+from stylemill.errors import ImageError, TransientError
 from stylemill.images import encode_image, load_image
 from stylemill.manifest.read import Manifest
 from stylemill.manifest.schema import ImageRef, Row
+from stylemill.settings import DEFAULT_INPUTS, Inputs
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import discard, storage_errors
 from stylemill.store.records import Record
@@ -39,7 +40,11 @@ class _Grid:
 
 
 def write_contact_sheet(
-    paths: RunPaths, manifest: Manifest, records: Iterable[Record], limit: tuple[int, int] = (8, 8)
+    paths: RunPaths,
+    manifest: Manifest,
+    records: Iterable[Record],
+    limit: tuple[int, int] = (8, 8),
+    inputs: Inputs = DEFAULT_INPUTS,
 ) -> Path | None:
     """Draw the first committed pairs, at most `limit` = (contents, styles), and return the sheet's path.
 
@@ -57,7 +62,8 @@ def write_contact_sheet(
         wanted = {row for row in grid.cells.values() if record.first_row <= row < record.stop_row}
         if record.data is not None:
             outputs |= _outputs(paths.output / record.data.name, wanted - outputs.keys())
-    sheet = _draw(grid, outputs, manifest)
+    brief = inputs.model_copy(update={"retries": 0, "timeout": min(inputs.timeout, 10.0)})  # grey is good enough here
+    sheet = _draw(grid, outputs, manifest.base, manifest.num_rows, brief)
     final = paths.contact_sheet
     tmp = paths.tmp_name(final, uuid4().hex)
     try:
@@ -117,14 +123,14 @@ def _outputs(file: Path, wanted: set[int]) -> dict[int, Image.Image]:
     return found
 
 
-def _thumbnail(image: ImageRef, base: Path) -> Image.Image:
+def _thumbnail(image: ImageRef, base: Path, inputs: Inputs = DEFAULT_INPUTS) -> Image.Image:
     try:
-        return Image.fromarray(load_image(image.path, image.data, base, (THUMB, THUMB), "pad").pixels)
-    except (ImageError, StorageError):
+        return Image.fromarray(load_image(image.path, image.data, base, (THUMB, THUMB), "pad", 1, inputs).pixels)
+    except (ImageError, TransientError):
         return Image.new("RGB", (THUMB, THUMB), _GREY)
 
 
-def _draw(grid: _Grid, outputs: Mapping[int, Image.Image], manifest: Manifest) -> Image.Image:
+def _draw(grid: _Grid, outputs: Mapping[int, Image.Image], base: Path, pairs: int, inputs: Inputs) -> Image.Image:
     step = THUMB + GAP
     rows, columns = len(grid.contents) + 1, len(grid.styles) + 1
     sheet = Image.new("RGB", (columns * step + GAP, rows * (step + LABEL) + GAP), "white")
@@ -135,12 +141,12 @@ def _draw(grid: _Grid, outputs: Mapping[int, Image.Image], manifest: Manifest) -
 
     for column, row in enumerate(grid.styles.values(), start=1):
         at = place(0, column)
-        sheet.paste(_side_by_side(row.styles, manifest.base), at)
+        sheet.paste(_side_by_side(row.styles, base, inputs), at)
         _write(draw, at, " + ".join(_short(image.reference) for image in row.styles))
     for line, row in enumerate(grid.contents.values(), start=1):
         at = place(line, 0)
         if row.content is not None:
-            sheet.paste(_thumbnail(row.content, manifest.base), at)
+            sheet.paste(_thumbnail(row.content, base, inputs), at)
         _write(draw, at, _short(row.content.reference) if row.content is not None else row.prompt or "(none)")
     failed = _failed_cell()
     for line, content in enumerate(grid.contents, start=1):
@@ -148,18 +154,18 @@ def _draw(grid: _Grid, outputs: Mapping[int, Image.Image], manifest: Manifest) -
             number = grid.cells.get((content, style))
             if number is not None:
                 sheet.paste(outputs.get(number, failed), place(line, column))
-    _write(draw, place(0, 0), f"{len(grid.cells):,} of {manifest.num_rows:,} pairs")
+    _write(draw, place(0, 0), f"{len(grid.cells):,} of {pairs:,} pairs")
     return sheet
 
 
-def _side_by_side(images: tuple[ImageRef, ...], base: Path) -> Image.Image:
+def _side_by_side(images: tuple[ImageRef, ...], base: Path, inputs: Inputs) -> Image.Image:
     """Several styles share one thumbnail: the first four, in a square of their own each."""
     if len(images) == 1:
-        return _thumbnail(images[0], base)
+        return _thumbnail(images[0], base, inputs)
     half = THUMB // 2
     shared = Image.new("RGB", (THUMB, THUMB), "white")
     for index, image in enumerate(images[:4]):
-        shared.paste(_thumbnail(image, base).resize((half, half)), (index % 2 * half, index // 2 * half))
+        shared.paste(_thumbnail(image, base, inputs).resize((half, half)), (index % 2 * half, index // 2 * half))
     return shared
 
 

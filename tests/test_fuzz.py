@@ -1,0 +1,284 @@
+"""Fuzzing: whatever the bytes, only errors of our own tree come out; never a crash, a hang or a wrong success.
+
+Each target takes what is read in good shape and lets hypothesis cut, insert and overwrite bytes of it: damage that is
+near to good finds its way deeper into a reader than noise does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from stylemill.errors import DamagedError, ImageError, JobError, ManifestError
+from stylemill.images import load_image
+from stylemill.job import Job
+from stylemill.labels import load_labels
+from stylemill.manifest import open_manifest, validate_manifest
+from stylemill.settings import Inputs
+from stylemill.store.checkpoints import load, save_inputs, save_progress
+from stylemill.store.paths import RunPaths
+from stylemill.store.records import FileEntry, Record
+
+pytestmark = pytest.mark.slow
+
+bounded = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+Damage = Callable[[bytes], bytes]
+
+
+FEW = st.binary(max_size=4)
+
+
+@st.composite
+def damages(draw: st.DrawFn, pieces: st.SearchStrategy[bytes] = FEW) -> Damage:
+    """A few places, each as a share of the length, where some bytes go and others come."""
+    edits = draw(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), pieces), min_size=1, max_size=6))
+    kept = draw(st.floats(0, 1)) if draw(st.integers(0, 4)) == 0 else 1.0
+
+    def damage(data: bytes) -> bytes:
+        for place, gone, come in edits:
+            at = int(place * len(data))
+            data = data[:at] + come + data[at + gone :]
+        return data[: int(kept * len(data))]
+
+    return damage
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _images() -> dict[str, bytes]:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    found = {}
+    for kind, mode in (
+        *(("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGBA")),
+        *(("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "F"), ("BMP", "RGB"), ("PPM", "RGB"), ("JPEG2000", "RGB")),
+        *(("AVIF", "RGB"), ("QOI", "RGB")),
+    ):
+        if kind in Image.SAVE:
+            buffer = io.BytesIO()
+            (Image.new(mode, (32, 24), 7) if mode in ("I;16", "F") else image.convert(mode)).save(buffer, kind)
+            found[f"{kind} {mode}"] = buffer.getvalue()
+    return found
+
+
+IMAGES = _images()
+SMALL = Inputs(max_pixels=1 << 20)  # a changed header may ask for much, and 300 of them for a long time
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about what it reads
+@bounded
+@given(name=st.sampled_from(sorted(IMAGES)), damage=damages())
+def test_no_bytes_of_an_image_do_more_than_fail(name: str, damage: Damage) -> None:
+    data, said = damage(IMAGES[name]), []
+    for fit in ("crop", "keep"):
+        try:
+            image = load_image("a.img", data, ".", (16, 16), fit, 8, SMALL)
+        except ImageError as error:
+            said.append(str(error))
+        else:
+            assert (image.pixels.shape[2], image.pixels.dtype) == (3, np.uint8)
+            assert max(image.pixels.shape[:2]) <= 16
+            assert image.sha256 == hashlib.sha256(data).hexdigest()
+    try:
+        labels = load_labels("a.img", data, ".", (16, 16), "crop", limits=SMALL)
+        assert labels.shape == (16, 16)
+    except ImageError as error:
+        said.append(str(error))
+    assert all(words.startswith("a.img: ") for words in said), said
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+
+def _manifest() -> bytes:
+    rows = 40
+    table = {
+        "pair_id": [f"p{row}" for row in range(rows)],
+        "content": [{"bytes": bytes([row]) * 9, "path": None} for row in range(rows)],
+        "style": [["s.png", f"{row % 3}.png"] for row in range(rows)],
+        "seed": [row if row % 3 else None for row in range(rows)],
+        "content_weight": [row / 7 for row in range(rows)],
+        "note": [{"a": [row]} for row in range(rows)],
+    }
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(table), buffer, row_group_size=16)
+    return buffer.getvalue()
+
+
+MANIFEST = _manifest()
+
+
+@bounded
+@given(damage=damages(), in_footer=st.booleans())
+def test_no_bytes_of_a_manifest_do_more_than_fail(tmp_path: Path, damage: Damage, in_footer: bool) -> None:
+    footer = len(MANIFEST) - 8 - int.from_bytes(MANIFEST[-8:-4], "little")
+    data = MANIFEST[:footer] + damage(MANIFEST[footer:-8]) + MANIFEST[-8:] if in_footer else damage(MANIFEST)
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(data)
+    try:
+        manifest = open_manifest(path)
+        rows = list(manifest.rows())
+        carried = manifest.carried_rows()
+        validate_manifest(path, check_files=False)
+    except ManifestError:
+        return
+    assert len(rows) == manifest.num_rows
+    assert carried.num_rows in (0, manifest.num_rows)  # 0: no column is carried
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+JOB = b"""manifest: pairs.parquet
+output: run
+model: {name: m, layers: 10-15, loras: [{name: l, scale: 0.5}]}
+sampling: {steps: 2, learning_rate: 1e-2, adain: true}
+image: &size
+  size: [64, 128]
+inputs: {remote_only: true, timeout: 1.5}
+cluster: {workers: auto}
+"""
+YAML_PIECES = st.one_of(
+    st.binary(max_size=4),
+    st.sampled_from(
+        [
+            *(
+                b"*size",
+                b"&size ",
+                b"<<: *size",
+                b"!!set ",
+                b"!!int ",
+                b"!!bool ",
+                b"!!timestamp ",
+                b"!!binary ",
+                b"!!map ",
+            ),
+            *(
+                b"!!python/name:os.system",
+                b"- ",
+                b"? ",
+                b": ",
+                b"{",
+                b"}",
+                b"[",
+                b"]",
+                b"'",
+                b'"',
+                b"|\n",
+                b"\t",
+                b"\n---\n",
+            ),
+            *(
+                b"~",
+                b"=",
+                b"1:30",
+                b"0x1f",
+                b".inf",
+                b".nan",
+                b"1e999",
+                b"2001-99-99",
+                b"\\ud800",
+                b"\\x00",
+                b"%YAML 9.9\n",
+            ),
+        ]
+    ),
+)
+
+
+@bounded
+@given(damage=damages(YAML_PIECES))
+def test_no_bytes_of_a_job_do_more_than_fail(tmp_path: Path, damage: Damage) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(damage(JOB))
+    try:
+        job = Job.load(path)
+    except JobError:
+        return
+    assert Job.parse(job.model_dump()) == job  # a job that is accepted can be stored with the run and read again
+
+
+# --- records and checkpoints ------------------------------------------------------------------------------------------
+
+RECORD = Record(
+    shard=3,
+    fingerprint="f" * 64,
+    first_row=6,
+    stop_row=8,
+    attempt="a1",
+    rows_ok=1,
+    rows_failed=1,
+    data=FileEntry("data/train-00003-of-00005.parquet", 1, 99, "0" * 64),
+    failures=FileEntry("failures/00003.parquet", 1, 77, "1" * 64),
+    failed_by_class={"ImageError": 1},
+    numerics={"torch": "2.13.0", "threads": 1},
+    timings={"read": 0.5},
+).to_bytes()
+
+
+@bounded
+@given(damage=damages(st.one_of(st.binary(max_size=4), st.sampled_from([b"null", b"1e999", b"[", b"}", b'"', b"-1"]))))
+def test_no_other_bytes_are_a_record(damage: Damage) -> None:
+    data = damage(RECORD)
+    if data == RECORD:
+        assert Record.from_bytes(data).shard == 3
+        return
+    with pytest.raises(DamagedError):
+        Record.from_bytes(data)
+
+
+LATENTS = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a good checkpoint, by name."""
+    paths = RunPaths(tmp_path_factory.mktemp("run"), 1)
+    paths.create()
+    inputs = save_inputs(paths, 0, "a1", {"clean": LATENTS}, {"fingerprint": "f", "items": []})
+    save_progress(paths, 0, 5, "a1", {"latents": LATENTS + 1}, {"fingerprint": "f"}, inputs)
+    return {path.name: path.read_bytes() for path in paths.checkpoints(0).iterdir()}
+
+
+@bounded
+@given(damage=damages(), which=st.sampled_from(["inputs", "progress"]), named_anew=st.booleans())
+def test_no_other_bytes_are_a_checkpoint(
+    tmp_path: Path,
+    checkpoint: dict[str, bytes],
+    damage: Damage,
+    which: str,
+    named_anew: bool,
+) -> None:
+    """Damage is noticed by the digest in a file's name; and where even that was made to fit, by what the file says."""
+    paths = RunPaths(tmp_path / uuid4().hex, 1)
+    for folder in (paths.checkpoints(0), paths.tmp):
+        folder.mkdir(parents=True)
+    changed = False
+    for name, good in checkpoint.items():
+        data = damage(good) if name.startswith(which) else good
+        changed |= data != good
+        if data != good and named_anew:
+            digest = hashlib.sha256(data).hexdigest()[:32]
+            name = f"{name.rpartition('-')[0]}-{digest}.safetensors"
+        (paths.checkpoints(0) / name).write_bytes(data)
+    found = load(paths, 0, {"fingerprint": "f"})
+    if not changed:
+        assert found is not None
+    elif not named_anew or which == "inputs":  # whose name the progress holds
+        assert found is None
+    if found is not None:
+        assert (found.step, found.meta["fingerprint"], found.inputs_name in checkpoint) == (5, "f", True)
+        assert np.array_equal(found.inputs["clean"], LATENTS)
