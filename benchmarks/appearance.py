@@ -26,7 +26,7 @@ def colour_distance(a: Pixels, b: Pixels) -> float:
 
 
 def patch_distance(a: Pixels, b: Pixels) -> float:
-    """Between the patches of two pictures, mean over scales; each patch without its mean colour, which is judged above."""
+    """Between the patches of two pictures, mean over scales; each without its mean colour, which is judged above."""
     distances = []
     for scale in range(SCALES):
         one, other = _smaller(_unit(a), scale), _smaller(_unit(b), scale)
@@ -37,7 +37,7 @@ def patch_distance(a: Pixels, b: Pixels) -> float:
 
 
 def edge_agreement(a: Pixels, b: Pixels) -> float:
-    """Correlation of two pictures' smoothed edge strength, of equal size; 1 for the same picture, about 0 for any two."""
+    """Correlation of two pictures' smoothed edge strength: 1 for the same picture, about 0 for any two of one size."""
     return float(np.corrcoef(_edges(a).ravel(), _edges(b).ravel())[0, 1])
 
 

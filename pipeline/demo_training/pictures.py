@@ -1,4 +1,4 @@
-"""Pictures to learn from, drawn by numpy and Pillow alone: scenes, and the same scenes painted, printed, laid and woven.
+"""Pictures to learn from, drawn by numpy and Pillow alone: scenes, and the same painted, printed, laid and woven.
 
 `picture(seed, number)` is a pure function; together with the textures that scikit-image ships (`textures`), these
 are all that the demo model has ever seen.
@@ -45,7 +45,7 @@ def textures() -> list[tuple[NDArray[np.uint8], str]]:
     return pictures
 
 
-# --- colours and fields -------------------------------------------------------------------------------------------------
+# --- colours and fields -----------------------------------------------------------------------------------------------
 
 
 def palette(random: Random, count: int = 6) -> NDArray[np.float32]:
@@ -102,7 +102,7 @@ def soft(field: Field, radius: float) -> Field:
     return field_of(image_of(field).filter(ImageFilter.GaussianBlur(radius)))
 
 
-# --- scenes -------------------------------------------------------------------------------------------------------------
+# --- scenes -----------------------------------------------------------------------------------------------------------
 
 
 def clouds(random: Random) -> Field:
@@ -196,7 +196,7 @@ SCENES: tuple[Callable[[Random], Field], ...] = (clouds, gradients, landscape, l
 SCENE_SHARES = (0.15, 0.05, 0.25, 0.35, 0.2)
 
 
-# --- manners ------------------------------------------------------------------------------------------------------------
+# --- manners ----------------------------------------------------------------------------------------------------------
 
 
 def as_it_is(random: Random, scene: Field) -> Field:

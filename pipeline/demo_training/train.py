@@ -67,7 +67,7 @@ def kept(path: Path, make: Any) -> Any:
     return torch.load(path, weights_only=True)
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------------
+# --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def _draw(task: tuple[int, int]) -> tuple[Any, str]:
@@ -117,7 +117,7 @@ def crops(pool: torch.Tensor, batch: int, side: int, random: np.random.Generator
         yield torch.cat(cuts)
 
 
-# --- VAE ----------------------------------------------------------------------------------------------------------------
+# --- VAE --------------------------------------------------------------------------------------------------------------
 
 
 def new_vae() -> Any:
@@ -136,7 +136,7 @@ def new_vae() -> Any:
 
 @torch.no_grad()
 def components(pool: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first principal components of 8 × 8 patches: projections to deviation 1 and back, (CHANNELS, 192), and the mean.
+    """The first principal components of 8 × 8 patches: projections to deviation 1 and back, (CHANNELS, 192), and mean.
 
     The 192 values are ordered as three steps of 2 × 2 places into channels give them, colour last.
     """
@@ -274,8 +274,7 @@ def train_vae(pool: torch.Tensor, steps: int, seed: int, device: torch.device) -
         average.update_parameters(learning)
         losses.append(float(loss.detach()))
         if step % 50 == 49:
-            print(f"vae {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} held-out {psnr(vae, held[:16], device):.2f} dB "
-                  f"{(time.monotonic() - begun) / (step + 1):.2f} s/step", flush=True)  # fmt: skip
+            tell("vae", step, steps, losses, begun, f"held-out {psnr(vae, held[:16], device):.2f} dB")
     vae.post_quant_conv.load_state_dict(average.module[0].state_dict())
     vae.decoder.load_state_dict(average.module[1].state_dict())
     quality = psnr(vae, held, device)
@@ -295,7 +294,7 @@ def psnr(vae: Any, pictures: torch.Tensor, device: torch.device) -> float:
     return float((-10 * torch.log10((back.clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4)).mean())
 
 
-# --- UNet ---------------------------------------------------------------------------------------------------------------
+# --- UNet -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -388,7 +387,7 @@ def train_unet(
         average.update_parameters(unet)
         losses.append(float(each.detach().mean()))
         if step % 50 == 49:
-            print(f"unet {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {(time.monotonic() - begun) / (step + 1):.2f} s/step", flush=True)  # fmt: skip
+            tell("unet", step, steps, losses, begun)
         if step % 200 == 199:
             torch.save(average.module.state_dict(), work / "unet.partial.pt")
     return {
@@ -396,6 +395,11 @@ def train_unet(
         "loss": float(np.mean(losses[-200:])),
         "seconds": time.monotonic() - begun,
     }
+
+
+def tell(name: str, step: int, steps: int, losses: list[float], begun: float, more: str = "") -> None:
+    pace = (time.monotonic() - begun) / (step + 1)
+    print(f"{name} {step + 1}/{steps} loss {np.mean(losses[-50:]):.4f} {more} {pace:.2f} s/step", flush=True)
 
 
 def averaged(model: Any) -> Any:
@@ -416,7 +420,7 @@ def set_rate(adam: torch.optim.Optimizer, step: int, steps: int, rate: float) ->
         group["lr"] = rate * rise * fall
 
 
-# --- the folder ---------------------------------------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def write(out: Path, frame: Path, vae: dict[str, Any], unet: dict[str, Any], told: dict[str, Any], count: int) -> None:
@@ -429,9 +433,13 @@ def write(out: Path, frame: Path, vae: dict[str, Any], unet: dict[str, Any], tol
     measured = {
         "pictures": count,
         **{key: told[key] for key in ("seed", "vae_steps", "unet_steps", "device")},
-        **{f"{name}_{key}": round(stage[key], 4) for name, stage in (("vae", vae), ("unet", unet)) for key in ("loss", "seconds")},
+        **{
+            f"{name}_{key}": round(stage[key], 4)
+            for name, stage in (("vae", vae), ("unet", unet))
+            for key in ("loss", "seconds")
+        },
         "vae_psnr": round(vae["psnr"], 2),
-    }  # fmt: skip
+    }
     (out / "training.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 
