@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stylemill.errors import JobError
-from stylemill.models.files import DEMO
+from stylemill.job_paths import absolute
 from stylemill.models.single_file import CHECKPOINT_SUFFIXES
 from stylemill.settings import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Inputs, Lora, Sampling
 from stylemill.strict_yaml import LARGEST, load_yaml
@@ -202,8 +202,8 @@ class Job(Frozen):
         values.setdefault("name", path.stem)
         given = dict(overrides or {})
         try:
-            _absolute(values, path.absolute().parent)
-            _absolute(given, Path.cwd())
+            absolute(values, path.absolute().parent)
+            absolute(given, Path.cwd())
         except (ValueError, RuntimeError) as error:  # a NUL character; the home folder of an unknown user
             raise JobError(f"{path}: manifest, output and model must be paths: {error}") from None
         for key, value in given.items():
@@ -233,51 +233,6 @@ def _range(layers: Any) -> Sequence[Any]:
     if first > last:
         raise ValueError(f"range {layers} runs backwards")
     return range(first, last + 1)
-
-
-def _is_local(reference: str) -> bool:
-    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", reference) is None
-
-
-def _absolute(values: dict[str, Any], base: Path) -> None:
-    """Make the paths among `values` absolute. Raises ValueError or RuntimeError for what can be no path."""
-    for key in ("manifest", "output"):
-        if isinstance(values.get(key), str) and values[key] and _is_local(values[key]):
-            values[key] = str((base / Path(values[key]).expanduser()).resolve())
-    if "model.name" in values:
-        values["model.name"] = _model_path(values["model.name"], base)
-    model = values.get("model")
-    if isinstance(model, dict) and "name" in model:
-        values["model"] = {**model, "name": _model_path(model["name"], base)}
-        if isinstance(model.get("config"), str):
-            values["model"]["config"] = _model_path(model["config"], base)
-    elif isinstance(model, str):
-        values["model"] = _model_path(model, base)
-    if "model.config" in values:
-        values["model.config"] = _model_path(values["model.config"], base)
-    for name in ("controlnet", "loras"):
-        for owner, key in ((values, f"model.{name}"), (values.get("model"), name)):
-            if isinstance(owner, dict) and key in owner:
-                owner[key] = _named_paths(owner[key], base)
-
-
-def _model_path(name: Any, base: Path) -> Any:
-    # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if (
-        isinstance(name, str)
-        and name != DEMO
-        and (name.startswith((".", "/", "~")) or (name and (base / name).exists()))
-    ):
-        return str((base / Path(name).expanduser()).resolve())
-    return name
-
-
-def _named_paths(value: Any, base: Path) -> Any:
-    if isinstance(value, list):
-        return [_named_paths(one, base) for one in value]
-    if isinstance(value, dict) and "name" in value:
-        return {**value, "name": _model_path(value["name"], base)}
-    return _model_path(value, base)
 
 
 def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:

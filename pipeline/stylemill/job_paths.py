@@ -1,0 +1,54 @@
+"""Paths of a job file are relative to its folder, those of flags to where the command runs: made absolute here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from stylemill.models.files import DEMO
+
+
+def absolute(values: dict[str, Any], base: Path) -> None:
+    """Make the paths among `values` absolute. Raises ValueError or RuntimeError for what can be no path."""
+    for key in ("manifest", "output"):
+        if isinstance(values.get(key), str) and values[key] and _is_local(values[key]):
+            values[key] = str((base / Path(values[key]).expanduser()).resolve())
+    if "model.name" in values:
+        values["model.name"] = _model_path(values["model.name"], base)
+    model = values.get("model")
+    if isinstance(model, dict) and "name" in model:
+        values["model"] = {**model, "name": _model_path(model["name"], base)}
+        if isinstance(model.get("config"), str):
+            values["model"]["config"] = _model_path(model["config"], base)
+    elif isinstance(model, str):
+        values["model"] = _model_path(model, base)
+    if "model.config" in values:
+        values["model.config"] = _model_path(values["model.config"], base)
+    for name in ("controlnet", "loras"):
+        for owner, key in ((values, f"model.{name}"), (values.get("model"), name)):
+            if isinstance(owner, dict) and key in owner:
+                owner[key] = _named_paths(owner[key], base)
+
+
+def _model_path(name: Any, base: Path) -> Any:
+    # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
+    if (
+        isinstance(name, str)
+        and name != DEMO
+        and (name.startswith((".", "/", "~")) or (name and (base / name).exists()))
+    ):
+        return str((base / Path(name).expanduser()).resolve())
+    return name
+
+
+def _named_paths(value: Any, base: Path) -> Any:
+    if isinstance(value, list):
+        return [_named_paths(one, base) for one in value]
+    if isinstance(value, dict) and "name" in value:
+        return {**value, "name": _model_path(value["name"], base)}
+    return _model_path(value, base)
+
+
+def _is_local(reference: str) -> bool:
+    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", reference) is None
