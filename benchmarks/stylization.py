@@ -1,7 +1,7 @@
-"""Whether stylization happens: contents × styles through the embedded model, judged in numbers and on a sheet.
+"""Whether stylization happens: contents × styles through a model, judged in numbers and on a sheet.
 
-    python benchmarks/stylization.py                                         # the quickstart's pictures
-    python benchmarks/stylization.py --contents DIR --styles DIR --ways     # others; λ swept, KV injection beside it
+    python benchmarks/stylization.py --model DIR                                       # the quickstart's pictures
+    python benchmarks/stylization.py --model DIR --contents DIR --styles DIR --ways    # others; λ swept, KV injection
 
 A pair counts as stylized when colours, or patches, are nearer to the style than the content's are, and as kept when its
 edges agree more with its own content's than with any other content's.
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contents", type=Path, nargs="+", default=[QUICKSTART / "content"], help="folders or files")
     parser.add_argument("--styles", type=Path, nargs="+", default=[QUICKSTART / "style"], help="folders or files")
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", required=True, help="a diffusers folder or hub id")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate of Adam")

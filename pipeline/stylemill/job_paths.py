@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stylemill.models.files import DEMO
-
 
 def absolute(values: dict[str, Any], base: Path) -> None:
     """Make the paths among `values` absolute. Raises ValueError or RuntimeError for what can be no path."""
@@ -33,11 +31,7 @@ def absolute(values: dict[str, Any], base: Path) -> None:
 
 def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if (
-        isinstance(name, str)
-        and name != DEMO
-        and (name.startswith((".", "/", "~")) or (name and (base / name).exists()))
-    ):
+    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
         return str((base / Path(name).expanduser()).resolve())
     return name
 

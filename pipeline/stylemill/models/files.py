@@ -19,9 +19,6 @@ from stylemill.errors import ModelError
 from stylemill.models.fit import is_sdxl, other_kind, read_config, refuse_misfits
 from stylemill.models.safetensors_file import tensors_of
 
-DEMO = "demo"  # the model that comes with the package; a folder of that name is written ./demo
-_DEMO_FOLDER = Path(__file__).parent.parent / "demo"
-
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _WEIGHTS_OF_SDXL = {"text_encoder_2": "model"}  # besides those
 _Required = dict[str, tuple[str, ...]]  # any one of the patterns of an item satisfies it
@@ -139,12 +136,12 @@ def resolve_model(name: str, revision: str | None = None, kind: Kind = MODEL) ->
     Raises ModelError: the folder lacks a part or holds only pickled weights; the hub knows no such model, or cannot be
     reached and the model is not in its local cache.
     """
-    folder = _local(name, kind)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder, None, kind)
         return ModelFiles(name, folder, None, {path: file_digest(folder / path) for path in model_paths(folder, kind)})
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        advice = "name a diffusers folder, a hub id, or 'demo' for the model that comes with stylemill"
+        advice = "write one with 'stylemill demo-model', or name a hub id"
         raise ModelError(f"{kind.name} {name!r}: no such folder; {advice}")
     commit = _hub_commit(name, revision, kind)
     return ModelFiles(name, _cached(name, commit, kind), commit, {})
@@ -155,7 +152,7 @@ def fetch_model(name: str, revision: str | None = None, kind: Kind = MODEL) -> P
 
     Give the resolved commit as `revision`: then what is cached is used with no network. Raises ModelError.
     """
-    model = _local(name, kind)
+    model = Path(name).expanduser()
     if model.is_dir():
         _check_folder(model, None, kind)
         return model
@@ -170,10 +167,6 @@ def fetch_model(name: str, revision: str | None = None, kind: Kind = MODEL) -> P
         _refuse(name, revision, error, kind)
     _check_folder(folder, name, kind)
     return folder
-
-
-def _local(name: str, kind: Kind) -> Path:
-    return _DEMO_FOLDER if name == DEMO and kind is MODEL else Path(name).expanduser()
 
 
 def model_paths(folder: Path, kind: Kind = MODEL) -> list[str]:
