@@ -76,8 +76,9 @@ def process_shard(
     tell("read")
     fault("before-read", shard=lease.shard)
     with clock.measure("read"):
-        items = without_killers(lease, read_rows(run, lease))
+        items = read_rows(run, lease)
         keeper = CheckpointKeeper(run, lease, items, engine.numerics)
+        items = without_killers(lease, items)
         pairs: list[Pair] = []
         resumed: SampleState | None = None
         if checkpoint := keeper.load():
