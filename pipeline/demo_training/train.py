@@ -28,7 +28,11 @@ from stylemill.engine.demo_model import write_demo_model
 
 CAPTIONED = 0.3  # of the pictures a batch shows the UNet; the others come with the empty prompt, which guidance uses
 TEXTURE_SHARE = 0.05
-CHANNELS = 16  # of a latent, for 8 × 8 pixels
+HALVINGS = 2  # of the VAE: a latent stands for 4 × 4 pixels
+PIXELS = 2**HALVINGS
+CHANNELS = 6  # of a latent
+SHAPES = ((32, 16), (24, 28), (48, 7), (64, 3))  # sides of latents the UNet learns from, and how many of them at a time
+SHARES = (0.6, 0.2, 0.15, 0.05)
 PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
@@ -122,10 +126,10 @@ def crops(pool: torch.Tensor, batch: int, side: int, random: np.random.Generator
 
 def new_vae() -> Any:
     return AutoencoderKL(
-        block_out_channels=(24, 48, 64, 96),
+        block_out_channels=(32, 64, 96),
         layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * (HALVINGS + 1),
+        up_block_types=("UpDecoderBlock2D",) * (HALVINGS + 1),
         latent_channels=CHANNELS,
         norm_num_groups=2,  # few groups keep the contrast between channels, and so colours
         mid_block_add_attention=False,
@@ -136,25 +140,27 @@ def new_vae() -> Any:
 
 @torch.no_grad()
 def components(pool: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The first principal components of 8 × 8 patches: projections to deviation 1 and back, (CHANNELS, 192), and mean.
+    """The first principal components of a latent's pixels: projections there and back, (CHANNELS, values), and mean.
 
-    The 192 values are ordered as three steps of 2 × 2 places into channels give them, colour last.
+    The values are ordered as steps of 2 × 2 places into channels give them, colour last. The first component gets
+    deviation 1, the others the root of what they have beside it: details as loud as the whole teach a UNet little.
     """
     patches = []
-    for top, left in np.random.default_rng([seed, 1]).integers(0, 8, (4, 2)):
-        space = pool[::2, :, top : SIDE - 8 + top, left : SIDE - 8 + left].float() / 127.5 - 1
-        for _ in range(3):
+    for top, left in np.random.default_rng([seed, 1]).integers(0, PIXELS, (4, 2)):
+        space = pool[::2, :, top : SIDE - PIXELS + top, left : SIDE - PIXELS + left].float() / 127.5 - 1
+        for _ in range(HALVINGS):
             space = torch.cat([space[..., y::2, x::2] for y, x in PLACES], 1)
-        patches.append(space[..., ::5, ::5].permute(0, 2, 3, 1).reshape(-1, space.shape[1]))
+        patches.append(space[..., ::7, ::7].permute(0, 2, 3, 1).reshape(-1, space.shape[1]))
     flat = torch.cat(patches).double()
     values, vectors = torch.linalg.eigh(flat.T.cov())
     first, scale = vectors.flip(1)[:, :CHANNELS], values.flip(0)[:CHANNELS].sqrt()
+    scale = (scale * scale[0]).sqrt()
     return (first / scale).T.float(), (first * scale).T.float(), flat.mean(0).float()
 
 
 @torch.no_grad()
 def set_encoder(vae: Any, project: torch.Tensor, mean: torch.Tensor) -> None:
-    """Latents are principal components, each of mean 0 and deviation 1: no linear code of this size holds more.
+    """Latents are principal components of mean 0: no linear code of this size holds more.
 
     The stream beside the residual branches is linear, so it can carry a patch: each downsampling puts 2 × 2 places
     into channels, the last one projects. The closing norm and SiLU are passed as silu(x) - silu(-x) = x, beside
@@ -166,18 +172,18 @@ def set_encoder(vae: Any, project: torch.Tensor, mean: torch.Tensor) -> None:
             parameter.zero_()
     set_identity(encoder.conv_in.weight, 3)
     width = 3
-    for number, block in enumerate(encoder.down_blocks[:3]):
+    for number, block in enumerate(encoder.down_blocks[:HALVINGS]):
         if block.resnets[0].conv_shortcut is not None:
             set_identity(block.resnets[0].conv_shortcut.weight, width)
         down = block.downsamplers[0].conv  # pads right and below: its first 2 × 2 taps are the pixels that become one
         for place, (y, x) in enumerate(PLACES):
-            if number < 2:
+            if number < HALVINGS - 1:
                 set_identity(down.weight[place * width :, :, y, x], width)
             else:
                 down.weight[:CHANNELS, :width, y, x] = project[:, place * width : (place + 1) * width]
         width *= 4
     down.bias[:CHANNELS] = -(project @ mean)
-    pass_norm(encoder, encoder.down_blocks[3].resnets[0].conv_shortcut, CHANNELS, large=100.0)
+    pass_norm(encoder, encoder.down_blocks[-1].resnets[0].conv_shortcut, CHANNELS, large=100.0)
     vae.quant_conv.weight.zero_()
     vae.quant_conv.bias.zero_()
     set_identity(vae.quant_conv.weight, CHANNELS)
@@ -201,7 +207,7 @@ def set_decoder(vae: Any, back: torch.Tensor, mean: torch.Tensor) -> None:
         decoder.conv_in.weight[colour, :, 1, 1] = back[:, colour::3].mean(1)
         decoder.conv_in.bias[colour] = mean[colour::3].mean()
     smooth = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for block in decoder.up_blocks[:3]:
+    for block in decoder.up_blocks[:HALVINGS]:
         if block.resnets[0].conv_shortcut is not None:
             set_identity(block.resnets[0].conv_shortcut.weight, 3)
             block.resnets[0].conv_shortcut.bias[:3] = 0
@@ -209,7 +215,7 @@ def set_decoder(vae: Any, back: torch.Tensor, mean: torch.Tensor) -> None:
         enlarge.weight[:3], enlarge.bias[:3] = 0, 0
         for colour in range(3):
             enlarge.weight[colour, colour] = torch.outer(smooth, smooth)
-    pass_norm(decoder, decoder.up_blocks[3].resnets[0].conv_shortcut, 3, large=4.0)
+    pass_norm(decoder, decoder.up_blocks[-1].resnets[0].conv_shortcut, 3, large=4.0)
     decoder.conv_out.bias.zero_()
 
 
@@ -299,13 +305,15 @@ def psnr(vae: Any, pictures: torch.Tensor, device: torch.device) -> float:
 
 @torch.no_grad()
 def encode_pool(weights: dict[str, Any], pool: torch.Tensor, seed: int, device: torch.device) -> torch.Tensor:
-    """Latents of each picture twice, varied and at two scales, (2, N, 16, SIDE/8, SIDE/8)."""
+    """Latents of each picture twice, varied and at two scales, (2, N, CHANNELS, SIDE/PIXELS, SIDE/PIXELS)."""
     vae = new_vae().to(device).eval()
     vae.load_state_dict(weights)
     # The encoder is linear (`set_encoder`), so what it makes of each pixel of a patch is a kernel: far less to compute.
-    unit = torch.cat([torch.zeros(1, 3, 8, 8), torch.eye(192).view(192, 3, 8, 8)]).to(device)
+    unit = torch.cat([torch.zeros(1, 3, PIXELS, PIXELS), torch.eye(3 * PIXELS**2).view(-1, 3, PIXELS, PIXELS)]).to(
+        device
+    )
     zero, *rest = vae.encode(unit).latent_dist.mean[:, :, 0, 0]
-    kernel = (torch.stack(rest) - zero).T.reshape(CHANNELS, 3, 8, 8)
+    kernel = (torch.stack(rest) - zero).T.reshape(CHANNELS, 3, PIXELS, PIXELS)
     random = np.random.default_rng([seed, 2])
     passes = []
     for number in range(2):
@@ -316,7 +324,7 @@ def encode_pool(weights: dict[str, Any], pool: torch.Tensor, seed: int, device: 
                 top, left = random.integers(0, SIDE - size + 1, 2)
                 cut = images[:, :, top : top + size, left : left + size].float()
                 images = F.interpolate(cut, (SIDE, SIDE), mode="bilinear", antialias=True)
-            rows.append(F.conv2d(varied(images, random).to(device), kernel, zero, stride=8).cpu())
+            rows.append(F.conv2d(varied(images, random).to(device), kernel, zero, stride=PIXELS).cpu())
         passes.append(torch.cat(rows))
         print(f"latents: pass {number + 1} of 2", flush=True)
     return torch.stack(passes)
@@ -325,16 +333,16 @@ def encode_pool(weights: dict[str, Any], pool: torch.Tensor, seed: int, device: 
 def new_unet() -> Any:
     """Stable Diffusion 1.x's blocks, so 16 self-attention layers in the same places, narrower."""
     return UNet2DConditionModel(
-        sample_size=32,
+        sample_size=64,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(48, 96, 128, 128),
+        block_out_channels=(32, 64, 128, 160),
         layers_per_block=2,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         norm_num_groups=8,
         cross_attention_dim=32,
-        attention_head_dim=2,  # as in SD 1.x, diffusers reads this as the number of heads
+        attention_head_dim=(1, 2, 4, 4),  # as in SD 1.x, diffusers reads this as the number of heads
     )
 
 
@@ -364,9 +372,7 @@ def train_unet(
     losses, begun = [], time.monotonic()
     for step in range(steps):
         set_rate(adam, step, steps, 8e-4)
-        side, batch = ((32, 16), (32, 16), (24, 28), (16, 64), (40, 10))[
-            int(random.choice(5, p=(0.4, 0.2, 0.2, 0.1, 0.1)))
-        ]
+        side, batch = SHAPES[random.choice(len(SHAPES), p=SHARES)]
         numbers = torch.from_numpy(random.integers(0, latents.shape[1], batch))
         top, left = random.integers(0, latents.shape[-1] - side + 1, 2)
         clean = latents[int(random.integers(2)), numbers, :, top : top + side, left : left + side].to(device)
