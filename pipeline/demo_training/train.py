@@ -147,7 +147,7 @@ def components(pool: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tenso
     """
     patches = []
     for top, left in np.random.default_rng([seed, 1]).integers(0, PIXELS, (4, 2)):
-        space = pool[::2, :, top : SIDE - PIXELS + top, left : SIDE - PIXELS + left].float() / 127.5 - 1
+        space = pool[::12, :, top : SIDE - PIXELS + top, left : SIDE - PIXELS + left].float() / 127.5 - 1
         for _ in range(HALVINGS):
             space = torch.cat([space[..., y::2, x::2] for y, x in PLACES], 1)
         patches.append(space[..., ::7, ::7].permute(0, 2, 3, 1).reshape(-1, space.shape[1]))
