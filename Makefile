@@ -1,6 +1,7 @@
 # make quickstart   real photos × real styles, from manifest to contact sheet; type it again to resume
 # make test         the whole test suite; ARGS="-k resume" is handed to pytest
 # make check        format, lint, types, and the walls between modules
+# make demo-model   the embedded model, trained anew into runs/demo: hours on 2 cores
 #
 # Each makes .venv when there is none and installs what it needs into it, once. PYTHON=python3.12 picks another Python.
 
@@ -10,12 +11,12 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check
+.PHONY: help quickstart test check demo-model
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-quickstart: $(VENV)/.run runs/models/demo/model_index.json
+quickstart: $(VENV)/.run
 	$(BIN)/stylemill plan jobs/quickstart.yaml
 	$(BIN)/stylemill run jobs/quickstart.yaml $(ARGS)
 
@@ -28,8 +29,9 @@ check: $(VENV)/.test
 	$(BIN)/mypy --strict
 	$(BIN)/python -m pytest tests/test_layers.py
 
-runs/models/demo/model_index.json: | $(VENV)/.run
-	$(BIN)/stylemill demo-model runs/models/demo
+demo-model: $(VENV)/.run
+	$(PIP) -e '.[train]'
+	cd pipeline && $(abspath $(BIN))/python -m demo_training.train ../runs/demo
 
 # Stamps: written after a whole installation, older than these two files when it must be renewed.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/pip

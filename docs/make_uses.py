@@ -3,7 +3,7 @@
     python docs/make_uses.py            # all job files, a few minutes on 2 cores
     python docs/make_uses.py texture    # one of them, and the page
 
-The demo models are untrained: the pictures show that a use runs and what it acts on, not what a trained model makes.
+SDXL's model and the ControlNet are untrained: their pictures show that a use runs, not what a trained model makes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ SHOWN = (3, 4)  # contents down, styles across
 HEAD = """# Uses
 
 One job file each, as they stand in `jobs/`. Passes are rows of UNet batches an image, features shared in the shards
-of the job; without sharing in brackets. Written by `python docs/make_uses.py` from runs of the demo models, which are
-**untrained**: the pictures show that a use runs and what it acts on, not what a trained model makes of it.
+of the job; without sharing in brackets. Written by `python docs/make_uses.py` from runs of the embedded model, which is small and
+trained on drawn pictures only. The models of `controlnet` and the two `sdxl-…` are **untrained**: those pictures show that the use
+runs and what it acts on.
 """
 
 

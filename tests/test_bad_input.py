@@ -352,7 +352,7 @@ def _truncated(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        pytest.param(shutil.rmtree, ["no such folder", "stylemill demo-model"], id="absent"),
+        pytest.param(shutil.rmtree, ["no such folder", "'demo', the embedded model"], id="absent"),
         pytest.param(lambda folder: shutil.rmtree(folder / "unet"), ["lacks unet/config.json"], id="without UNet"),
         pytest.param(_pickled, ["pickled only (unet/diffusion_pytorch_model.bin)", "convert once"], id="pickled"),
         pytest.param(_truncated, ["diffusion_pytorch_model.safetensors: truncated or not safetensors"], id="truncated"),

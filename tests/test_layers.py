@@ -43,7 +43,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "scheduler_names": set(),
     "faults": {"errors"},
     "remote": {"errors", "settings"},
-    "job_paths": set(),
+    "job_paths": {"models"},
     **dict.fromkeys(BESIDE, GROUND),
     "job": GROUND | {"job_paths"},
     "images": GROUND | {"remote"},

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from stylemill.models import EMBEDDED
+
 
 def absolute(values: dict[str, Any], base: Path) -> None:
     """Make the paths among `values` absolute. Raises ValueError or RuntimeError for what can be no path."""
@@ -31,7 +33,11 @@ def absolute(values: dict[str, Any], base: Path) -> None:
 
 def _model_path(name: Any, base: Path) -> Any:
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if isinstance(name, str) and (name.startswith((".", "/", "~")) or (name and (base / name).exists())):
+    if (
+        isinstance(name, str)
+        and name != EMBEDDED
+        and (name.startswith((".", "/", "~")) or (name and (base / name).exists()))
+    ):
         return str((base / Path(name).expanduser()).resolve())
     return name
 

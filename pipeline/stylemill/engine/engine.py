@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 class Engine:
     """A resident Stable-Diffusion-1.x-shaped model, ready to sample shards of pairs.
 
-    >>> engine = Engine.load("runs/models/demo")                                # doctest: +SKIP
+    >>> engine = Engine.load("demo")                                            # doctest: +SKIP
     >>> for state in engine.sample(pairs, Sampling(steps=20)):                  # doctest: +SKIP
     ...     print(state.step)
     >>> images = engine.decode(state)                                           # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Which files a model is: a diffusers folder as it stands, or a snapshot of a hub repository. Torch-free.
+"""Which files a model is: a diffusers folder as it stands, the one of this package, or a hub repository's. Torch-free.
 
 Only the files named here are downloaded, digested and loaded: plain safetensors weights and their configuration, never
 a pickle, a variant (`*.fp16.*`, `*.non_ema.*`) or a checkpoint in the repository's root (`single_file` loads those).
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from stylemill.errors import ModelError
+from stylemill.models import EMBEDDED
 from stylemill.models.fit import is_sdxl, other_kind, read_config, refuse_misfits
 from stylemill.models.safetensors_file import tensors_of
 
@@ -136,13 +137,12 @@ def resolve_model(name: str, revision: str | None = None, kind: Kind = MODEL) ->
     Raises ModelError: the folder lacks a part or holds only pickled weights; the hub knows no such model, or cannot be
     reached and the model is not in its local cache.
     """
-    folder = Path(name).expanduser()
+    folder = _local(name, kind)
     if folder.is_dir():
         _check_folder(folder, None, kind)
         return ModelFiles(name, folder, None, {path: file_digest(folder / path) for path in model_paths(folder, kind)})
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        advice = "write one with 'stylemill demo-model', or name a hub id"
-        raise ModelError(f"{kind.name} {name!r}: no such folder; {advice}")
+        raise ModelError(f"{kind.name} {name!r}: no such folder; name a hub id, or {EMBEDDED!r}, the embedded model")
     commit = _hub_commit(name, revision, kind)
     return ModelFiles(name, _cached(name, commit, kind), commit, {})
 
@@ -152,10 +152,10 @@ def fetch_model(name: str, revision: str | None = None, kind: Kind = MODEL) -> P
 
     Give the resolved commit as `revision`: then what is cached is used with no network. Raises ModelError.
     """
-    model = Path(name).expanduser()
-    if model.is_dir():
-        _check_folder(model, None, kind)
-        return model
+    folder = _local(name, kind)
+    if folder.is_dir():
+        _check_folder(folder, None, kind)
+        return folder
     cached = _cached(name, revision, kind)
     if cached is not None:
         return cached
@@ -176,6 +176,13 @@ def model_paths(folder: Path, kind: Kind = MODEL) -> list[str]:
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _local(name: str, kind: Kind) -> Path:
+    """The folder that a name stands for, if there is one."""
+    if name == EMBEDDED and kind is MODEL:
+        return Path(__file__).parent.parent / "demo"
+    return Path(name).expanduser()
 
 
 def _files(folder: Path) -> Iterator[Path]:

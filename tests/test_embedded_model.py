@@ -1,0 +1,94 @@
+"""`model: demo`, the trained model of the package: pictures take on their styles and keep their contents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import stylemill
+from appearance import Pixels
+from stylemill.engine import Engine, InputImage
+from stylemill.job import Job
+from stylemill.models.files import resolve_model
+from stylemill.settings import PRESETS, Sampling
+from stylization import QUICKSTART, judge, read, stylize
+
+FOLDER = Path(stylemill.__file__).parent / "demo"
+SETTINGS = PRESETS["style-transfer"] | {"steps": 12, "learning_rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Engine:
+    return Engine.load("demo", dtype="float32", device="cpu", micro_batch=6)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[InputImage]:
+    return read([QUICKSTART / "content"], 128)[:4]
+
+
+@pytest.fixture(scope="module")
+def paintings() -> list[InputImage]:
+    return read([QUICKSTART / "style"], 128)
+
+
+def test_the_embedded_model_is_whole_small_and_needs_no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = resolve_model("demo")
+    assert model.folder == FOLDER
+    assert model.label.startswith("demo@")
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) < 25e6
+    assert (FOLDER / "MODEL_CARD.md").is_file()
+
+
+def test_a_folder_called_demo_beside_the_job_is_not_the_embedded_model(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "job.yaml").write_text("manifest: m.parquet\noutput: run\nmodel: demo\n")
+    assert Job.load(tmp_path / "job.yaml").model.name == "demo"
+    own = Job.load(tmp_path / "job.yaml", {"model": str(tmp_path / "demo")})
+    assert own.model.name == str(tmp_path / "demo")
+
+
+def test_it_has_the_layers_of_stable_diffusion_1(demo):
+    names = [name for name, _ in demo.model.unet.named_modules() if name.endswith("attn1")]
+    places = [name.split(".transformer_blocks")[0] for name in names]
+    down = [f"down_blocks.{block}.attentions.{layer}" for block in range(3) for layer in range(2)]
+    up = [f"up_blocks.{block}.attentions.{layer}" for block in (1, 2, 3) for layer in range(3)]
+    assert sorted(places) == sorted([*down, "mid_block.attentions.0", *up])
+
+
+def test_its_vae_gives_photos_back_with_their_colours(demo):
+    quality, shifts = [], []
+    for photo in read([QUICKSTART / "content"], 256):
+        [back] = demo.model.decode_image(demo.model.encode_image(photo.pixels)[None])
+        error = (back.astype(np.float64) - photo.pixels) / 255
+        quality.append(-10 * np.log10(np.mean(error**2)))
+        shifts.append(np.abs(error.mean((0, 1))).max())
+    assert np.mean(quality) >= 28
+    assert max(shifts) < 0.02
+
+
+@pytest.fixture(scope="module")
+def stylized(demo, photos, paintings) -> list[list[Pixels]]:
+    return stylize(demo, photos, paintings, Sampling(**SETTINGS))
+
+
+def test_pictures_come_nearer_to_their_styles_and_keep_their_contents(stylized, photos, paintings):
+    seen = judge(photos, paintings, stylized)
+    assert seen["colour_nearer"] >= 0.9
+    assert seen["patch_nearer"] >= 0.9
+    assert seen["kept"] >= 0.9
+    assert seen["colour"] <= 0.7, "by 30% in the median"
+    assert seen["patch"] <= 0.7
+
+
+def test_content_weight_trades_style_for_content(demo, stylized, photos, paintings):
+    some = photos[:3], paintings[1:3]
+    usual = judge(*some, [row[1:3] for row in stylized[:3]])
+    loose, tight = (
+        judge(*some, stylize(demo, *some, Sampling(**SETTINGS | {"content_weight": weight}))) for weight in (0.0, 1.0)
+    )
+    assert loose["colour"] < usual["colour"] < tight["colour"]
+    assert loose["edges"] < usual["edges"] < tight["edges"]
