@@ -72,7 +72,7 @@ def write_job(setting: Setting) -> None:
     }
     pq.write_table(pa.table(columns), setting.folder / "pairs.parquet")
     # Timeouts long enough for a busy machine: a worker that is killed for being slow only makes the run longer.
-    cluster = {"workers": setting.workers, "micro_batch": 2, "step_timeout": 5, "stage_timeout": 40}
+    cluster = {"workers": setting.workers, "micro_batch": 2, "step_timeout": 5, "stage_timeout": 120}
     job = {
         "manifest": "pairs.parquet",
         "output": "run",
