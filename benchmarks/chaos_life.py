@@ -123,7 +123,11 @@ class Driver:
         pid, ended = (self._on_ray if life.on_ray else self._inline)(environment)
         rules = {hits / hit_file(place, rule): rule for place, rule in enumerate(life.rules)}
         hangs = [hit for hit, rule in rules.items() if ":hang:" in rule and not life.on_ray]
-        code = self._watch(life, pid, ended, hangs)
+        try:
+            code = self._watch(life, pid, ended, hangs)
+        finally:
+            if ended() is None:  # Ctrl-C, or nobody waits for it any more
+                self._send(pid, signal.SIGKILL)
         self.befell += [rule.rpartition(":")[0].replace(":", " ", 1) for hit, rule in rules.items() if hit.exists()]
         self._clean_up()
         shutil.rmtree(hits)
@@ -163,7 +167,7 @@ class Driver:
             # Only an operator misses a driver that stands still, or one inline that hangs.
             if now > leave_by:
                 self.befell.append("driver SIGKILL")
-            if now > leave_by or now > heard + PATIENCE or _is_stopped(pid) or any(hang.exists() for hang in hangs):
+            if now > leave_by or _is_stopped(pid) or any(hang.exists() for hang in hangs):
                 self._send(pid, signal.SIGKILL)
                 leave_by = float("inf")
             if now > heard + PATIENCE:
