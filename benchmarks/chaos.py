@@ -97,14 +97,14 @@ class Chaos:
 
     def problems(self) -> list[str]:
         """Run the job undisturbed, then under faults until all have come; returns what is wrong in the end."""
-        write_job(self.setting)
-        whole = Driver(self.setting, "undisturbed")
+        pace = write_job(self.setting)
+        whole = Driver(self.setting, "undisturbed", pace)
         self.undisturbed_end = whole.live(Life(on_ray=False), 0)
         if self.undisturbed_end not in FINISHED:
             return [f"the undisturbed run ended with {self.undisturbed_end}: {whole.log}"]
         found: list[str] = []
         while self.left and not found:
-            driver = Driver(self.setting, f"run-{len(self.steps)}")
+            driver = Driver(self.setting, f"run-{len(self.steps)}", pace)
             found = self.disturb(driver, whole.taken) or check(driver.run, whole.run, self.setting.pairs)
             found += steps_repeated(driver.taken, whole.taken, driver.may_repeat)
             self.steps.append(f"{driver.taken - whole.taken} of {whole.taken}, {driver.may_repeat} at most")

@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,12 @@ def noting(engine: type[Any]) -> type[Any]:
                 os.close(steps)
 
     return Noting
+
+
+def write_model(folder: Path) -> None:
+    from stylemill.engine.demo_model import write_demo_model
+
+    write_demo_model(folder)
 
 
 def install_engine() -> None:

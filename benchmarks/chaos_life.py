@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from chaos import Life
 
 GRACE = 30  # seconds that a driver has to leave after SIGTERM, as schedulers give them
-PATIENCE = 300  # seconds without a step, after which a driver's life is no life
+PATIENCE = 30  # times that pace without a step, and a driver's life is no life
 SIZE = 64
+warm = multiprocessing.get_context("forkserver")  # what it forks has torch imported already
+warm.set_forkserver_preload(["chaos_engine", "stylemill.runner", "stylemill.inline"])
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ class Setting:
         return self.folder / "job.yaml"
 
 
-def write_job(setting: Setting) -> None:
-    """Model, images, manifest and job file; of some rows, the content is not there."""
-    from stylemill.engine.demo_model import write_demo_model
+def write_job(setting: Setting) -> float:
+    """Model, images, manifest and job file; of some rows, the content is not there.
 
-    write_demo_model(setting.folder / "model")
+    Returns the seconds in which this machine imports torch and makes the small model, as it is loaded now.
+    """
+    begun = time.monotonic()
+    maker = warm.Process(target=chaos_engine.write_model, args=(setting.folder / "model",))
+    maker.start()
+    maker.join()
+    pace = time.monotonic() - begun
     noise = np.random.default_rng(0)
     for number in range(8):
         pixels = noise.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -71,8 +78,8 @@ def write_job(setting: Setting) -> None:
         "caption": [f"picture {row}" for row in rows],
     }
     pq.write_table(pa.table(columns), setting.folder / "pairs.parquet")
-    # Timeouts long enough for a busy machine: a worker that is killed for being slow only makes the run longer.
-    cluster = {"workers": setting.workers, "micro_batch": 2, "step_timeout": 5, "stage_timeout": 120}
+    # A worker that is killed for being slow, on a busy machine, makes the run longer and shows nothing.
+    cluster = {"workers": setting.workers, "micro_batch": 2, "step_timeout": max(5, pace), "stage_timeout": 8 * pace}
     job = {
         "manifest": "pairs.parquet",
         "output": "run",
@@ -84,16 +91,15 @@ def write_job(setting: Setting) -> None:
         "cluster": cluster,
     }
     setting.job.write_text(json.dumps(job))
+    return pace
 
 
 class Driver:
     """The command for one run folder, which may be started again and again."""
 
-    context = multiprocessing.get_context("forkserver")  # forks drivers inline, with all imports done
-    context.set_forkserver_preload(["chaos_engine", "stylemill.runner", "stylemill.inline"])
-
-    def __init__(self, setting: Setting, name: str) -> None:
+    def __init__(self, setting: Setting, name: str, pace: float) -> None:
         self.setting = setting
+        self.patience = PATIENCE * pace
         self.run = setting.folder / name
         self.log = setting.folder / f"{name}.log"
         self.noted = setting.folder / f"{name}.steps"
@@ -138,7 +144,7 @@ class Driver:
 
     def _inline(self, environment: dict[str, str]) -> tuple[int, Callable[[], int | None]]:
         arguments = [*self._arguments(), "--inline"]
-        process = self.context.Process(target=chaos_engine.drive, args=(arguments, str(self.log), environment))
+        process = warm.Process(target=chaos_engine.drive, args=(arguments, str(self.log), environment))
         process.start()
         assert process.pid
         return process.pid, lambda: process.exitcode
@@ -171,7 +177,7 @@ class Driver:
             if now > leave_by or _is_stopped(pid) or any(hang.exists() for hang in hangs):
                 self._send(pid, signal.SIGKILL)
                 leave_by = float("inf")
-            if now > heard + PATIENCE:
+            if now > heard + self.patience:
                 return None
         return code
 
