@@ -3,7 +3,6 @@
     CHAOS_ENGINE=fake|demo     the fake one below, or the product's
     CHAOS_SECONDS=0.1          that a step of the fake engine takes
     CHAOS_STEPS=FILE           where each step is noted: pid, pairs, step
-    CHAOS_LEFT=FILE            where is noted what a killed driver may leave behind: Ray's folder, workers' pids
 
 Only the engine is replaced. Runner, pool, workers, shards and store are the real ones, and so are their processes.
 """
@@ -19,8 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-from stylemill.cluster.worker import Loaded, Worker
 
 if TYPE_CHECKING:
     from stylemill.engine import Pair, Pixels, SampleState
@@ -163,20 +160,6 @@ def install_engine() -> None:
     shard.Engine = noting(FakeEngine if os.environ["CHAOS_ENGINE"] == "fake" else Engine)  # type: ignore[misc]
 
 
-class NotingWorker(Worker):
-    """A worker whose engine notes its steps."""
-
-    def load(self, micro_batch: int | None) -> Loaded:
-        _note_left(f"pid {os.getpid()}")
-        install_engine()
-        return super().load(micro_batch)
-
-
-def _note_left(what: str) -> None:
-    with open(os.environ["CHAOS_LEFT"], "a") as file:
-        file.write(f"{what}\n")
-
-
 def drive(arguments: Sequence[str], output: str, environment: Mapping[str, str]) -> None:
     """Run the command line in this very process, a forked one, all it says going to the file `output`."""
     os.environ.update(environment)
@@ -184,33 +167,11 @@ def drive(arguments: Sequence[str], output: str, environment: Mapping[str, str])
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     install_engine()
-    sys.exit(_command(arguments))
+    sys.exit(command(arguments))
 
 
-def _command(arguments: Sequence[str]) -> int:
+def command(arguments: Sequence[str]) -> int:
     from stylemill.cli import main
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return main(list(arguments))
-
-
-def _on_ray(arguments: Sequence[str]) -> int:
-    import ray
-
-    from stylemill.cluster import crew
-
-    start = ray.init
-
-    def init(**options: Any) -> Any:
-        _note_left(f"folder {options['_temp_dir']}")
-        return start(**options)
-
-    ray.init = init
-    crew.Worker = NotingWorker  # type: ignore[misc]
-    return _command(arguments)
-
-
-if __name__ == "__main__":
-    import chaos_engine  # workers shall find NotingWorker by name, and not get this file's __main__
-
-    sys.exit(chaos_engine._on_ray(sys.argv[1:]))

@@ -152,7 +152,7 @@ class Driver:
     def _on_ray(self, environment: dict[str, str]) -> tuple[int, Callable[[], int | None]]:
         here = os.environ | environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         here["RAY_worker_niceness"] = "0"  # Ray's own is 15: on a busy machine, no worker would ever be ready
-        command = [sys.executable, chaos_engine.__file__, *self._arguments()]
+        command = [sys.executable, str(Path(__file__).with_name("chaos_ray.py")), *self._arguments()]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True)
         return process.pid, process.poll
