@@ -136,7 +136,7 @@ class Driver:
                 self._send(pid, signal.SIGKILL)
         self.befell += [rule.rpartition(":")[0].replace(":", " ", 1) for hit, rule in rules.items() if hit.exists()]
         self._clean_up()
-        shutil.rmtree(hits)
+        shutil.rmtree(hits, ignore_errors=True)  # workers of a killed driver may still be at it
         return code
 
     def _arguments(self) -> list[str]:
