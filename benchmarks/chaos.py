@@ -29,8 +29,10 @@ from stylemill.faults import POINTS
 
 FAULTS_A_LIFE = {"ray": 12, "inline": 3}  # at most; inline, the first that kills ends it
 FINISHED = (0, 3)
-# The other codes that a driver may end with after a fault: its own, and those of the signals that kill it.
-CUT_SHORT = (1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGKILL, -signal.SIGSEGV)
+# The other codes that a driver may end with after a fault: its own, and those of the signals that kill it. SIGTERM and
+# SIGINT may come before it has learned to leave gently.
+SIGNALLED = (signal.SIGINT, signal.SIGTERM)
+CUT_SHORT = (1, 2, *(128 + one for one in SIGNALLED), *(-one for one in (*SIGNALLED, signal.SIGKILL, signal.SIGSEGV)))
 
 # How often they are drawn.
 ACTIONS = {
@@ -105,8 +107,10 @@ class Chaos:
         found: list[str] = []
         while self.left and not found:
             driver = Driver(self.setting, f"run-{len(self.steps)}", pace)
-            found = self.disturb(driver, whole.taken) or check(driver.run, whole.run, self.setting.pairs)
-            found += steps_repeated(driver.taken, whole.taken, driver.may_repeat)
+            found = self.disturb(driver, whole.taken) or [
+                *check(driver.run, whole.run, self.setting.pairs),
+                *steps_repeated(driver.taken, whole.taken, driver.may_repeat),
+            ]
             self.steps.append(f"{driver.taken - whole.taken} of {whole.taken}, {driver.may_repeat} at most")
             found = [f"{driver.run}: {problem}" for problem in found]
         return found
