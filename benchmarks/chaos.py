@@ -23,7 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos_check import check, steps_repeated
+from chaos_check import check, steps_repeated, tracebacks
 from chaos_life import Driver, Setting, write_job
 from stylemill.faults import POINTS
 
@@ -109,6 +109,7 @@ class Chaos:
             driver = Driver(self.setting, f"run-{len(self.steps)}", pace)
             found = self.disturb(driver, whole.taken) or [
                 *check(driver.run, whole.run, self.setting.pairs),
+                *tracebacks(driver.log.read_text(errors="replace")),
                 *steps_repeated(driver.taken, whole.taken, driver.may_repeat),
             ]
             self.steps.append(f"{driver.taken - whole.taken} of {whole.taken}, {driver.may_repeat} at most")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 
 from stylemill.store.verify import verify
 
+_RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): .*", re.MULTILINE)  # the last line of a traceback
+_INJECTED = re.compile(r"injected at|\[Errno (?:5|28)\]")  # EIO, ENOSPC
 _PASSING = ("attempt", "timings", "sha256")  # what a record says of who committed it and when
 
 
@@ -69,3 +72,10 @@ def steps_repeated(taken: int, needed: int, limit: int) -> Iterator[str]:
         yield f"{needed - taken} steps were left out"
     if taken - needed > limit:
         yield f"{taken - needed} steps were repeated, {limit} at most may be"
+
+
+def tracebacks(log: str) -> Iterator[str]:
+    """Errors that nobody injected and nobody caught, in what a driver said for itself and its workers."""
+    for line in dict.fromkeys(_RAISED.findall(log)):
+        if not _INJECTED.search(line):
+            yield f"not injected: {line}"

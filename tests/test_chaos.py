@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import chaos
-from chaos_check import check, steps_repeated
+from chaos_check import check, steps_repeated, tracebacks
 from store_shards import ROWS, attempt, run_folder
 from stylemill.faults import POINTS, parse
 from stylemill.store.commit import clean, commit
@@ -75,6 +75,12 @@ def test_a_step_repeated_too_often_or_left_out_is_seen() -> None:
     assert list(steps_repeated(taken=130, needed=100, limit=30)) == []
     assert list(steps_repeated(taken=131, needed=100, limit=30)) == ["31 steps were repeated, 30 at most may be"]
     assert list(steps_repeated(taken=99, needed=100, limit=30)) == ["1 steps were left out"]
+
+
+def test_an_error_that_nobody_injected_is_seen() -> None:
+    injected = "OSError: [Errno 28] No space left on device\nRuntimeError: injected at load\nerror: disk full\n"
+    assert list(tracebacks(injected)) == []
+    assert list(tracebacks(f"{injected}Traceback (…)\n  in dismiss\nKeyError: 2\n")) == ["not injected: KeyError: 2"]
 
 
 def test_a_seed_draws_the_same_faults_again_and_in_the_end_all_kinds() -> None:
