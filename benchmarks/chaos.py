@@ -27,7 +27,7 @@ from chaos_check import check, steps_repeated, tracebacks
 from chaos_life import Driver, Setting, write_job
 from stylemill.faults import POINTS
 
-FAULTS_A_LIFE = {"ray": 12, "inline": 3}  # at most; inline, the first that kills ends it
+FAULTS_A_LIFE = {"ray": 12, "inline": 3}  # drawn; inline, the first that kills ends it
 FINISHED = (0, 3)
 # The other codes that a driver may end with after a fault: its own, and those of the signals that kill it. SIGTERM and
 # SIGINT may come before it has learned to leave gently.
@@ -76,8 +76,8 @@ def draw(seed: int, number: int, on_ray: bool, faults: int, gap: float, steps: i
             life.signals.append((int(step), who, what))
         elif not (on_ray and action == "hang" and point in DRIVERS_TOO):
             life.rules.append(f"{point}:{action}:hit={1 + int(step / steps * PASSES.get(point, 1))}")
-    if on_ray:  # its workers live on their own: a driver meets its end when its faults are through
-        life.signals.append((int(step + gap), "driver", signal.SIGKILL))
+    # No driver outlives its faults by much, or the first that none of them kills would finish the job in peace.
+    life.signals.append((int(step + gap), "driver", signal.SIGKILL))
     life.signals.sort(key=lambda one: one[0])
     return life
 
