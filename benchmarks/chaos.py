@@ -122,7 +122,7 @@ class Chaos:
         while calm < 2:
             to_go = max(needed - self.setting.steps * len(list(driver.run.glob("records/*.json"))), 1)
             gap = min(0.8 * to_go / max(self.left, 1), self.setting.steps)
-            on_ray = self.on_ray < self.ray_share * (self.happened.total() + 1)
+            on_ray = self.left > 0 and self.on_ray < self.ray_share * (self.happened.total() + 1)
             kind = "ray" if on_ray else "inline"
             faults = min(self.left, FAULTS_A_LIFE[kind])
             life = draw(self.seed, self.lives, on_ray, faults, gap, self.setting.steps) if faults else Life(False)
