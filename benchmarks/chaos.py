@@ -6,7 +6,8 @@
 
 Each start of the driver, inline or on Ray, is one life. It has faults of its own: at the points of `faults.py`, told to
 all its processes by their environment, and signals from outside once so many steps were taken. Each comes at a count,
-none at a time. A seed draws the same faults again; which of several workers meets one differs on Ray all the same.
+none at a time. A seed draws the same faults again, at distances by how much of the job is left; which of several
+workers meets one differs on Ray all the same.
 A job that is finished before all faults have come is run anew with the rest.
 """
 
@@ -141,7 +142,7 @@ class Chaos:
         self.ends[ended or 0] += 1
         self.happened.update(driver.befell)
         self.on_ray += len(driver.befell) * life.on_ray
-        harmful = sum(not fault.endswith(LOSES_NOTHING) for fault in driver.befell)
+        harmful = sum(not any(word in fault for word in LOSES_NOTHING) for fault in driver.befell)
         driver.may_repeat += harmful * self.setting.every * (self.setting.workers if life.on_ray else 1)
         where = "on Ray" if life.on_ray else "inline"
         print(f"{self.happened.total():4} life {self.lives} {where} ended {ended}: {', '.join(driver.befell)}")
