@@ -1,5 +1,6 @@
 # make quickstart   real photos × real styles, from manifest to contact sheet; type it again to resume
 # make test         the whole test suite; ARGS="-k resume" is handed to pytest
+# make chaos        200 random faults over a job, and 20 over the demo model; ARGS="--seed 7" repeats those of a seed
 # make check        format, lint, types, and the walls between modules
 # make demo-model   the embedded model, trained anew into runs/demo: hours on 2 cores
 #
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check demo-model
+.PHONY: help quickstart test chaos check demo-model
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -22,6 +23,10 @@ quickstart: $(VENV)/.run
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.test
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
+	$(BIN)/python benchmarks/chaos.py --engine demo --faults 20 --pairs 48 $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -415,7 +415,7 @@ def test_folders_with_other_files_stay_as_they_are(stylemill_says, here, names, 
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"{", b"[1]", b"\xff", b'{"name": "of another program"}'),
+        *(b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'{"name": "of another program"}'),
         *(json.dumps({**RUN, key: None}).encode() for key in ("rows", "shards", "fingerprint")),
         json.dumps({**RUN, "shards": 0}).encode(),
     ],

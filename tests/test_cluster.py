@@ -278,6 +278,31 @@ def test_a_worker_that_raised_unexpectedly_is_replaced(hands: Any, tmp_path: Pat
     assert len({line for line in trace if line.startswith("pid")}) == 2
 
 
+def test_a_worker_that_dies_while_it_is_to_be_replaced_is_gone_once(hands: Any, tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+
+    class Listening(Ears):
+        def warn(self, message: str) -> None:
+            super().warn(message)
+            if "shard 1: RuntimeError" in message:
+                heard.touch()
+
+    class Failing(Hand):
+        def work(self, lease: Lease) -> Record | None:
+            if lease.shard == 1 and self.trace("shard 1") == 1:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            if lease.shard == 0 and self.trace("shard 0") == 1:
+                while not heard.exists():
+                    time.sleep(0.005)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().work(lease)
+
+    left, ears = hands(Failing, ears=Listening(), workers=1)
+    assert left == {}
+    assert sorted(ears.done) == [0, 1, 2]
+    assert len([warning for warning in ears.warnings if "died with shard 0" in warning]) == 1
+
+
 def test_transient_trouble_costs_an_attempt_and_leaves_the_others_alone(hands: Any, tmp_path: Path) -> None:
     class Unlucky(Hand):
         def work(self, lease: Lease) -> Record | None:

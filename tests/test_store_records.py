@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def test_no_truncation_and_no_edit_passes(tmp_path: Path) -> None:
     for edited in (whole.replace(b'"rows_ok": 3', b'"rows_ok": 4'), whole + b"\n", b"[]", b"null", b'{"sha256": ""}'):
         with pytest.raises(DamagedError):
             Record.from_bytes(edited)
+
+
+def test_a_sealed_record_nested_without_end_is_damaged() -> None:
+    inner = b'\n "deep": ' + b"[" * 100_000
+    seal = f'\n "sha256": "{sha256(b"{" + inner).hexdigest()}",'.encode()
+    with pytest.raises(DamagedError, match="it is no record"):
+        Record.from_bytes(b"{" + seal + inner)
 
 
 def truncate_record(paths: RunPaths) -> None:

@@ -16,8 +16,9 @@ class Hunt:
     """Probes of a shard's pairs, one after another, each in a worker of its own.
 
     Reading is tried first: it is cheap, and tells at which stage a pair kills. Who survives that is sampled.
-    `until` is a step by which the deaths came. A pair is blamed only if others survived the same stage, here or, as
-    `others_survive` says, in other shards: a machine on which all die proves nothing against a pair.
+    `until` is a step by which the deaths came. A pair is blamed only if two workers die over it alone, for one may have
+    been preempted, and only if others survived the same stage, here or, as `others_survive` says, in other shards: a
+    machine on which all die proves nothing against a pair.
     """
 
     def __init__(self, places: Sequence[int], until: int, others_survive: Callable[[], bool]) -> None:
@@ -27,6 +28,7 @@ class Hunt:
         self._others_survive = others_survive
         self._stage = "read"
         self._groups = [self._all]  # to be tried, the next one last
+        self._suspect: tuple[int, ...] | None = None  # a lone pair, over which a worker died once
         self._acquitted = False  # whether any group survived this stage
 
     @property
@@ -36,6 +38,7 @@ class Hunt:
 
     def survived(self) -> None:
         group = self._groups.pop()
+        self._suspect = None
         self._acquitted = True
         if self._stage == "read" and group == self._all:
             self._stage, self._acquitted = "sample", False
@@ -45,6 +48,10 @@ class Hunt:
         group = self._groups.pop()
         if len(group) > 1:
             self._groups += _halves(group)
+            return
+        if group != self._suspect:
+            self._suspect = group
+            self._groups.append(group)
             return
         self.killers[group[0]] = self._stage
         if len(self.killers) > MOST_KILLERS:

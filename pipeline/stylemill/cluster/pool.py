@@ -198,7 +198,8 @@ class Pool:
                 self._raised(reply, reply.raised)
             else:
                 self._answered(reply.call, reply.answer)
-            if member.retiring and not self._book.held_by(member.number):
+            there = member.number in self._crew.members  # it may just have been lost
+            if there and member.retiring and not self._book.held_by(member.number):
                 self._crew.dismiss(member)
 
     def _answered(self, call: Call, answer: Any) -> None:

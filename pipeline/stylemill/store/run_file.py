@@ -54,7 +54,7 @@ class RunFile:
             raise OutputError(
                 f"{path}: cannot be read ({error.strerror or error}); mend that, or choose another folder with --output"
             ) from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise OutputError(
                 f"{path}: damaged, or written by another program. If a run stands beside it, nothing committed is "
                 "lost: put job.json back from a copy. Else choose another folder with --output"
