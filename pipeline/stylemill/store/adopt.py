@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 from stylemill.errors import DamagedError
+from stylemill.store.access import names
 from stylemill.store.commit import complete_record, publish_record
 from stylemill.store.generations import failed_before
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
-from stylemill.store.paths import LAST_GENERATION, RunPaths
+from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest, discard, storage_errors
 from stylemill.store.records import Record, standing_record
 from stylemill.store.run_file import RunFile
 from stylemill.store.writer import check_file, write_again
-
-_FILE = re.compile(r"(train-)?(?P<shard>[0-9]+)(-of-[0-9]+)?(-r(?P<generation>[0-9]+))?\.parquet")
 
 
 def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
@@ -41,22 +38,16 @@ def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
 def without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
     """Files that are named as those of a shard and a generation are, while no record of that one stands."""
     for folder in (paths.data_folder, paths.failures_folder):
-        with storage_errors(folder):
-            for entry in os.scandir(folder) if folder.exists() else ():
-                path = folder / entry.name
-                if (key := shard_of(paths, path)) and not ledger.stands(*key):
-                    yield path, *key
+        for path in [folder / name for name in names(folder)]:
+            if (key := shard_of(paths, path)) and not ledger.stands(*key):
+                yield path, *key
 
 
 def shard_of(paths: RunPaths, path: Path) -> tuple[int, int] | None:
     """Shard and generation that a record, data or failures file is of by its name; None for any other file."""
     if path.parent == paths.records_folder:
         return paths.parse_record(path.name)
-    match = _FILE.fullmatch(path.name)
-    if match is None or int(match["shard"]) >= paths.shards or int(match["generation"] or 0) >= LAST_GENERATION:
-        return None
-    shard, generation = int(match["shard"]), int(match["generation"] or 0)
-    return (shard, generation) if path in (paths.data(shard, generation), paths.failures(shard, generation)) else None
+    return paths.parse_file(path)
 
 
 def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int) -> Record | None:
