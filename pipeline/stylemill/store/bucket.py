@@ -27,6 +27,7 @@ PART = 32 << 20  # bytes of one request: larger files go up and come down in par
 AT_ONCE = 16  # requests, where many small objects are read
 
 _BUSY = {408, 409, 429}  # and 5xx: asking again can help
+_NOT_IMPLEMENTED = 501
 _DENIED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "403"}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
 
@@ -78,6 +79,11 @@ class Bucket:
             self._call("put_object", key, Body=data, **condition)
         except FileExistsError:
             return self.get(key) == data  # a first try may have succeeded and its answer been lost
+        except StorageError as error:
+            if not self.conditional or s3.error_status(error) != _NOT_IMPLEMENTED:
+                raise
+            self.conditional = False
+            return self.create(key, data)
         return True
 
     def swap(self, key: str, data: bytes, tag: str) -> str:
@@ -95,16 +101,22 @@ class Bucket:
         """Bytes of an object; None where there is none."""
         if key in self._sizes:
             return self._sizes[key]
+        if key in self._ahead:
+            return len(self._ahead[key])
         try:
             return int(self.head(key)["ContentLength"])
         except FileNotFoundError:
             return None
 
     def delete(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._guarded(key)
-            self._sizes.pop(key, None)
-            self._call("delete_object", key)
+        """Remove objects; one that is not there is no error. (Not all stores delete many in one request.)"""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(self._delete, keys))
+
+    def _delete(self, key: str) -> None:
+        self._guarded(key)
+        self._sizes.pop(key, None)
+        self._call("delete_object", key)
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object within the bucket. Raises FileNotFoundError."""
@@ -138,9 +150,9 @@ class Bucket:
         except FileExistsError:
             pass
         except StorageError as error:
-            if s3.error_status(error) not in (400, 501):
+            if s3.error_status(error) != _NOT_IMPLEMENTED:
                 raise
-            self.conditional = False  # it says that it cannot
+            self.conditional = False
         self.list(key)
         self.delete([key])
 
@@ -289,6 +301,6 @@ class Bucket:
             ), False
         if isinstance(error, FileNotFoundError) or status == 404:
             return FileNotFoundError(url), False
-        again = status is None or status in _BUSY or (status >= 500 and status != 501)
+        again = status is None or status in _BUSY or (status >= 500 and status != _NOT_IMPLEMENTED)
         words = " ".join(str(error).split())[:200] or type(error).__name__
         return StorageError(f"{url}: {words}; the same command resumes once the store answers again"), again

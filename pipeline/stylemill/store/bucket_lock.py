@@ -2,7 +2,8 @@
 
 Who meets a lock watches it: renewed, its holder lives and the run is refused; not renewed for STALE seconds by the
 watcher's own clock (or, by the store's clock, already long ago), it is taken over. A holder that could not renew its
-lock in time, because it stood still or the store did not answer, writes and deletes nothing more: `Bucket.guards` ask.
+lock in time, because it stood still or the store did not answer, must do so before it writes or deletes anything more
+(`Bucket.guards` ask), and cannot where another took over.
 What that cannot stop, a request already on its way, does no harm: records are created, never replaced.
 """
 
@@ -20,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from uuid import uuid4
 
-from stylemill.errors import LockedError, StorageError, StylemillError
+from stylemill.errors import LockedError, StylemillError
 from stylemill.store.bucket_path import BucketPath
 
 _log = logging.getLogger(__name__)
@@ -37,10 +38,10 @@ def held(path: BucketPath, machine: str) -> Iterator[None]:
     `machine` is known to nobody but who holds the flock of this machine's scratch folder for the run: a lock that bears
     it is that of a dead process.
     """
-    lock = _Lock(path, machine)
-    lock.acquire()
-    guards, below = path.bucket.guards, path.parent
+    lock, guards, below = _Lock(path, machine), path.bucket.guards, path.parent
     assert isinstance(below, BucketPath)
+    below.try_out()
+    lock.acquire()
     guards[below.prefix] = lock.check
     beating = threading.Thread(target=lock.beat, daemon=True)
     beating.start()
@@ -67,7 +68,7 @@ class _Lock:
         self._tag = ""
         self._beats = 0
         self._renewed = 0.0
-        self._lost = False
+        self._turn = threading.Lock()
         self.ended = threading.Event()
 
     def acquire(self) -> None:
@@ -116,38 +117,39 @@ class _Lock:
             self.ended.wait(LOOK)
 
     def beat(self) -> None:
-        """Renew the lock until `ended`."""
-        while not self.ended.wait(BEAT) and not self._lost:
+        """Renew the lock until `ended`, or until another has it."""
+        while not self.ended.wait(BEAT):
+            try:
+                self._renew()
+            except LockedError:
+                return  # `check` says so to whoever wants to write
+            except StylemillError as error:
+                _log.debug("%s: not renewed: %s", self._path, error)
+
+    def check(self) -> None:
+        """Raises LockedError where another has the lock by now, StorageError where that cannot be known."""
+        if _now() - self._renewed > MARGIN * STALE:
+            self._renew()
+
+    def _renew(self) -> None:
+        with self._turn:
             at = _now()
             self._beats += 1
             try:
                 self._tag = self._path.bucket.swap(self._path.key, self._body(), self._tag)
             except (FileExistsError, FileNotFoundError):
-                # Its answer may have been lost, and the tag be of our own last renewal.
-                seen = None
-                with suppress(StylemillError):
-                    seen = _look(self._path)
-                    if seen is None or seen.token != self._token:
-                        self._lost = True
-                        return
-                if seen is not None:
-                    self._tag = seen.tag
-            except StylemillError as error:
-                _log.debug("%s: not renewed: %s", self._path, error)
-            else:
-                self._renewed = at
-
-    def check(self) -> None:
-        """Raises StorageError unless this process surely has the lock still."""
-        if self._lost or _now() - self._renewed > MARGIN * STALE:
-            raise StorageError(
-                f"{self._path}: this run stood still or could not reach the store for too long and has lost its lock; "
-                "the same command resumes, unless another took over"
-            )
+                seen = _look(self._path)
+                if seen is None or seen.token != self._token:
+                    raise LockedError(
+                        f"{self._path.parent}: this run stood still, or did not reach the store, for more than "
+                        f"{STALE:.0f} s, and another has taken over; nothing committed is lost"
+                    ) from None
+                self._tag = seen.tag  # of our own last renewal, whose answer was lost
+            self._renewed = at
 
     def release(self) -> None:
         with suppress(StylemillError, OSError):
-            seen = None if self._lost else _look(self._path)
+            seen = _look(self._path)
             if seen is not None and seen.token == self._token:
                 self._path.unlink()
 

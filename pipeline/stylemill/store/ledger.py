@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from stylemill.errors import DamagedError
 from stylemill.store.access import Sizes, looked_at, names
+from stylemill.store.bucket_path import output_path
 from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import quarantine
@@ -268,7 +269,7 @@ class Ledger:
             for place, (shard, size) in enumerate(zip(columns["shard"], columns[column], strict=True)):
                 if size < 0 or (found := sizes.of(name(shard, generation), size)) == size:
                     continue
-                there[place], path = False, Path(name(shard, generation))
+                there[place], path = False, output_path(name(shard, generation))
                 what = "is missing" if found is None else f"has {found} bytes, not {size}"
                 self.damaged[path] = f"{self._paths.relative(path)} {what}"
         shards, ok, failed = (np.array(columns[name], np.int32) for name in ("shard", "rows_ok", "rows_failed"))

@@ -28,7 +28,7 @@ from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
 from stylemill.store.bucket_path import BucketPath, output_path
-from stylemill.store.publish import discard, publish, sync
+from stylemill.store.publish import discard, publish, storage_errors, sync
 
 LAST_GENERATION = 10_000  # what has a higher number in its name is no file of ours
 _FILE = re.compile(
@@ -183,9 +183,9 @@ class RunPaths:
 
         Raises OutputError where the folder cannot be written or its filesystem has no hard links.
         """
-        if isinstance(self.output, BucketPath):
-            self.tmp.mkdir(parents=True, exist_ok=True)
-            self.output.try_out()
+        if self.on_bucket:  # which the RunLock tries out
+            with storage_errors(self.tmp):
+                self.tmp.mkdir(parents=True, exist_ok=True)
             return
         folders = (self.data_folder, self.failures_folder, self.records_folder, self.checkpoints_folder, self.tmp)
         grown = {self.output, *(folder.parent for folder in (self.output, *self.output.parents) if not folder.exists())}

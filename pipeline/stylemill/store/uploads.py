@@ -17,7 +17,7 @@ from stylemill.store.bucket_path import PROBE, BucketPath
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import publish
-from stylemill.store.records import Record, standing_record
+from stylemill.store.records import Record, checked, standing_record
 
 
 def upload(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:
@@ -26,10 +26,10 @@ def upload(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     What is returned is for the driver to publish. Raises StorageError.
     """
     try:
-        if (standing := standing_record(paths, record.shard, record.generation)) is not None:
-            return standing
-    except DamagedError:
-        pass  # the driver sets it aside
+        standing = paths.record(record.shard, record.generation).read_bytes()
+        return checked(paths, standing, record.shard, record.generation)
+    except (FileNotFoundError, DamagedError):
+        pass  # a damaged one is set aside by the driver
     fault("before-publish", shard=record.shard)
     for tmp, entry in ((data_tmp, record.data), (failures_tmp, record.failures)):
         if tmp is not None and entry is not None:

@@ -22,7 +22,7 @@ from stylemill.store.generations import failures_of, pending_retry
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest, storage_errors
-from stylemill.store.records import FileEntry, Record
+from stylemill.store.records import FileEntry, Record, standing_record
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import find_record, segments
 from stylemill.store.writer import check_file
@@ -99,11 +99,19 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
     expected |= {path for path, shard, generation in unrecorded if (shard, generation) in begun}
     expected |= {paths.record(shard, generation) for shard, generation in begun}
     for problem, places in rows.repeated():
-        report.note(problem, *(paths.data(place) for place in places), *(paths.record(place) for place in places))
+        report.note(problem, *(_data_of(paths, place) for place in places), *(paths.record(place) for place in places))
     _check_notes(paths, report)
     adoptable = {path for path, _, _ in unrecorded}  # `repair` looks whether they are whole
     _find_strays(paths, report, expected, adoptable)
     return report
+
+
+def _data_of(paths: RunPaths, shard: int) -> Path:
+    try:
+        record = standing_record(paths, shard)
+    except DamagedError:
+        record = None
+    return paths.output / record.data.name if record and record.data else paths.data(shard)
 
 
 @dataclass
