@@ -213,18 +213,25 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_a_second_driver_is_refused_while_the_first_one_works(runs: Runs, whole: Path) -> None:
-    """The first one's process is alive, and a fault keeps it at one place."""
-    environment = runs.environment("first", faults="mid-sample:delay:seconds=3:shard=1:step=3")
-    first = runs.warm.start(
-        runs.uri, runs.job, faults=environment, constants=HASTY | {"stylemill.store.bucket_lock:STALE": 60.0}
-    )
-    until(lambda: "checkpoints/00001" in " ".join(runs.store.objects(runs.name)))
-    assert status(runs.uri).worked_on_by
-    refused = runs.run("second", constants=patient)
-    assert refused.exit_code == 1, refused.output
-    assert f"another run works in this folder: pid {first.process.pid}" in refused.output
-    assert first.ended().exit_code == 3
+def test_a_second_driver_is_refused_while_the_first_one_lives_and_takes_over_when_it_died(
+    runs: Runs, whole: Path
+) -> None:
+    """The first one hangs, and goes on renewing its lock."""
+    environment = runs.environment("first", faults="mid-sample:hang:shard=1:step=3")
+    patient = HASTY | {"stylemill.store.bucket_lock:STALE": 60.0}
+    first = runs.warm.start(runs.uri, runs.job, faults=environment, constants=patient)
+    try:
+        until(lambda: "checkpoints/00001" in " ".join(runs.store.objects(runs.name)))
+        assert f"pid {first.process.pid} on host" in str(status(runs.uri).worked_on_by)
+        refused = runs.run("second", constants=patient)
+        assert refused.exit_code == 1, refused.output
+        assert f"another run works in this folder: pid {first.process.pid}" in refused.output
+    finally:
+        os.kill(first.process.pid, signal.SIGKILL)
+    assert first.ended().exit_code == -signal.SIGKILL
+    second = runs.run("second")
+    assert second.exit_code == 3, second.output
+    assert second.steps[0][0] == 1
     check_same(runs, whole)
 
 

@@ -301,6 +301,11 @@ class Bucket:
             ), False
         if isinstance(error, FileNotFoundError) or status == 404:
             return FileNotFoundError(url), False
-        again = status is None or status in _BUSY or (status >= 500 and status != _NOT_IMPLEMENTED)
+        again = (
+            status is None
+            or status in _BUSY
+            or code == "RequestTimeout"
+            or (status >= 500 and status != _NOT_IMPLEMENTED)
+        )
         words = " ".join(str(error).split())[:200] or type(error).__name__
         return StorageError(f"{url}: {words}; the same command resumes once the store answers again"), again
