@@ -128,9 +128,9 @@ def read_as_the_readme_says(runs: Runs, whole: Path) -> None:
     ("place", "resumes"),
     [
         ("mid-sample:kill:shard=1:step=3", [(1, 3)]),
-        ("after-publish:kill:shard=1", [(2, 1)]),
-        ("before-record:kill:shard=1", [(2, 1)]),
-        ("mid-publish:kill:folder=records", [(1, 1)]),
+        pytest.param("after-publish:kill:shard=1", [(2, 1)], marks=pytest.mark.slow),
+        pytest.param("before-record:kill:shard=1", [(2, 1)], marks=pytest.mark.slow),
+        pytest.param("mid-publish:kill:folder=records", [(1, 1)], marks=pytest.mark.slow),
     ],
 )
 def test_another_machine_goes_on_from_what_is_on_the_store(
@@ -147,6 +147,7 @@ def test_another_machine_goes_on_from_what_is_on_the_store(
     check_same(runs, whole)
 
 
+@pytest.mark.slow
 def test_a_whole_run_over_a_lossy_store(runs: Runs, whole: Path) -> None:
     """Every seventh request is refused, lost or late; on the way, the driver is killed."""
     kinds = [503, "lost", "slow"]
@@ -164,6 +165,7 @@ def test_a_whole_run_over_a_lossy_store(runs: Runs, whole: Path) -> None:
     check_same(runs, whole)
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_a_store_without_conditional_puts(runs: Runs, whole: Path) -> None:
     with gate(runs.store, lambda method, path: "plain") as plain:
         killed = runs.run("first", through=plain, faults="mid-sample:kill:shard=1:step=3")
@@ -173,6 +175,7 @@ def test_a_whole_run_on_a_store_without_conditional_puts(runs: Runs, whole: Path
     check_same(runs, whole)
 
 
+@pytest.mark.slow
 def test_an_outage_leaves_the_run_open_and_the_same_command_finishes_it(runs: Runs, whole: Path) -> None:
     down: list[str] = []
 
@@ -213,6 +216,7 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_while_the_first_one_lives_and_takes_over_when_it_died(
     runs: Runs, whole: Path
 ) -> None:
@@ -235,6 +239,7 @@ def test_a_second_driver_is_refused_while_the_first_one_lives_and_takes_over_whe
     check_same(runs, whole)
 
 
+@pytest.mark.slow
 def test_failed_rows_are_tried_again_and_damage_is_repaired(
     warm: Warm, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
