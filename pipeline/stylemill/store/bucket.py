@@ -86,12 +86,15 @@ class Bucket:
             return self.create(key, data)
         return True
 
-    def swap(self, key: str, data: bytes, tag: str) -> str:
-        """Replace the object that has this `tag`; returns the new tag. One try. Raises FileExistsError for another."""
+    def swap(self, key: str, data: bytes, tag: str, tries: int = 0) -> str:
+        """Replace the object that has this `tag`; returns the new tag. Raises FileExistsError for another one.
+
+        It may be the caller's own: where the answer to a first try was lost.
+        """
         condition: dict[str, Any] = {"IfMatch": tag} if self.conditional else {}
         if not condition and self.head(key)["ETag"] != tag:
             raise FileExistsError(key)
-        return str(self._call("put_object", key, tries=1, Body=data, **condition)["ETag"])
+        return str(self._call("put_object", key, tries, Body=data, **condition)["ETag"])
 
     def head(self, key: str, tries: int = 0) -> Any:
         """S3's answer about an object. Raises FileNotFoundError."""

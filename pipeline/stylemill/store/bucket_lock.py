@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 BEAT = 10.0  # seconds between two renewals
 STALE = 60.0  # seconds without one after which a lock is taken over
 LOOK = 2.0  # seconds between two looks at another's lock
-MARGIN = 0.75  # of STALE: after that, a holder takes its own lock for lost
+MARGIN = 0.75  # of STALE: after that, a holder must renew its own lock before it goes on
 
 
 @contextmanager
@@ -120,7 +120,7 @@ class _Lock:
         """Renew the lock until `ended`, or until another has it."""
         while not self.ended.wait(BEAT):
             try:
-                self._renew()
+                self._renew(tries=1)
             except LockedError:
                 return  # `check` says so to whoever wants to write
             except StylemillError as error:
@@ -131,12 +131,12 @@ class _Lock:
         if _now() - self._renewed > MARGIN * STALE:
             self._renew()
 
-    def _renew(self) -> None:
+    def _renew(self, tries: int = 0) -> None:
         with self._turn:
             at = _now()
             self._beats += 1
             try:
-                self._tag = self._path.bucket.swap(self._path.key, self._body(), self._tag)
+                self._tag = self._path.bucket.swap(self._path.key, self._body(), self._tag, tries)
             except (FileExistsError, FileNotFoundError):
                 seen = _look(self._path)
                 if seen is None or seen.token != self._token:
