@@ -7,6 +7,7 @@ makes while it is sampled". A torn file is left where the change was to be a fil
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -173,16 +175,18 @@ class Warm:
 
     def start(
         self,
-        output: Path,
+        output: Path | str,
         *arguments: object,
         at: Moment | None = None,
         order: Sequence[int] = (),
         faults: dict[str, str] | None = None,
+        constants: dict[str, object] | None = None,
     ) -> WarmRun:
         """Begin `stylemill run … --inline --output OUTPUT`.
 
         Where the first argument is `retry-failed` or `repair`, it begins that of the run folder OUTPUT.
-        `order` is that in which shards are worked off, `faults` what stands in the environment.
+        `order` is that in which shards are worked off, `faults` what stands in the environment, `constants` what
+        modules of stylemill have in place of their own, by `module:name`.
         """
         self.started += 1
         log = self.logs / str(self.started)
@@ -191,12 +195,12 @@ class Warm:
             command = [verb, str(output), *rest]
         else:
             command = ["run", verb, *rest, "--output", str(output)]
-        how = (at, order, faults or {})
+        how = (at, order, faults or {}, constants or {})
         process = self.context.Process(target=_run, args=(command, str(output), log, *how), daemon=True)
         process.start()
         return WarmRun(process, log)
 
-    def run(self, output: Path, *arguments: object, **how: Any) -> Ended:
+    def run(self, output: Path | str, *arguments: object, **how: Any) -> Ended:
         return self.start(output, *arguments, **how).ended()
 
 
@@ -217,9 +221,19 @@ class WarmRun:
 
 
 def _run(
-    command: list[str], output: str, log: Path, at: Moment | None, order: Sequence[int], faults: dict[str, str]
+    command: list[str],
+    output: str,
+    log: Path,
+    at: Moment | None,
+    order: Sequence[int],
+    faults: dict[str, str],
+    constants: dict[str, object],
 ) -> None:
     os.environ.update(faults)
+    tempfile.tempdir = None  # where TMPDIR says
+    for place, value in constants.items():
+        module, name = place.split(":")
+        setattr(importlib.import_module(module), name, value)
     with open(log.with_suffix(".out"), "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)

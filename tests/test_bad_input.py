@@ -382,8 +382,8 @@ def test_models_that_cannot_be_used(stylemill_says, here, model, spoil, words):
         pytest.param("job.yaml/run", ["job.yaml/run: cannot be written (Not a directory)"], id="below a file"),
         pytest.param("/proc/run", ["/proc/run: cannot be written (", "--output"], id="/proc"),
         pytest.param("x" * 300, ["File name too long"], id="a long name"),
-        pytest.param("s3://bucket/run", ["output s3://bucket/run: only local folders can be written so far"], id="S3"),
-        pytest.param("gs://bucket/run", ["output gs://bucket/run: only local folders can be written so far"], id="GCS"),
+        pytest.param("s3:///run/..", ["output s3://run/..: name a bucket and a folder in it"], id="S3"),
+        pytest.param("gs://bucket/run", ["output gs://bucket/run: only local folders and s3:// can be"], id="GCS"),
     ],
 )
 def test_outputs_that_cannot_be_written(stylemill_says, here, output, words):

@@ -10,8 +10,8 @@ from PIL import Image
 from stylemill.errors import StorageError
 from stylemill.images import encode_image
 from stylemill.manifest.read import Manifest, open_manifest
-from stylemill.report import contact_sheet
 from stylemill.report.contact_sheet import GAP, LABEL, THUMB, write_contact_sheet
+from stylemill.store import publish
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
 
@@ -159,7 +159,7 @@ def test_the_old_sheet_stands_until_the_new_one_is_whole(paths, tmp_path, monkey
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
-        patch.setattr(contact_sheet.os, "replace", full)
+        patch.setattr(publish.os, "replace", full)
         with pytest.raises(StorageError, match="disk is full"):
             write_contact_sheet(paths, manifest, records)
     assert paths.contact_sheet.read_bytes() == b"old"

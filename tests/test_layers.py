@@ -32,6 +32,7 @@ GROUND = {
     "models",
     "scheduler_names",
     "faults",
+    "s3",
 }
 BESIDE = {"job", "manifest", "images", "store", "engine"}  # stand on the ground and do not know one another
 MAY_KNOW: dict[str, set[str]] = {
@@ -42,7 +43,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "models": {"errors", "settings"},
     "scheduler_names": set(),
     "faults": {"errors"},
-    "remote": {"errors", "settings"},
+    "s3": set(),
+    "remote": {"errors", "settings", "s3"},
     "job_paths": {"models"},
     **dict.fromkeys(BESIDE, GROUND),
     "job": GROUND | {"job_paths"},

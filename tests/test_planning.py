@@ -344,7 +344,7 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
         ({"sampling": {"layer_weights": [1.0]}}, JobError, r"layer_weights has 1 numbers for the 6 layers of model.l"),
         ({"model": {"name": "/no/model"}}, ModelError, "no such folder"),
         ({"manifest": "/no/pairs.parquet"}, ManifestError, "no such manifest"),
-        ({"output": "s3://bucket/run"}, OutputError, "only local folders"),
+        ({"output": "gs://bucket/run"}, OutputError, "only local folders"),
     ],
 )
 def test_what_cannot_be_planned(job, changes, error, message):

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stylemill import remote
+from stylemill import remote, s3
 from stylemill.cli import main
 from stylemill.errors import DownloadError, ImageError, TransientError
 from stylemill.images import load_image
@@ -561,14 +561,14 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
             patch.setenv(name, str(none))
-        remote._s3.cache_clear()
+        s3._filesystem.cache_clear()
         client = boto3.client("s3")
         client.create_bucket(Bucket="images")
         client.put_object(Bucket="images", Key="deep/é a.png", Body=PNG)
         client.put_object(Bucket="images", Key="empty.png", Body=b"")
         client.put_object(Bucket="images", Key="large.png", Body=bytes(5000))
         yield
-        remote._s3.cache_clear()
+        s3._filesystem.cache_clear()
     server.stop()
 
 
@@ -613,7 +613,7 @@ def test_denied_objects_cost_their_row_but_bad_credentials_do_not(
 ) -> None:
     with serving(**{"images/a.png": answer}) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        remote._s3.cache_clear()
+        s3._filesystem.cache_clear()
         with pytest.raises(error, match=said):
             fetch("s3://images/a.png", BRIEF if answer is silent else OWN)
-        remote._s3.cache_clear()
+        s3._filesystem.cache_clear()

@@ -99,8 +99,8 @@ def test_output_that_cannot_be_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"file.*cannot be written.*--output"):
         RunPaths(tmp_path / "file", 1).create()
-    with pytest.raises(OutputError, match=r"s3:/.*only local folders"):
-        RunPaths(Path("s3://bucket/run"), 1)
+    with pytest.raises(OutputError, match=r"gs://bucket/run: only local folders and s3:// can be written"):
+        RunPaths(Path("gs://bucket/run"), 1)
 
 
 def test_quarantine_keeps_every_file_and_its_reason(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Flags that stand for a key of the job file; every other key is reached by --set.
 JOB_FLAGS = {
-    "--output": ("output", "DIR", "run folder, instead of the job's"),
+    "--output": ("output", "DIR", "run folder or s3:// URI, instead of the job's"),
     "--manifest": ("manifest", "FILE", "manifest, instead of the job's"),
     "--model": ("model.name", "MODEL", "folder or hub id, instead of the job's"),
     "--preset": ("preset", "NAME", "preset, instead of the job's"),
@@ -274,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     repair.add_argument("--deep", action="store_true", help="also decode every image")
     for folder in (retry, repair):
-        folder.add_argument("run", help="run folder")
+        folder.add_argument("run", help="run folder, or its s3:// URI")
         for flag in ("--workers", "--address"):
             key, metavar, text = JOB_FLAGS[flag]
             folder.add_argument(flag, metavar=metavar, help=f"{text} ({key})")
@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         works.add_argument("--failures-ok", action="store_true", help="exit 0 even if rows failed for good")
 
     status = verb(verbs, "status", _status, "show how far a run is", "status runs/quickstart")
-    status.add_argument("run", help="run folder")
+    status.add_argument("run", help="run folder, or its s3:// URI")
 
     verify = verb(
         verbs,
@@ -293,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "check every digest, and that every row is there once",
         "verify runs/quickstart --deep",
     )
-    verify.add_argument("run", help="run folder")
+    verify.add_argument("run", help="run folder, or its s3:// URI")
     verify.add_argument("--deep", action="store_true", help="also decode every image")
 
     demo = verb(

@@ -124,7 +124,7 @@ class Job(Frozen):
 
     name: str
     manifest: str
-    output: str
+    output: str  # a folder, or s3://bucket/folder
     model: Model
     preset: str | None = DEFAULT_PRESET
     sampling: Sampling = Sampling()

@@ -19,10 +19,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
-from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from stylemill import s3
 from stylemill.errors import DownloadError, ImageError, JobError
 from stylemill.settings import Inputs
 
@@ -291,13 +290,15 @@ def _read_s3(url: str, inputs: Inputs) -> bytes:
     path = "s3://" + url.partition("://")[2]
     try:
         # One byte more than allowed tells what is too large, and nothing needs to be asked first.
-        data: bytes = _s3(inputs.timeout).cat_file(path, start=0, end=inputs.max_bytes + 1, timeout=inputs.timeout)
+        data: bytes = s3.filesystem(inputs.timeout).cat_file(
+            path, start=0, end=inputs.max_bytes + 1, timeout=inputs.timeout
+        )
     except ImportError:
         raise JobError(f"{shown(url)}: s3:// needs s3fs on every worker; pip install 'stylemill[s3]'") from None
     except FileNotFoundError:
         raise ImageError(f"{shown(url)}: there is no such object; correct the URL or remove its rows") from None
     except Exception as error:  # botocore, aiohttp and the event loop each have trees of their own
-        code = _s3_code(error)
+        code = s3.error_code(error)
         if code == "InvalidRange":
             return b""
         if code == "AccessDenied":
@@ -306,21 +307,3 @@ def _read_s3(url: str, inputs: Inputs) -> bytes:
     if len(data) > inputs.max_bytes:
         raise ImageError(f"{shown(url)}: is larger than the limit of {inputs.max_bytes:,} bytes (inputs.max_bytes)")
     return data
-
-
-@cache
-def _s3(timeout: float) -> Any:
-    """One filesystem for all threads: fsspec would keep one for each."""
-    import fsspec
-
-    wait = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
-    return fsspec.filesystem("s3", config_kwargs=wait, skip_instance_cache=True)
-
-
-def _s3_code(error: BaseException | None) -> str | None:
-    """S3's own name of an error, which tells an object that is denied from credentials that have run out."""
-    while error is not None:
-        if code := (getattr(error, "response", None) or {}).get("Error", {}).get("Code"):
-            return str(code)
-        error = error.__cause__
-    return None

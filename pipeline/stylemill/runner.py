@@ -21,7 +21,7 @@ from stylemill.progress import ProgressBar
 from stylemill.report.contact_sheet import write_contact_sheet
 from stylemill.report.summary import Summary, summarize
 from stylemill.store.adopt import adopt_standing
-from stylemill.store.commit import clean
+from stylemill.store.commit import clean, confirm
 from stylemill.store.compaction import compact
 from stylemill.store.generations import begin_retry, end_retry, failed_before, pending_retry
 from stylemill.store.ledger import Ledger
@@ -255,6 +255,7 @@ class RunListener:
         self.bar.moved(progress)
 
     def committed(self, record: Record) -> None:
+        record = confirm(self.run.paths, record)
         self.ledger.read(record.shard, record.generation)
         compact(self.run.paths, self.ledger)
         if (size := record.numerics.get("micro_batch")) and size < (self.settled.get("micro_batch") or size):

@@ -68,7 +68,8 @@ def process_shard(
     `device` is held while sampling, so that another thread may read ahead and a third encode. Raises TransientError
     when the attempt, not a row, failed; InputError when no attempt can succeed.
     """
-    if record := Ledger(run.paths).read(lease.shard, lease.generation):
+    # On an object store, the driver alone publishes records, and looked before this lease.
+    if not run.paths.on_bucket and (record := Ledger(run.paths).read(lease.shard, lease.generation)):
         return record  # an earlier attempt died after its commit
     steps, clock = run.job.sampling.steps, Clock()
     rows = run.rows_of(lease.shard)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +17,9 @@ from stylemill.images import encode_image, load_image
 from stylemill.manifest.read import Manifest
 from stylemill.manifest.schema import ImageRef, Row
 from stylemill.settings import DEFAULT_INPUTS, Inputs
+from stylemill.store.access import local_copy
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import discard, storage_errors
+from stylemill.store.publish import replace_bytes
 from stylemill.store.records import Record
 
 THUMB, LABEL, GAP = 160, 16, 6  # pixels
@@ -61,19 +60,11 @@ def write_contact_sheet(
     for record in used:
         wanted = {row for row in grid.cells.values() if record.first_row <= row < record.stop_row}
         if record.data is not None:
-            outputs |= _outputs(paths.output / record.data.name, wanted - outputs.keys())
+            outputs |= _outputs(paths, paths.output / record.data.name, wanted - outputs.keys())
     brief = inputs.model_copy(update={"retries": 0, "timeout": min(inputs.timeout, 10.0)})  # grey is good enough here
     sheet = _draw(grid, outputs, manifest.base, manifest.num_rows, brief)
-    final = paths.contact_sheet
-    tmp = paths.tmp_name(final, uuid4().hex)
-    try:
-        with storage_errors(final):
-            paths.tmp.mkdir(exist_ok=True)
-            tmp.write_bytes(encode_image(np.asarray(sheet), "jpeg", 88))
-            os.replace(tmp, final)  # a report, not data: the newest sheet is the right one
-    finally:
-        discard(tmp)
-    return final
+    replace_bytes(paths, paths.contact_sheet, encode_image(np.asarray(sheet), "jpeg", 88))
+    return paths.contact_sheet
 
 
 def _lay_out(manifest: Manifest, records: Iterable[Record], limit: tuple[int, int]) -> tuple[_Grid, list[Record]]:
@@ -107,15 +98,15 @@ def _content_key(row: Row) -> Key:
     return (row.content.key,) if row.content is not None else ("prompt", row.prompt or "")
 
 
-def _outputs(file: Path, wanted: set[int]) -> dict[int, Image.Image]:
+def _outputs(paths: RunPaths, file: Path, wanted: set[int]) -> dict[int, Image.Image]:
     """Thumbnails of the `wanted` rows that `file` holds; all grey where it cannot be read: `verify` says why."""
     found: dict[int, Image.Image] = {}
     try:
-        with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as data:
+        with local_copy(paths, file) as copy, pq.ParquetFile(copy, buffer_size=_BUFFER_BYTES) as data:
             for batch in data.iter_batches(16, columns=["row", "image"], use_threads=False):
                 for number, image in zip(batch["row"].to_pylist(), batch["image"], strict=True):
                     if number in wanted:
-                        found[number] = _thumbnail(ImageRef(None, image["bytes"].as_py()), file.parent)
+                        found[number] = _thumbnail(ImageRef(None, image["bytes"].as_py()), copy.parent)
                 if wanted <= found.keys():
                     break
     except (OSError, pa.ArrowException):

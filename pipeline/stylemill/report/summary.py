@@ -39,9 +39,10 @@ class Summary:
                 lines.append(f"    … all of them in {self.paths.failures_folder}")
         lines.append(f"data     {self.paths.data_folder}")
         if self.rows_ok:
-            lines.append(
-                f'load it  datasets.load_dataset("parquet", data_dir="{self.paths.data_folder}", split="train")'
-            )
+            files = f'data_dir="{self.paths.data_folder}"'
+            if self.paths.on_bucket:
+                files = f'data_files="{self.paths.data_folder}/*.parquet"'
+            lines.append(f'load it  datasets.load_dataset("parquet", {files}, split="train")')
         if self.paths.contact_sheet.exists():
             lines.append(f"look     {self.paths.contact_sheet}")
         return "\n".join(lines)

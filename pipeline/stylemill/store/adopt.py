@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
 from stylemill.errors import DamagedError
+from stylemill.store.access import local_copy, names
 from stylemill.store.commit import complete_record, publish_record
 from stylemill.store.generations import failed_before
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
-from stylemill.store.paths import LAST_GENERATION, RunPaths
+from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest, discard, storage_errors
 from stylemill.store.records import Record, standing_record
 from stylemill.store.run_file import RunFile
 from stylemill.store.writer import check_file, write_again
-
-_FILE = re.compile(r"(train-)?(?P<shard>[0-9]+)(-of-[0-9]+)?(-r(?P<generation>[0-9]+))?\.parquet")
 
 
 def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
@@ -29,9 +27,12 @@ def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
     The caller holds the RunLock. What is not whole stays as it is, for the commit that comes. Raises StorageError.
     """
     count = 0
-    for shard, generation in sorted({(shard, generation) for _, shard, generation in without_record(paths, ledger)}):
+    found: dict[tuple[int, int], list[Path]] = defaultdict(list)
+    for path, *key in without_record(paths, ledger):
+        found[key[0], key[1]].append(path)
+    for (shard, generation), files in sorted(found.items()):
         with exclusive(paths.commit_lock(shard)):
-            record = _adopted(paths, run, shard, generation)
+            record = _adopted(paths, run, shard, generation, files)
         if record is not None:
             ledger.read(shard, generation)
             count += 1
@@ -41,60 +42,59 @@ def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
 def without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
     """Files that are named as those of a shard and a generation are, while no record of that one stands."""
     for folder in (paths.data_folder, paths.failures_folder):
-        with storage_errors(folder):
-            for entry in os.scandir(folder) if folder.exists() else ():
-                path = folder / entry.name
-                if (key := shard_of(paths, path)) and not ledger.stands(*key):
-                    yield path, *key
+        for path in [folder / name for name in names(folder)]:
+            if (key := shard_of(paths, path)) and not ledger.stands(*key):
+                yield path, *key
 
 
 def shard_of(paths: RunPaths, path: Path) -> tuple[int, int] | None:
     """Shard and generation that a record, data or failures file is of by its name; None for any other file."""
     if path.parent == paths.records_folder:
         return paths.parse_record(path.name)
-    match = _FILE.fullmatch(path.name)
-    if match is None or int(match["shard"]) >= paths.shards or int(match["generation"] or 0) >= LAST_GENERATION:
-        return None
-    shard, generation = int(match["shard"]), int(match["generation"] or 0)
-    return (shard, generation) if path in (paths.data(shard, generation), paths.failures(shard, generation)) else None
+    return paths.parse_file(path)
 
 
-def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int) -> Record | None:
+def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int, files: list[Path]) -> Record | None:
     """The record that the files of a generation deserve, published; None unless they are as a commit left them."""
-    data, failures = (
-        path if path.exists() else None for path in (paths.data(shard, generation), paths.failures(shard, generation))
-    )
+    data = [path for path in files if path.parent == paths.data_folder and path.exists()]
+    failures = [path for path in files if path.parent == paths.failures_folder and path.exists()]
+    if max(len(data), len(failures)) > 1:  # uploads of several attempts, on an object store
+        return None
     attempt = f"found-{uuid4().hex[:12]}"
     rows = run.rows_of(shard)
-    try:
-        if standing_record(paths, shard, generation) is not None:
+    with ExitStack() as copies:
+        local = {path: copies.enter_context(local_copy(paths, path)) for path in [*data, *failures]}
+        try:
+            if standing_record(paths, shard, generation) is not None:
+                return None
+            retried = failed_before(paths, shard, generation)
+            found = [row for path, copy in local.items() for row in _whole_rows(paths, run, path, copy, attempt)]
+            if sorted(found) != (sorted(retried) if generation else list(rows)):
+                return None
+        except DamagedError:
             return None
-        retried = failed_before(paths, shard, generation)
-        found = [row for path in (data, failures) if path for row in _whole_rows(paths, run, path, attempt)]
-        if sorted(found) != (sorted(retried) if generation else list(rows)):
-            return None
-    except DamagedError:
-        return None
-    draft = Record(
-        shard=shard,
-        fingerprint=run.fingerprint_sha256,
-        first_row=rows.start,
-        stop_row=rows.stop,
-        attempt=attempt,
-        generation=generation,
-        retried_by_class=dict(Counter(failure.error for failure in retried.values())),
-    )
-    return publish_record(paths, complete_record(paths, draft, data, failures))
+        draft = Record(
+            shard=shard,
+            fingerprint=run.fingerprint_sha256,
+            first_row=rows.start,
+            stop_row=rows.stop,
+            attempt=attempt,
+            generation=generation,
+            retried_by_class=dict(Counter(failure.error for failure in retried.values())),
+        )
+        record = complete_record(paths, draft, *(local[place[0]] if place else None for place in (data, failures)))
+        named = {paths.output / entry.name for entry in (record.data, record.failures) if entry}
+        return publish_record(paths, record) if named == set(local) else None  # a bucket's names say the digest
 
 
-def _whole_rows(paths: RunPaths, run: RunFile, path: Path, attempt: str) -> tuple[int, ...]:
+def _whole_rows(paths: RunPaths, run: RunFile, path: Path, copy: Path, attempt: str) -> tuple[int, ...]:
     """The rows of a file that is, to the byte, what our writer makes of them: pages have checksums, the footer none."""
-    rows = check_file(path, fingerprint=run.fingerprint_sha256).rows
+    rows = check_file(copy, fingerprint=run.fingerprint_sha256).rows
     paths.tmp.mkdir(exist_ok=True)
     again = paths.tmp_name(path, attempt)
     try:
         with storage_errors(path):
-            same = digest(write_again(path, again)) == digest(path)
+            same = digest(write_again(copy, again)) == digest(copy)
     finally:
         discard(again)
     if not same or list(rows) != sorted(rows):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors.numpy import save as save_arrays
 
 from stylemill.errors import DamagedError, StorageError
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import publish_bytes, quarantine, storage_errors
+from stylemill.store.publish import publish_bytes, quarantine, remove_tree, storage_errors
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _PROGRESS = re.compile(r"progress-(?P<step>[0-9]{5,})-(?P<attempt>.+)-[0-9a-f]{32}\.safetensors")
@@ -100,7 +99,7 @@ def newest_step(paths: RunPaths, shard: int) -> int | None:
 
 def clear(paths: RunPaths, shard: int) -> None:
     """Remove the checkpoints of a shard; what cannot be removed now is left to `clean`."""
-    shutil.rmtree(paths.checkpoints(shard), ignore_errors=True)
+    remove_tree(paths.checkpoints(shard))
 
 
 def _check_expected(expect: Mapping[str, Any], meta: Mapping[str, Any]) -> None:

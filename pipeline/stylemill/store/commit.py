@@ -22,8 +22,18 @@ from stylemill.store.generations import failed_before, pending_retry
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import digest, discard, persist, publish, publish_bytes, quarantine, storage_errors
+from stylemill.store.publish import (
+    digest,
+    discard,
+    persist,
+    publish,
+    publish_bytes,
+    quarantine,
+    remove_tree,
+    storage_errors,
+)
 from stylemill.store.records import FileEntry, Record, standing_record
+from stylemill.store.uploads import remove_unnamed, upload
 from stylemill.store.writer import check_file, write_again
 
 
@@ -34,6 +44,8 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     files nor counts: they are taken from what is committed, which may be another attempt's work. Its own files leave
     tmp/ in any case but a kill. The shard's checkpoints are removed. Raises StorageError, and DamagedError, committing
     nothing, if the files do not hold every row of the shard once.
+
+    On an object store, the files are uploaded, and the record that is returned counts once the driver called `confirm`.
     """
     try:
         if record.generation:
@@ -43,6 +55,8 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
             _check_complete(record, before, data_tmp, failures_tmp)
         else:
             _check_complete(record, range(record.first_row, record.stop_row), data_tmp, failures_tmp)
+        if paths.on_bucket:
+            return upload(paths, complete_record(paths, record, data_tmp, failures_tmp), data_tmp, failures_tmp)
         # The lock keeps two attempts from judging each other's half-published work; create-if-absent would do without
         # it as long as both give the same rows.
         with exclusive(paths.commit_lock(record.shard)):
@@ -63,6 +77,19 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     return standing
 
 
+def confirm(paths: RunPaths, record: Record) -> Record:
+    """The driver's part of a commit, under the RunLock: publish what `commit` returned; returns what stands then."""
+    if not paths.on_bucket:
+        return record
+    standing = _standing(paths, record)
+    if standing is None:
+        fault("before-record", shard=record.shard)
+        standing = publish_record(paths, record)
+        fault("after-record", shard=record.shard)
+    checkpoints.clear(paths, record.shard)
+    return standing
+
+
 def clean(paths: RunPaths, ledger: Ledger | None = None) -> None:
     """Empty tmp/ and remove the checkpoints of committed shards; a finished run keeps neither folder, nor its cache.
 
@@ -77,11 +104,13 @@ def clean(paths: RunPaths, ledger: Ledger | None = None) -> None:
         if path.suffix == ".lock" and path.stem not in kept:
             discard(path)
         elif path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
             fault("mid-clean", folder=path.name)
     finished = not wanted
+    if finished:
+        remove_unnamed(paths, ledger)
     with storage_errors(paths.output):
-        for folder in (paths.tmp, paths.checkpoints_folder, paths.cache) if finished else (paths.tmp,):
+        for folder in (paths.tmp, paths.commit_lock(0).parent, paths.cache) if finished else (paths.tmp,):
             if folder.exists():
                 shutil.rmtree(folder)
                 fault("mid-clean", folder=folder.name)
@@ -153,7 +182,11 @@ def unlike(final: Path, tmp: Path) -> str | None:
 
 
 def complete_record(paths: RunPaths, record: Record, data: Path | None, failures: Path | None) -> Record:
-    entries = {name: _entry(paths, path) for name, path in (("data", data), ("failures", failures)) if path is not None}
+    """`record` with the counts, sizes and digests of its files, which are still below tmp/ or stand already."""
+    shard, generation = record.shard, record.generation
+    finals = {"data": paths.data(shard, generation), "failures": paths.failures(shard, generation)}
+    files = {"data": data, "failures": failures}
+    entries = {name: _entry(paths, path, finals[name]) for name, path in files.items() if path is not None}
     classes: Counter[str] = Counter()
     if failures is not None:
         with storage_errors(failures):
@@ -170,11 +203,12 @@ def complete_record(paths: RunPaths, record: Record, data: Path | None, failures
     )
 
 
-def _entry(paths: RunPaths, path: Path) -> FileEntry:
+def _entry(paths: RunPaths, path: Path, final: Path) -> FileEntry:
     with storage_errors(path):
         rows = pq.read_metadata(path).num_rows
         size = path.stat().st_size
-    return FileEntry(name=paths.relative(path), rows=rows, bytes=size, sha256=digest(path))
+    sha256 = digest(path)
+    return FileEntry(paths.relative(paths.committed(final, sha256)), rows, size, sha256)
 
 
 def publish_record(paths: RunPaths, record: Record) -> Record:

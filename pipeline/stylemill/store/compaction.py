@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 
 from stylemill.errors import DamagedError
+from stylemill.store.access import looked_at
+from stylemill.store.bucket_path import BucketPath
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
@@ -27,18 +29,22 @@ def compact(paths: RunPaths, ledger: Ledger, least: int = ROWS) -> bool:
         return False
     packed: dict[tuple[int, int], bytes] = {}
     records = []
-    for shard, generation in sorted(ledger.own_files):
-        path = paths.record(shard, generation)
-        with storage_errors(path):
-            data = path.read_bytes() if path.exists() else b""
-        try:
-            records.append(checked(paths, data, shard, generation))
-        except DamagedError:
-            continue  # the ledger sets it aside
-        packed[shard, generation] = data
+    own = {key: paths.record(*key) for key in sorted(ledger.own_files)}
+    with looked_at(paths, own.values()):
+        for key, path in own.items():
+            with storage_errors(path):
+                data = path.read_bytes() if path.exists() else b""
+            try:
+                records.append(checked(paths, data, *key))
+            except DamagedError:
+                continue  # the ledger sets it aside
+            packed[key] = data
     if not packed:
         return False
     pack(paths, records)
+    if isinstance(paths.output, BucketPath):  # where nobody else writes records, or sets them aside
+        paths.output.bucket.delete(paths.output.prefix + paths.relative(own[key]) for key in packed)
+        packed.clear()
     for (shard, generation), data in packed.items():
         path = paths.record(shard, generation)
         # Under the lock, for an attempt that came too late may set it aside, and then another record is in its place.

@@ -7,19 +7,18 @@ Generation n of a shard is about the rows that had failed before it: `data/…-r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError
+from stylemill.store.access import local_copy
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import storage_errors, sync
+from stylemill.store.publish import replace_bytes, storage_errors
 from stylemill.store.records import Record, standing_record
 from stylemill.store.writer import FAILURE_SCHEMA, Failure
 
@@ -66,20 +65,14 @@ def failures_of(paths: RunPaths, record: Record) -> dict[int, Failure]:
     """The rows that failed in one generation. Raises DamagedError where the file is not what the record names."""
     if record.failures is None:
         return {}
-    return _read_failures(paths.output / record.failures.name)
+    return _read_failures(paths, paths.output / record.failures.name)
 
 
 def begin_retry(paths: RunPaths, wanted: Mapping[int, int]) -> None:
     """Note durably that failed rows are tried again until each shard of `wanted` has that generation."""
     if not wanted:
         return
-    tmp = paths.tmp_name(paths.retry, uuid4().hex[:12])
-    with storage_errors(paths.retry):
-        paths.tmp.mkdir(exist_ok=True)
-        tmp.write_bytes(json.dumps(wanted).encode())
-        sync(tmp)
-        os.replace(tmp, paths.retry)  # a plan, not data: the newest one is the right one
-        sync(paths.output)
+    replace_bytes(paths, paths.retry, json.dumps(wanted).encode())  # a plan, not data: the newest is the right one
 
 
 def noted_retry(paths: RunPaths) -> dict[int, int]:
@@ -118,7 +111,7 @@ def _rows(paths: RunPaths, record: Record) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for entry in (record.data, record.failures):
         if entry is not None:
-            table = _read(paths.output / entry.name, ["row", "pair_id"])
+            table = _read(paths, paths.output / entry.name, ["row", "pair_id"])
             found += zip(table.column("row").to_pylist(), table.column("pair_id").to_pylist(), strict=True)
     return found
 
@@ -127,7 +120,7 @@ def _reasons(paths: RunPaths, shard: int, generation: int, later: Record) -> dic
     """Why the rows of the generation `later` had failed in `generation`: its failures may stand without a record."""
     ids = dict(_rows(paths, later))
     try:
-        known = _read_failures(paths.failures(shard, generation))
+        known = _read_failures(paths, paths.failures(shard, generation))
     except DamagedError:
         known = {}
     if ids.keys() <= known.keys():
@@ -139,17 +132,17 @@ def _reasons(paths: RunPaths, shard: int, generation: int, later: Record) -> dic
     }
 
 
-def _read_failures(path: Path) -> dict[int, Failure]:
+def _read_failures(paths: RunPaths, path: Path) -> dict[int, Failure]:
     try:
-        rows = _read(path, FAILURE_SCHEMA.names).to_pylist()
+        rows = _read(paths, path, FAILURE_SCHEMA.names).to_pylist()
         return {row["row"]: Failure(**row) for row in rows}
     except TypeError as error:
         raise DamagedError(f"{path}: is damaged: {error}") from error
 
 
-def _read(path: Path, columns: list[str]) -> pa.Table:
+def _read(paths: RunPaths, path: Path, columns: list[str]) -> pa.Table:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with local_copy(paths, path) as copy, pq.ParquetFile(copy, page_checksum_verification=True) as file:
             return file.read(columns, use_threads=False)
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: is missing; `stylemill repair` makes it again") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stylemill.errors import DamagedError
+from stylemill.store.access import Sizes, looked_at, names
+from stylemill.store.bucket_path import output_path
 from stylemill.store.lock import exclusive
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import quarantine, storage_errors
+from stylemill.store.publish import quarantine
 from stylemill.store.records import Record, checked, find
 from stylemill.store.segments import in_order, read_segment, record_in
 
@@ -123,6 +124,11 @@ class Ledger:
         own, found = self._listing()
         if not self._segments.keys() - self.damaged.keys() <= set(found):
             self._reset()
+        if own != self._own or not self._loaded.issuperset(found):
+            with looked_at(self._paths, [self._paths.record(*key) for key in sorted(own - self._own)]):
+                self._read_new(own, found)
+
+    def _read_new(self, own: set[tuple[int, int]], found: list[Path]) -> None:
         gone = self._own - own
         for path in found:
             if path not in self._loaded:
@@ -147,6 +153,13 @@ class Ledger:
 
     def stands(self, shard: int, generation: int) -> bool:
         return generation < len(self._generations) and bool(self._generations[generation].stands[shard])
+
+    def files(self, shard: int, generation: int) -> tuple[bool, bool]:
+        """Whether a record stands that names a data file, and one that names a failures file."""
+        if not self.stands(shard, generation):
+            return False, False
+        noted = self._generations[generation]
+        return bool(noted.ok[shard]), bool(noted.failed[shard])
 
     def first_missing(self, shard: int) -> int:
         """The generation that an open shard lacks."""
@@ -219,13 +232,12 @@ class Ledger:
         own: set[tuple[int, int]] = set()
         before: list[Path] | None = None
         while True:
-            with storage_errors(folder):
-                names = [entry.name for entry in os.scandir(folder)] if folder.exists() else []
-            found = in_order(folder / name for name in names if name.startswith("compact-"))
+            there = names(folder)
+            found = in_order(folder / name for name in there if name.startswith("compact-"))
             if found == before:
                 # Else records may have moved into a segment behind the back of this look: then it sees neither.
                 return own, found
-            own = {key for name in names if (key := self._paths.parse_record(name))}
+            own = {key for name in there if (key := self._paths.parse_record(name))}
             before = found
 
     def _read_segment(self, path: Path, own: set[tuple[int, int]]) -> None:
@@ -252,12 +264,12 @@ class Ledger:
     def _note_rows(self, noted: _Generation, generation: int, number: int, table: pa.Table) -> None:
         # Lists, for pyarrow's way to numpy imports pandas: a second, and 50 MB.
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        there = np.ones(len(columns["shard"]), bool)
+        there, sizes = np.ones(len(columns["shard"]), bool), Sizes(self._paths)
         for column, name in (("data_bytes", self._paths.data_name), ("failures_bytes", self._paths.failures_name)):
             for place, (shard, size) in enumerate(zip(columns["shard"], columns[column], strict=True)):
-                if size < 0 or (found := _size(name(shard, generation))) == size:
+                if size < 0 or (found := sizes.of(name(shard, generation), size)) == size:
                     continue
-                there[place], path = False, Path(name(shard, generation))
+                there[place], path = False, output_path(name(shard, generation))
                 what = "is missing" if found is None else f"has {found} bytes, not {size}"
                 self.damaged[path] = f"{self._paths.relative(path)} {what}"
         shards, ok, failed = (np.array(columns[name], np.int32) for name in ("shard", "rows_ok", "rows_failed"))
@@ -298,13 +310,3 @@ class Ledger:
 
 def _one(number: int) -> Ints:
     return np.array([number], np.int32)
-
-
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return None
-    except OSError:
-        with storage_errors(Path(path)):
-            raise

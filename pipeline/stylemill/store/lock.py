@@ -8,10 +8,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from stylemill.errors import LockedError, OutputError
+from stylemill.store.bucket_lock import held, signed
+from stylemill.store.bucket_path import BucketPath
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import storage_errors
 
@@ -31,12 +34,12 @@ os.register_at_fork(after_in_child=_drop_inherited)
 
 
 @contextmanager
-def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock file `path`; another holder is waited for, or named in a LockedError.
+def exclusive(path: Path, wait: bool = True, of: Path | None = None) -> Iterator[None]:
+    """Hold the lock file `path`; another holder is waited for, or named in a LockedError with the folder it is `of`.
 
     The file is removed at the end and left by a kill. That it is there says nothing: only the kernel's lock counts.
     """
-    descriptor = _acquire(path, wait)
+    descriptor = _acquire(path, wait, of or path.parent)
     try:
         yield
     finally:
@@ -47,14 +50,14 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
             _close(descriptor)
 
 
-def _acquire(path: Path, wait: bool) -> int:
+def _acquire(path: Path, wait: bool, of: Path) -> int:
     while True:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         _held.add(descriptor)
         try:
-            _flock(descriptor, path, wait)
+            _flock(descriptor, path, wait, of)
             if _is_at(descriptor, path):
                 if not wait:  # who waits asks for no name
                     _sign(descriptor)
@@ -65,7 +68,7 @@ def _acquire(path: Path, wait: bool) -> int:
         _close(descriptor)
 
 
-def _flock(descriptor: int, path: Path, wait: bool) -> None:
+def _flock(descriptor: int, path: Path, wait: bool, of: Path) -> None:
     operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     for look in range(_LOOKS):
         try:
@@ -77,7 +80,7 @@ def _flock(descriptor: int, path: Path, wait: bool) -> None:
                 f"{path}: this filesystem cannot lock files ({error.strerror}); choose another disk with --output"
             ) from error
     raise LockedError(
-        f"{path.parent}: another run works in this folder: {_signature(descriptor)}; "
+        f"{of}: another run works in this folder: {_signature(descriptor)}; "
         "wait until it ends or choose another folder with --output"
     )
 
@@ -111,22 +114,31 @@ def _signature(descriptor: int) -> str:
 class RunLock:
     """`with RunLock(paths):` one run at a time works in a folder. A dead one's lock is taken over at once.
 
-    Raises LockedError naming the holder's pid and host, OutputError where the filesystem has no locks.
+    On an object store that holds for one machine; elsewhere, see `bucket_lock`. Raises LockedError naming the holder's
+    pid and host, OutputError where the filesystem has no locks.
     """
 
     def __init__(self, paths: RunPaths) -> None:
-        self._lock = exclusive(paths.lock, wait=False)
+        self._paths = paths
+        self._locks = ExitStack()
 
     def __enter__(self) -> RunLock:
-        self._lock.__enter__()
+        paths = self._paths
+        with ExitStack() as locks:
+            locks.enter_context(exclusive(paths.scratch / "lock", wait=False, of=paths.output))
+            if isinstance(paths.lock, BucketPath):
+                locks.enter_context(held(paths.lock, _machine(paths)))
+            self._locks = locks.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._lock.__exit__(None, None, None)
+        self._locks.close()
 
 
 def holder(paths: RunPaths) -> str | None:
     """Who works in the run folder now, as pid and host; None: nobody. Changes nothing."""
+    if isinstance(paths.lock, BucketPath):
+        return signed(paths.lock)
     with storage_errors(paths.lock):
         try:
             descriptor = os.open(paths.lock, os.O_RDONLY)
@@ -139,3 +151,12 @@ def holder(paths: RunPaths) -> str | None:
         finally:
             os.close(descriptor)
     return None
+
+
+def _machine(paths: RunPaths) -> str:
+    """A name for this machine's scratch folder of a run, which whoever holds its lock may use."""
+    file = paths.scratch / "machine"
+    with storage_errors(file):
+        if not file.exists():
+            file.write_text(uuid4().hex)
+        return file.read_text()

@@ -11,20 +11,29 @@
 <output>/tmp/                                      everything unfinished, on the same filesystem as the rest
 <output>/quarantine/                               damaged files, moved out of the way with the reason
 <output>/lock                                      held by the run that works here
+
+On an object store, data and failures files have the first digits of their digest in their names, and tmp/, cache/ and
+the shards' locks are on each machine's own disk, in `scratch`.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
-from stylemill.store.publish import discard, publish, sync
+from stylemill.store.bucket_path import BucketPath, output_path
+from stylemill.store.publish import discard, publish, storage_errors, sync
 
 LAST_GENERATION = 10_000  # what has a higher number in its name is no file of ours
+_FILE = re.compile(
+    r"(train-)?(?P<shard>[0-9]+)(-of-[0-9]+)?(-r(?P<generation>[0-9]+))?(-(?P<digest>[0-9a-f]{16}))?\.parquet"
+)
 _RECORD = re.compile(r"(?P<shard>[0-9]+)(\.r(?P<generation>[0-9]+))?\.json")
 
 
@@ -36,11 +45,20 @@ class RunPaths:
     shards: int
 
     def __post_init__(self) -> None:
-        text = os.fspath(self.output)
-        if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:/", text):  # pathlib makes one slash of a URI's two
-            uri = re.sub("^([^:]+):/+", r"\1://", text)
-            raise OutputError(f"output {uri}: only local folders can be written so far; give a path such as runs/first")
-        object.__setattr__(self, "output", Path(text))
+        object.__setattr__(self, "output", output_path(self.output))
+
+    @property
+    def on_bucket(self) -> bool:
+        """Whether the run folder is on an object store."""
+        return isinstance(self.output, BucketPath)
+
+    @property
+    def scratch(self) -> Path:
+        """Where this machine keeps what is unfinished or can be made again: for a local run, its folder."""
+        if not self.on_bucket:
+            return self.output
+        name = f"stylemill-{os.getuid()}-{sha256(str(self.output).encode()).hexdigest()[:16]}"
+        return Path(tempfile.gettempdir()) / name
 
     def number(self, shard: int) -> str:
         return f"{shard:0{self._width}d}"
@@ -50,10 +68,10 @@ class RunPaths:
         return max(5, len(str(self.shards)))
 
     def data(self, shard: int, generation: int = 0) -> Path:
-        return Path(self.data_name(shard, generation))
+        return output_path(self.data_name(shard, generation))
 
     def failures(self, shard: int, generation: int = 0) -> Path:
-        return Path(self.failures_name(shard, generation))
+        return output_path(self.failures_name(shard, generation))
 
     def data_name(self, shard: int, generation: int = 0) -> str:
         """`data` as a string: a million Paths take as many seconds as the rest of opening a run."""
@@ -62,6 +80,13 @@ class RunPaths:
 
     def failures_name(self, shard: int, generation: int = 0) -> str:
         return f"{self.output}/failures/{self.number(shard)}{_suffix('-r', generation)}.parquet"
+
+    def committed(self, final: Path, digest: str) -> Path:
+        """Where the data or failures file `final` with the SHA-256 `digest` stands once it is committed.
+
+        On an object store no two attempts may have one name, or the later one would take the earlier one's place.
+        """
+        return final.with_name(f"{final.stem}-{digest[:16]}{final.suffix}") if self.on_bucket else final
 
     def record(self, shard: int, generation: int = 0) -> Path:
         return self.records_folder / f"{self.number(shard)}{_suffix('.r', generation)}.json"
@@ -75,12 +100,23 @@ class RunPaths:
         ours = shard < self.shards and generation < LAST_GENERATION and self.record(shard, generation).name == name
         return (shard, generation) if ours else None
 
+    def parse_file(self, path: Path) -> tuple[int, int] | None:
+        """Shard and generation of the data or failures file that is named like `path`; None for any other file."""
+        match = _FILE.fullmatch(path.name)
+        if match is None or int(match["shard"]) >= self.shards or int(match["generation"] or 0) >= LAST_GENERATION:
+            return None
+        shard, generation = int(match["shard"]), int(match["generation"] or 0)
+        finals = (self.data(shard, generation), self.failures(shard, generation))
+        return (
+            (shard, generation) if path in [self.committed(final, match["digest"] or "") for final in finals] else None
+        )
+
     def checkpoints(self, shard: int) -> Path:
         """The folder of one shard's checkpoints."""
         return self.checkpoints_folder / self.number(shard)
 
     def commit_lock(self, shard: int) -> Path:
-        return self.checkpoints_folder / f"{self.number(shard)}.lock"
+        return self.scratch / "checkpoints" / f"{self.number(shard)}.lock"
 
     def tmp_name(self, final: Path, attempt: str) -> Path:
         """Where `attempt` writes what becomes `final`; no other attempt and no other final name gets the same."""
@@ -88,7 +124,7 @@ class RunPaths:
 
     def relative(self, path: Path) -> str:
         """`path` as records and messages write it: below the run folder, with forward slashes."""
-        return path.relative_to(self.output).as_posix()
+        return path.relative_to(self.output if isinstance(path, type(self.output)) else self.scratch).as_posix()
 
     @property
     def data_folder(self) -> Path:
@@ -108,7 +144,7 @@ class RunPaths:
 
     @property
     def cache(self) -> Path:
-        return self.output / "cache"
+        return self.scratch / "cache"
 
     @property
     def decoders_folder(self) -> Path:
@@ -116,7 +152,7 @@ class RunPaths:
 
     @property
     def tmp(self) -> Path:
-        return self.output / "tmp"
+        return self.scratch / "tmp"
 
     @property
     def quarantine(self) -> Path:
@@ -147,6 +183,10 @@ class RunPaths:
 
         Raises OutputError where the folder cannot be written or its filesystem has no hard links.
         """
+        if self.on_bucket:  # which the RunLock tries out
+            with storage_errors(self.tmp):
+                self.tmp.mkdir(parents=True, exist_ok=True)
+            return
         folders = (self.data_folder, self.failures_folder, self.records_folder, self.checkpoints_folder, self.tmp)
         grown = {self.output, *(folder.parent for folder in (self.output, *self.output.parents) if not folder.exists())}
         unique = uuid4().hex[:12]

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
 from stylemill.faults import fault
+from stylemill.store.bucket_path import BucketPath
 
 if TYPE_CHECKING:
     from stylemill.store.paths import RunPaths
@@ -42,8 +44,13 @@ def publish(tmp: Path, final: Path) -> bool:
     """Give the finished file `tmp` the name `final` if nothing stands there, and make both survive a power cut.
 
     Returns False, and leaves `tmp`, where `final` already stands: it is never replaced. Raises StorageError, and
-    OutputError where the filesystem makes no hard links.
+    OutputError where the filesystem makes no hard links. In a bucket, where the digest is part of a file's name, a put
+    is all that: it is atomic and durable, and what it may replace has the same bytes.
     """
+    if isinstance(final, BucketPath):
+        final.bucket.upload(tmp, final.key)
+        discard(tmp)
+        return True
     with storage_errors(final):
         sync(tmp)
         try:
@@ -67,6 +74,11 @@ def publish(tmp: Path, final: Path) -> bool:
 
 def publish_bytes(paths: RunPaths, final: Path, data: bytes, attempt: str) -> bool:
     """Write `data` below tmp/ and publish it; nothing stays in tmp/ whatever happens short of a kill."""
+    if isinstance(final, BucketPath):
+        fault("mid-write", folder=final.parent.name)
+        created = final.bucket.create(final.key, data)
+        fault("mid-publish", folder=final.parent.name)
+        return created
     tmp = paths.tmp_name(final, attempt)
     try:
         with storage_errors(final), open(tmp, "xb") as file:
@@ -77,8 +89,27 @@ def publish_bytes(paths: RunPaths, final: Path, data: bytes, attempt: str) -> bo
         discard(tmp)
 
 
+def replace_bytes(paths: RunPaths, final: Path, data: bytes) -> None:
+    """Give `final` new bytes, all at once: for a plan or a report, of which the newest is the right one."""
+    if isinstance(final, BucketPath):
+        final.bucket.put(final.key, data)
+        return
+    tmp = paths.tmp_name(final, uuid4().hex[:12])
+    try:
+        with storage_errors(final):
+            paths.tmp.mkdir(exist_ok=True)
+            tmp.write_bytes(data)
+            sync(tmp)
+            os.replace(tmp, final)
+            sync(final.parent)
+    finally:
+        discard(tmp)
+
+
 def persist(path: Path) -> None:
     """Make a file that another attempt published survive a power cut: it may have been killed before its own fsync."""
+    if isinstance(path, BucketPath):
+        return
     with storage_errors(path):
         sync(path)
         sync(path.parent)
@@ -91,9 +122,21 @@ def discard(path: Path | None) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, as far as that goes: what stays is left to the next clean-up."""
+    if not isinstance(folder, BucketPath):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(StorageError):
+        folder.bucket.delete([path.key for path in folder.walk_files()])
+
+
 def quarantine(paths: RunPaths, path: Path, why: str) -> None:
     """Move `path` out of the way, keeping it and the reason for whoever wants to know what happened."""
     aside = paths.quarantine / f"{paths.relative(path).replace('/', '-')}.{uuid4().hex[:8]}"
+    if isinstance(aside, BucketPath):
+        _quarantine_object(path, aside, why)
+        return
     with storage_errors(path):
         paths.quarantine.mkdir(exist_ok=True)
         try:
@@ -104,6 +147,19 @@ def quarantine(paths: RunPaths, path: Path, why: str) -> None:
         with suppress(OSError), open(paths.quarantine / "reasons.txt", "a", encoding="utf-8") as reasons:
             reasons.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {aside.name}: {why}\n")
     _log.warning("%s: %s; moved to %s", path, why, paths.relative(aside))
+
+
+def _quarantine_object(path: Path, aside: BucketPath, why: str) -> None:
+    if not isinstance(path, BucketPath):
+        discard(path)  # of this machine's cache
+        return
+    try:
+        path.bucket.copy(path.key, aside.key)
+    except FileNotFoundError:
+        return
+    path.unlink()
+    aside.bucket.put(f"{aside.key}.reason.txt", f"{path}: {why}\n".encode())
+    _log.warning("%s: %s; moved to quarantine/%s", path, why, aside.name)
 
 
 def digest(path: Path) -> str:

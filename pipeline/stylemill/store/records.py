@@ -106,10 +106,14 @@ def checked(paths: RunPaths, data: bytes, shard: int, generation: int) -> Record
     ):
         if entry is None:
             continue
+        final = paths.committed(final, entry.sha256)
         if entry.name != paths.relative(final):
             raise DamagedError(f"the record names {entry.name}, which is not the file of this shard")
         with storage_errors(final):
-            size = final.stat().st_size if final.exists() else None
+            try:
+                size = final.stat().st_size
+            except FileNotFoundError:
+                size = None
         if size != entry.bytes:
             found = "is missing" if size is None else f"has {size} bytes, not {entry.bytes}"
             raise DamagedError(f"{entry.name} {found}")

@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, OutputError
+from stylemill.store.access import local_copy
 from stylemill.store.adopt import without_record
 from stylemill.store.generations import failures_of, pending_retry
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.publish import digest, storage_errors
-from stylemill.store.records import FileEntry, Record
+from stylemill.store.records import FileEntry, Record, standing_record
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import find_record, segments
 from stylemill.store.writer import check_file
@@ -93,14 +94,24 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
     if unexplained:
         report.note(f"{_some('shard', unexplained)} not committed yet; the same run command goes on")
     # What a killed commit published before its record is no stray: the next commit adopts it.
-    for shard, generation in [*not_done.items(), *pending_retry(paths, ledger).items()]:
-        expected |= {place(shard, generation) for place in (paths.record, paths.data, paths.failures)}
+    begun = {*not_done.items(), *pending_retry(paths, ledger).items()}
+    unrecorded = list(without_record(paths, ledger))
+    expected |= {path for path, shard, generation in unrecorded if (shard, generation) in begun}
+    expected |= {paths.record(shard, generation) for shard, generation in begun}
     for problem, places in rows.repeated():
-        report.note(problem, *(paths.data(place) for place in places), *(paths.record(place) for place in places))
+        report.note(problem, *(_data_of(paths, place) for place in places), *(paths.record(place) for place in places))
     _check_notes(paths, report)
-    adoptable = {path for path, _, _ in without_record(paths, ledger)}  # `repair` looks whether they are whole
+    adoptable = {path for path, _, _ in unrecorded}  # `repair` looks whether they are whole
     _find_strays(paths, report, expected, adoptable)
     return report
+
+
+def _data_of(paths: RunPaths, shard: int) -> Path:
+    try:
+        record = standing_record(paths, shard)
+    except DamagedError:
+        record = None
+    return paths.output / record.data.name if record and record.data else paths.data(shard)
 
 
 @dataclass
@@ -163,7 +174,11 @@ class _Shard:
     def _rows_of(self, entry: FileEntry, own: Path, deep: bool) -> list[int] | None:
         """The rows of a file, None where that is not known."""
         path = self.paths.output / entry.name
-        found = _check_file(path, entry, self.run.fingerprint_sha256)
+        with local_copy(self.paths, path) as copy:
+            return self._rows_in(copy, path, entry, own, deep)
+
+    def _rows_in(self, copy: Path, path: Path, entry: FileEntry, own: Path, deep: bool) -> list[int] | None:
+        found = _check_file(copy, entry, self.run.fingerprint_sha256)
         if isinstance(found, str):
             wrong_count = "its record says" in found
             self.report.note(found, own if wrong_count else path)
@@ -172,7 +187,7 @@ class _Shard:
             if row in self.run.rows_of(self.record.shard):
                 self.rows.add(row, pair_id)
         if deep and entry is self.record.data:
-            for problem in _decode(path, entry.name):
+            for problem in _decode(copy, entry.name):
                 self.report.note(problem, path)
         return [row for row, _ in found]
 
@@ -243,7 +258,7 @@ def _check_notes(paths: RunPaths, report: VerifyReport) -> None:
 
 def _find_strays(paths: RunPaths, report: VerifyReport, expected: set[Path], adoptable: set[Path]) -> None:
     finished = report.shards == paths.shards and not paths.retry.exists()
-    unfinished = (paths.tmp, paths.checkpoints_folder) if finished else ()
+    unfinished = [paths.tmp, paths.checkpoints_folder][paths.on_bucket :] if finished else []
     for folder in (paths.data_folder, paths.failures_folder, paths.records_folder, *unfinished):
         with storage_errors(folder):
             found = set(folder.iterdir()) if folder.exists() else set()
