@@ -28,9 +28,9 @@ SHOWN = (3, 4)  # contents down, styles across
 HEAD = """# Uses
 
 One job file each, as they stand in `jobs/`. Passes are rows of UNet batches an image, features shared in the shards
-of the job; without sharing in brackets. Written by `python docs/make_uses.py` from runs of the embedded model, which is small and
-trained on drawn pictures only. The models of `controlnet` and the two `sdxl-…` are **untrained**: those pictures show that the use
-runs and what it acts on.
+of the job; without sharing in brackets. Written by `python docs/make_uses.py` from runs of the embedded model, which is
+small and has learnt from drawn pictures only. The models of `controlnet` and the two `sdxl-…` are **untrained**: those
+pictures show that the use runs and what it acts on.
 """
 
 
