@@ -1,7 +1,8 @@
 """Whether stylization happens: contents × styles through a model, judged in numbers and on a sheet.
 
-    python benchmarks/stylization.py --model DIR                                       # the quickstart's pictures
-    python benchmarks/stylization.py --model DIR --contents DIR --styles DIR --ways    # others; λ swept, KV injection
+    python benchmarks/stylization.py                                       # the quickstart's pictures, embedded model
+    python benchmarks/stylization.py --ways --size 128                     # λ swept, guided sampling, KV injection
+    python benchmarks/stylization.py --model MODEL --contents DIR --styles DIR --sheet FOLDER
 
 A pair counts as stylized when colours, or patches, are nearer to the style than the content's are, and as kept when its
 edges agree more with its own content's than with any other content's.
@@ -31,10 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contents", type=Path, nargs="+", default=[QUICKSTART / "content"], help="folders or files")
     parser.add_argument("--styles", type=Path, nargs="+", default=[QUICKSTART / "style"], help="folders or files")
-    parser.add_argument("--model", required=True, help="a diffusers folder or hub id")
+    parser.add_argument("--model", default="demo", help="demo, a diffusers folder or hub id")
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rate", type=float, default=0.05, help="learning rate of Adam")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=0.12, help="learning rate of Adam")
     parser.add_argument("--content-weight", type=float, default=0.25, help="λ")
     parser.add_argument("--ways", action="store_true", help="also λ 0 and 1, guided sampling and KV injection")
     parser.add_argument("--threads", type=int, default=2)
