@@ -1,4 +1,7 @@
-"""Fixtures of all tests that compare the engine with the oracle. A test file may define its own of the same name."""
+"""Fixtures of the tests that compare the engine with the oracle, and of those that run a job, killed and undisturbed.
+
+A test file may define its own of the same name.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,28 @@ def engine(folder: Path) -> Any:
     from stylemill.engine import Engine
 
     return Engine.load(folder, dtype="float64", device="cpu", micro_batch=4)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job file of `demo_job`."""
+    import demo_job
+
+    return demo_job.write_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs that job, or another, in processes that have imported all they need: a `demo_job.Warm`."""
+    import demo_job
+
+    return demo_job.Warm(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture(scope="module")
+def whole(job: Path, warm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder, on a disk, of an undisturbed run."""
+    output: Path = tmp_path_factory.mktemp("whole") / "run"
+    ended = warm.run(output, job)
+    assert ended.exit_code == 3, ended.output
+    return output

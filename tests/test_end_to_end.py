@@ -35,7 +35,6 @@ from demo_job import (
     start,
     stylemill,
     until,
-    write_job,
 )
 from store_shards import files
 from stylemill.store.verify import verify
@@ -49,16 +48,6 @@ FINISHED = [
     *(f"records/0000{shard}.json" for shard in range(SHARDS)),
 ]
 ALL_STEPS = [(shard, step) for shard in range(SHARDS) for step in range(1, STEPS + 1)]
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
-    return Warm(tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture(scope="module")

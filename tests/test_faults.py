@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from demo_job import Ended, Warm, check_same, start, until, write_job
+from demo_job import Ended, Warm, check_same, start, until
 from store_shards import files, in_child
 from stylemill.errors import StorageError
 from stylemill.faults import ACTIONS, POINTS, fault, parse
@@ -23,25 +23,6 @@ def faults(folder: Path, rules: str) -> dict[str, str]:
     """The environment in which `rules` hold, counted in `folder`."""
     folder.mkdir(exist_ok=True)
     return {"STYLEMILL_FAULTS": rules, "STYLEMILL_FAULTS_STATE": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
-    return Warm(tmp_path_factory.mktemp("logs"))
-
-
-@pytest.fixture(scope="module")
-def whole(job: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of an undisturbed run."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    ended = warm.run(output, job)
-    assert ended.exit_code == 3, ended.output
-    return output
 
 
 # --- the points themselves --------------------------------------------------------------------------------------------

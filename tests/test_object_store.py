@@ -28,25 +28,6 @@ def store() -> Iterator[Store]:
         yield store
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
-    return Warm(tmp_path_factory.mktemp("logs"))
-
-
-@pytest.fixture(scope="module")
-def whole(job: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of an undisturbed run on a disk."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    ended = warm.run(output, job)
-    assert ended.exit_code == 3, ended.output
-    return output
-
-
 class Runs:
     """Runs one job on s3://runs/NAME, on machines that share nothing but the store."""
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from demo_job import ABSENT, STEPS, Ended, Moment, Warm, stylemill, write_job
+from demo_job import ABSENT, STEPS, Ended, Moment, Warm, stylemill
 from store_shards import files
 from stylemill.report.status import status
 from stylemill.store.commit import clean
@@ -25,16 +25,6 @@ from stylemill.store.run_file import RunFile
 from stylemill.store.verify import verify
 
 RETRIED = "data/train-00001-of-00003-r1.parquet"
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Warm:
-    return Warm(tmp_path_factory.mktemp("logs"))
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_job(tmp_path_factory.mktemp("job"))
 
 
 def mend(job: Path) -> Path:

@@ -32,12 +32,10 @@ def absolute(values: dict[str, Any], base: Path) -> None:
 
 
 def _model_path(name: Any, base: Path) -> Any:
+    if not isinstance(name, str) or name in ("", EMBEDDED):
+        return name
     # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if (
-        isinstance(name, str)
-        and name != EMBEDDED
-        and (name.startswith((".", "/", "~")) or (name and (base / name).exists()))
-    ):
+    if name.startswith((".", "/", "~")) or (base / name).exists():
         return str((base / Path(name).expanduser()).resolve())
     return name
 

@@ -258,7 +258,7 @@ def _check_notes(paths: RunPaths, report: VerifyReport) -> None:
 
 def _find_strays(paths: RunPaths, report: VerifyReport, expected: set[Path], adoptable: set[Path]) -> None:
     finished = report.shards == paths.shards and not paths.retry.exists()
-    unfinished = [paths.tmp, paths.checkpoints_folder][paths.on_bucket :] if finished else []
+    unfinished = [paths.checkpoints_folder, *([] if paths.on_bucket else [paths.tmp])] if finished else []
     for folder in (paths.data_folder, paths.failures_folder, paths.records_folder, *unfinished):
         with storage_errors(folder):
             found = set(folder.iterdir()) if folder.exists() else set()
