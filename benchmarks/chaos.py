@@ -26,7 +26,7 @@ from pathlib import Path
 
 from chaos_check import check, steps_repeated, tracebacks
 from chaos_life import Driver, Setting, write_job
-from stylemill.faults import POINTS
+from stylemill.testing.failpoints import POINTS
 
 FAULTS_A_LIFE = {"ray": 12, "inline": 3}  # drawn; inline, the first that kills ends it
 FINISHED = (0, 3)

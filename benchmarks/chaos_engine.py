@@ -20,8 +20,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stylemill.config.sampling import Sampling
     from stylemill.engine import Pair, Pixels, SampleState
-    from stylemill.settings import Sampling
 
 # torch is imported late: the driver on Ray has no use for it.
 
@@ -148,14 +148,14 @@ def noting(engine: type[Any]) -> type[Any]:
 
 
 def write_model(folder: Path) -> None:
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     write_demo_model(folder)
 
 
 def install_engine() -> None:
-    from stylemill import shard
     from stylemill.engine import Engine
+    from stylemill.execution import shard
 
     shard.Engine = noting(FakeEngine if os.environ["CHAOS_ENGINE"] == "fake" else Engine)  # type: ignore[misc]
 

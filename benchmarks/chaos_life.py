@@ -30,7 +30,7 @@ GRACE = 30  # seconds that a driver has to leave after SIGTERM, as schedulers gi
 PATIENCE = 30  # times that pace without a step, and a driver's life is no life
 SIZE = 64
 warm = multiprocessing.get_context("forkserver")  # what it forks has torch imported already
-warm.set_forkserver_preload(["chaos_engine", "stylemill.runner", "stylemill.inline"])
+warm.set_forkserver_preload(["chaos_engine", "stylemill.execution.driver", "stylemill.execution.local"])
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from chaos_engine import command, install_engine
-from stylemill.cluster import crew
+from stylemill.cluster import actors as crew
 from stylemill.cluster.worker import Loaded, Worker
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sd15 import random_sd15
+from stylemill.config.sampling import Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.settings import Sampling
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.engine.model import DiffusionModel
+from stylemill.demo.untrained import write_demo_model
+from stylemill.engine.unet.model import DiffusionModel
 
 
 def random_sd15(device: str, dtype: torch.dtype, seed: int = 0) -> DiffusionModel:

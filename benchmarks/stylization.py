@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from appearance import Pixels, colour_distance, edge_agreement, patch_distance
+from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage, Pair
-from stylemill.images import load_image
-from stylemill.settings import PRESETS, Sampling
+from stylemill.images.read import load_image
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "manifests" / "quickstart"

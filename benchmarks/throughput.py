@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from sd15 import random_sd15
+from stylemill.config.sampling import Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.settings import Sampling
 
 # Of SD 1.5 at 512², batch 1, counted on the real architecture: forward, and backward to the latent.
 TFLOP = {"denoise": 0.803, "feature": 0.803, "gradient": 0.803 + 0.923}

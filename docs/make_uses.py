@@ -16,10 +16,10 @@ from pathlib import Path
 from PIL import Image
 
 import stylemill
-from stylemill.job import Job
+from stylemill.config.job import Job
+from stylemill.config.sampling import Sampling
 from stylemill.manifest import open_manifest
 from stylemill.report.contact_sheet import write_contact_sheet
-from stylemill.settings import Sampling
 from stylemill.store.ledger import Ledger
 
 DOCS = Path(__file__).parent

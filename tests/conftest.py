@@ -14,7 +14,7 @@ import pytest
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's folder."""
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
 

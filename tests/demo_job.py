@@ -44,7 +44,7 @@ CARRIED: dict[str, list[Any]] = {
 
 def write_job(folder: Path) -> Path:
     """Model, images, manifest and job file in `folder`; returns the job file."""
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     write_demo_model(folder / "model")
     noise = np.random.default_rng(0)
@@ -171,7 +171,9 @@ class Warm:
         self.started = 0
         self.context = multiprocessing.get_context("forkserver")
         transformers = ["transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"]
-        self.context.set_forkserver_preload(["pytest", "stylemill.runner", "stylemill.inline", *transformers])
+        self.context.set_forkserver_preload(
+            ["pytest", "stylemill.execution.driver", "stylemill.execution.local", *transformers]
+        )
 
     def start(
         self,
@@ -242,9 +244,9 @@ def _run(
     def note(**facts: object) -> None:
         os.write(journal, (json.dumps(facts) + "\n").encode())
 
-    import stylemill.inline
-    from stylemill import runner
+    import stylemill.execution.local
     from stylemill.cli import main
+    from stylemill.execution import driver as runner
 
     watch, heard = _Watch(output, note, at), runner.RunListener.progress
 
@@ -256,12 +258,12 @@ def _run(
 
     runner.RunListener.progress = progress  # type: ignore[method-assign]
     if order:
-        in_order = stylemill.inline.run_inline
+        in_order = stylemill.execution.local.run_inline
 
         def shuffled(run: Any, shards: Sequence[int], *rest: Any) -> dict[int, str]:
             return in_order(run, [shard for shard in order if shard in shards], *rest)
 
-        stylemill.inline.run_inline = shuffled
+        stylemill.execution.local.run_inline = shuffled
     sys.addaudithook(watch)
     sys.exit(main(command))
 

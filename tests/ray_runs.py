@@ -18,8 +18,8 @@ from PIL import Image
 
 from stylemill.cluster import Patience
 from stylemill.cluster.session import session
-from stylemill.job import Cluster, Job
-from stylemill.lease import Progress, Run
+from stylemill.config.job import Cluster, Job
+from stylemill.execution.attempt import Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record

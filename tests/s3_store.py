@@ -178,7 +178,7 @@ def times(count: int, treatment: Treatment, method: str = "") -> Rule:
 def forget_connections() -> None:
     """What is asked next goes where the environment says now."""
     from stylemill import s3
-    from stylemill.store.bucket import bucket
+    from stylemill.store.object_store.bucket import bucket
 
     s3._filesystem.cache_clear()
     bucket.cache_clear()

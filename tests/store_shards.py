@@ -12,10 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 from PIL import Image
 
+from stylemill.store.parquet import Failure, output_schema, write_failures, write_shard
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 from stylemill.store.run_file import RunFile
-from stylemill.store.writer import Failure, output_schema, write_failures, write_shard
 
 ROWS = 4
 FINGERPRINT = "f" * 64

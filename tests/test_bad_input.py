@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import stylemill.inline
+import stylemill.execution.local
 from stylemill import __version__
-from stylemill.cli import _parser, main
+from stylemill.cli.app import _parser, main
 
 SIZE = 64  # pixels
 VERBS = [
@@ -68,7 +68,7 @@ def stylemill_says(capsys) -> Callable[..., Said]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     return write_demo_model(tmp_path_factory.mktemp("model") / "demo")
 
@@ -649,7 +649,7 @@ def test_a_full_disk_loses_nothing(stylemill_says, here, disk, monkeypatch):
     assert "disk/out: cannot be written (No space left on device); make room" in said.error
     disk.empty()
 
-    process_shard = stylemill.inline.process_shard
+    process_shard = stylemill.execution.local.process_shard
 
     def filled_before_the_second(run, lease, *rest):
         if lease.shard == 1:
@@ -657,7 +657,7 @@ def test_a_full_disk_loses_nothing(stylemill_says, here, disk, monkeypatch):
         return process_shard(run, lease, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stylemill.inline, "process_shard", filled_before_the_second)
+        patch.setattr(stylemill.execution.local, "process_shard", filled_before_the_second)
         said = stylemill_says(*command)
     assert said.code == 1, said
     assert "Traceback" not in said.err

@@ -12,8 +12,8 @@ import pytest
 import chaos
 from chaos_check import check, steps_repeated, tracebacks
 from store_shards import ROWS, attempt, run_folder
-from stylemill.faults import POINTS, parse
 from stylemill.store.commit import clean, commit
+from stylemill.testing.failpoints import POINTS, parse
 
 SHARDS = 2
 FIRST = "data/train-00000-of-00002.parquet"

@@ -21,14 +21,15 @@ import pytest
 
 from ray_runs import PATIENCE, Ears, data_files, make_run, one_ray
 from stylemill import __version__, errors
-from stylemill.cluster import Patience, crew, run_on_ray
-from stylemill.cluster.leases import LeaseBook
-from stylemill.cluster.room import Ask, ask, room
+from stylemill.cluster import Patience, run_on_ray
+from stylemill.cluster import actors as crew
+from stylemill.cluster.assignment import LeaseBook
+from stylemill.cluster.capacity import Ask, ask, room
 from stylemill.cluster.session import session
 from stylemill.cluster.worker import Home, Loaded, Worker
+from stylemill.config.job import Cluster
 from stylemill.errors import ClusterError, IncompleteError, ManifestError, ModelError, StorageError, StylemillError
-from stylemill.job import Cluster
-from stylemill.lease import Lease, Progress, Run
+from stylemill.execution.attempt import Lease, Progress, Run
 from stylemill.store.records import Record
 
 # --- the lease book ---------------------------------------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_a_cluster_without_room_is_named(ray_session: None, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     return write_demo_model(tmp_path_factory.mktemp("demo") / "model")
 
@@ -390,7 +391,7 @@ def inline(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Callable[[Run, int], None], dict[str, bytes]]:
     """A way to finish a shard in this process, and the data files of a run that knew nothing else."""
-    from stylemill.shard import load_engine, process_shard
+    from stylemill.execution.shard import load_engine, process_shard
 
     run = make_run(tmp_path_factory.mktemp("inline"), 6, 2, model=str(model))
     engine = load_engine(run, None)

@@ -14,10 +14,11 @@ import pytest
 
 from ray_runs import PATIENCE, Ears, make_run, one_ray
 from stylemill import __version__
-from stylemill.cluster import crew, run_on_ray
+from stylemill.cluster import actors as crew
+from stylemill.cluster import run_on_ray
 from stylemill.cluster.worker import Home, Loaded, Worker
 from stylemill.errors import ModelError
-from stylemill.lease import Lease, Run
+from stylemill.execution.attempt import Lease, Run
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
@@ -31,7 +32,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     return write_demo_model(tmp_path_factory.mktemp("demo") / "model")
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from stylemill.errors import StorageError
-from stylemill.images import encode_image
+from stylemill.images.read import encode_image
 from stylemill.manifest.read import Manifest, open_manifest
 from stylemill.report.contact_sheet import GAP, LABEL, THUMB, write_contact_sheet
-from stylemill.store import publish
+from stylemill.store import atomic as publish
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from stylemill.engine.demo_model import write_demo_model
+from stylemill.demo.untrained import write_demo_model
 from stylemill.errors import ModelError
 
 

@@ -9,10 +9,10 @@ import pytest
 
 import stylemill
 from appearance import Pixels
+from stylemill.config.job import Job
+from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage
-from stylemill.job import Job
-from stylemill.models.files import resolve_model
-from stylemill.settings import PRESETS, Sampling
+from stylemill.models.hub import resolve_model
 from stylization import QUICKSTART, judge, read, stylize
 
 FOLDER = Path(stylemill.__file__).parent / "demo"

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import oracle
+from stylemill.config.sampling import DType, Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.settings import DType, Sampling
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 

@@ -16,7 +16,7 @@ import pytest
 from demo_job import Ended, Warm, check_same, start, until
 from store_shards import files, in_child
 from stylemill.errors import StorageError
-from stylemill.faults import ACTIONS, POINTS, fault, parse
+from stylemill.testing.failpoints import ACTIONS, POINTS, fault, parse
 
 
 def faults(folder: Path, rules: str) -> dict[str, str]:
@@ -197,10 +197,10 @@ ATTEMPT = """
 import os, sys
 from contextlib import nullcontext
 from pathlib import Path
-from stylemill.job import Job
-from stylemill.lease import Run
-from stylemill.planning import plan
-from stylemill.shard import load_engine, process_shard
+from stylemill.config.job import Job
+from stylemill.execution.attempt import Run
+from stylemill.planning.plan import plan
+from stylemill.execution.shard import load_engine, process_shard
 from stylemill.store.paths import RunPaths
 planned = plan(Job.load(sys.argv[1], {"output": sys.argv[2]}))
 paths = RunPaths(Path(sys.argv[2]), planned.shards)

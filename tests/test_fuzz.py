@@ -20,12 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from stylemill.config.job import Job
+from stylemill.config.sampling import Inputs
 from stylemill.errors import DamagedError, ImageError, JobError, ManifestError
-from stylemill.images import load_image
-from stylemill.job import Job
-from stylemill.labels import load_labels
+from stylemill.images.masks import load_labels
+from stylemill.images.read import load_image
 from stylemill.manifest import open_manifest, validate_manifest
-from stylemill.settings import Inputs
 from stylemill.store.checkpoints import load, save_inputs, save_progress
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record

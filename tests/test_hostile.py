@@ -26,10 +26,10 @@ import pytest
 from PIL import Image
 
 from stylemill.cli import main
+from stylemill.config.sampling import Inputs
 from stylemill.errors import ImageError, JobError, ManifestError, ModelError, StylemillError
-from stylemill.images import load_image
-from stylemill.planning import plan
-from stylemill.settings import Inputs
+from stylemill.images.read import load_image
+from stylemill.planning.plan import plan
 
 
 def as_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -186,7 +186,7 @@ IMAGES: dict[str, tuple[bytes | Lay | None, str]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stylemill.engine.demo_model import write_demo_model
+    from stylemill.demo.untrained import write_demo_model
 
     return write_demo_model(tmp_path_factory.mktemp("model") / "demo")
 

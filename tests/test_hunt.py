@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from stylemill.cluster.hunt import MOST_KILLERS, Hunt
-from stylemill.cluster.leases import LeaseBook
-from stylemill.lease import Lease, Probe, Progress
+from stylemill.cluster.assignment import LeaseBook
+from stylemill.cluster.bisect import MOST_KILLERS, Hunt
+from stylemill.execution.attempt import Lease, Probe, Progress
 
 
 def hunt_down(hunt: Hunt, reading: set[int], sampling: set[int]) -> list[Probe]:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from stylemill import images
+from stylemill.config.sampling import Inputs
 from stylemill.errors import ImageError, StorageError
-from stylemill.images import encode_image, load_image
-from stylemill.settings import Inputs
+from stylemill.images import read as images
+from stylemill.images.read import encode_image, load_image
 
 SIZE = (32, 24)
 

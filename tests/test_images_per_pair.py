@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import stylemill
-from stylemill.engine.demo_model import write_demo_model
+from stylemill.demo.untrained import write_demo_model
 from stylemill.manifest import open_manifest
 
 
@@ -64,7 +64,7 @@ def test_images_of_a_pair_differ_and_the_first_is_that_of_a_run_of_one(manifest:
     assert stylemill.verify(tmp_path / "many", deep=True).ok
 
 
-def _rows(result: stylemill.runner.RunResult) -> dict[str, dict[str, object]]:
+def _rows(result: stylemill.execution.driver.RunResult) -> dict[str, dict[str, object]]:
     assert result.exit_code == 0
     table = pa.concat_tables(pq.read_table(path) for path in sorted(result.summary.paths.data_folder.iterdir()))
     return {row["pair_id"]: row for row in table.drop_columns("image").to_pylist()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stylemill.config.job import Job
+from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.errors import JobError
-from stylemill.job import Job
-from stylemill.settings import PRESETS, Sampling
 
 SIZE = "a number of pixels or [width, height], each 64 to 8192"
 BASE = "manifest: pairs.parquet\noutput: run\nmodel: some/model\n"

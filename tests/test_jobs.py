@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import stylemill
-from stylemill.engine.demo_controlnet import write_demo_controlnet
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.job import Job
+from stylemill.config.job import Job
+from stylemill.demo.untrained import write_demo_model
+from stylemill.demo.untrained_controlnet import write_demo_controlnet
 
 ROOT = Path(__file__).parent.parent
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))

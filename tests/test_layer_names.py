@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.engine.features import choose_layers, self_attention_layers
+from stylemill.demo.untrained import write_demo_model
+from stylemill.engine.attention import choose_layers, self_attention_layers
 from stylemill.errors import ModelError
 from stylemill.models.layer_names import choose
 from stylemill.planning.cost import read_shape

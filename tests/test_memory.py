@@ -14,11 +14,11 @@ import torch
 
 import stylemill
 from ray_runs import make_run
+from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Pair
 from stylemill.errors import DeviceMemoryError
-from stylemill.lease import Lease, Progress, Run
-from stylemill.settings import Sampling
-from stylemill.shard import process_shard
+from stylemill.execution.attempt import Lease, Progress, Run
+from stylemill.execution.shard import process_shard
 from stylemill.store.records import Record
 
 SETTINGS = Sampling(steps=3, guidance_scale=1.0)
@@ -113,7 +113,7 @@ def test_other_errors_are_not_taken_for_it(folder: Path) -> None:
 def test_the_record_and_a_warning_say_so_and_the_shard_that_never_fits_stays_open(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stylemill import inline
+    from stylemill.execution import local as inline
 
     room = {"samples": 2}
 

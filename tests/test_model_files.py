@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stylemill.errors import ModelError
-from stylemill.models.files import PATTERNS, fetch_model, model_paths, resolve_model
+from stylemill.models.hub import PATTERNS, fetch_model, model_paths, resolve_model
 from stylemill.models.safetensors_file import count_parameters
 
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
@@ -270,5 +270,5 @@ def test_the_hub_says_no(hub, monkeypatch):
 
 
 def test_importing_loads_neither_torch_nor_the_hub():
-    code = "import sys, stylemill.models.files; print({'torch', 'huggingface_hub', 'diffusers'} & set(sys.modules))"
+    code = "import sys, stylemill.models.hub; print({'torch', 'huggingface_hub', 'diffusers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -12,10 +12,10 @@ import huggingface_hub
 import pytest
 from diffusers import UNet2DConditionModel
 
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.engine.features import self_attention_layers
+from stylemill.demo.untrained import write_demo_model
+from stylemill.engine.attention import self_attention_layers
 from stylemill.errors import ModelError
-from stylemill.models.files import resolve_model
+from stylemill.models.hub import resolve_model
 from stylemill.planning.cost import read_shape
 
 

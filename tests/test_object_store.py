@@ -17,9 +17,9 @@ from stylemill.report.status import status
 from stylemill.store.paths import RunPaths
 from stylemill.store.verify import verify
 
-BRISK = {"stylemill.store.bucket:PAUSE": 0.01, "stylemill.store.bucket_lock:LOOK": 0.1}
+BRISK = {"stylemill.store.object_store.bucket:PAUSE": 0.01, "stylemill.store.object_store.lock:LOOK": 0.1}
 # A dead driver's lock is taken over after a second, a living one's is renewed ten times in that.
-HASTY = BRISK | {"stylemill.store.bucket_lock:STALE": 1.0, "stylemill.store.bucket_lock:BEAT": 0.1}
+HASTY = BRISK | {"stylemill.store.object_store.lock:STALE": 1.0, "stylemill.store.object_store.lock:BEAT": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_an_outage_leaves_the_run_open_and_the_same_command_finishes_it(runs: Ru
             down.append(path)
         return 503 if down else None
 
-    short = HASTY | {"stylemill.store.bucket:TRIES": 3}
+    short = HASTY | {"stylemill.store.object_store.bucket:TRIES": 3}
     with gate(runs.store, rule) as gone:
         failed = runs.run("first", runs.job, "--set", "retries=0", through=gone, constants=short)
     assert failed.exit_code == 1, failed.output
@@ -203,7 +203,7 @@ def test_a_second_driver_is_refused_while_the_first_one_lives_and_takes_over_whe
 ) -> None:
     """The first one hangs, and goes on renewing its lock."""
     environment = runs.environment("first", faults="mid-sample:hang:shard=1:step=3")
-    patient = HASTY | {"stylemill.store.bucket_lock:STALE": 60.0}
+    patient = HASTY | {"stylemill.store.object_store.lock:STALE": 60.0}
     first = runs.warm.start(runs.uri, runs.job, faults=environment, constants=patient)
     try:
         until(lambda: "checkpoints/00001" in " ".join(runs.store.objects(runs.name)))

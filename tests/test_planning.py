@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
-from stylemill.job import Job
 from stylemill.manifest import ImageRef, Row
-from stylemill.planning import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
 from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
+from stylemill.planning.plan import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
 SD15 = {
@@ -237,8 +237,8 @@ _CFG = {"guidance_scale": 3.0}
     ids=str,
 )
 def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, settings, budget):
+    from stylemill.demo.untrained import write_demo_model
     from stylemill.engine import Engine, InputImage, Pair
-    from stylemill.engine.demo_model import write_demo_model
 
     settings = {"steps": 2, "iterations": 2, **settings}
     cluster = {"micro_batch": 2, "feature_budget_mb": budget}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import precision
+from stylemill.config.sampling import Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.settings import Sampling
 
 SETTINGS = Sampling(steps=4)
 LEAST_COSINE = {"float16": 0.999, "bfloat16": 0.99}

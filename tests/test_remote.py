@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stylemill import remote, s3
+from stylemill import s3
 from stylemill.cli import main
+from stylemill.config.sampling import Inputs
 from stylemill.errors import DownloadError, ImageError, TransientError
-from stylemill.images import load_image
-from stylemill.labels import load_labels
-from stylemill.remote import address_problem, fetch, shown
-from stylemill.settings import Inputs
+from stylemill.images import download as remote
+from stylemill.images.download import address_problem, fetch, shown
+from stylemill.images.masks import load_labels
+from stylemill.images.read import load_image
 
 OWN = Inputs(allow_private_addresses=True, timeout=20, retries=2)  # loopback is a private address
 BRIEF = OWN.model_copy(update={"timeout": 0.3, "retries": 0})

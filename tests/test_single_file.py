@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.engine.model import DiffusionModel
+from stylemill.config.job import Job
+from stylemill.demo.untrained import write_demo_model
+from stylemill.engine.unet.model import DiffusionModel
 from stylemill.errors import JobError, ModelError
-from stylemill.job import Job
 from stylemill.models.safetensors_file import SD_CONFIG, SDXL_CONFIG, usual_config
 from stylemill.models.single_file import fetch_config, resolve_single_file
 

@@ -16,12 +16,14 @@ from s3_store import BUCKET, Gate, Store, every, gate, here, serving_s3, times
 from store_shards import FINGERPRINT, ROWS, attempt, in_child, second_try
 from stylemill.cli import main
 from stylemill.errors import LockedError, OutputError, StorageError
-from stylemill.store import bucket, bucket_lock, checkpoints
-from stylemill.store.bucket_path import BucketPath
+from stylemill.store import checkpoints
 from stylemill.store.commit import clean, commit, confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock, holder
+from stylemill.store.object_store import bucket
+from stylemill.store.object_store import lock as bucket_lock
+from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 from stylemill.store.run_file import RunFile, refuse_strangers

@@ -13,9 +13,9 @@ import pytest
 
 from store_shards import attempt, files, run_folder, table
 from stylemill.errors import OutputError, StorageError
+from stylemill.store.atomic import publish, publish_bytes, quarantine
+from stylemill.store.parquet import write_shard
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import publish, publish_bytes, quarantine
-from stylemill.store.writer import write_shard
 
 
 def test_a_name_is_given_once(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import pytest
 from store_shards import ROWS, attempt, files, in_child, kill_at, run_folder
 from stylemill.errors import DamagedError
 from stylemill.report.status import status
-from stylemill.store.adopt import adopt_standing
 from stylemill.store.commit import clean, commit
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger, Totals
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import standing_record
+from stylemill.store.recover import adopt_standing
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import read_segment, segments
 from stylemill.store.verify import verify

@@ -14,15 +14,15 @@ import pytest
 
 from store_shards import ROWS, attempt, files, run_folder, second_try, table
 from stylemill.errors import OutputError
+from stylemill.store.atomic import digest
 from stylemill.store.commit import clean, commit
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
+from stylemill.store.parquet import write_shard
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import digest
 from stylemill.store.records import Record
 from stylemill.store.segments import segments
 from stylemill.store.verify import verify
-from stylemill.store.writer import write_shard
 
 
 def finished(folder: Path) -> RunPaths:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from store_shards import FINGERPRINT, attempt, run_folder, table
 from stylemill.errors import DamagedError, StorageError
 from stylemill.store.commit import commit
-from stylemill.store.writer import ROWS_PER_GROUP, Failure, check_file, output_schema, write_failures, write_shard
+from stylemill.store.parquet import ROWS_PER_GROUP, Failure, check_file, output_schema, write_failures, write_shard
 
 
 def test_the_same_rows_give_the_same_bytes_however_they_are_held(tmp_path: Path) -> None:

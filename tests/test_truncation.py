@@ -16,21 +16,21 @@ import pytest
 
 from store_shards import attempt, files, run_folder, second_try
 from stylemill.errors import DamagedError, OutputError, StylemillError
-from stylemill.mend import _set_aside
+from stylemill.execution.driver import _read_json
+from stylemill.execution.repair import _set_aside
 from stylemill.report.status import status
-from stylemill.runner import _read_json
 from stylemill.store import checkpoints
 from stylemill.store.commit import commit
 from stylemill.store.compaction import compact
-from stylemill.store.generations import assignment, begin_retry, failed_before, noted_retry, pending_retry
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock, holder
+from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, standing_record
+from stylemill.store.retries import assignment, begin_retry, failed_before, noted_retry, pending_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import read_segment, segments
 from stylemill.store.verify import verify
-from stylemill.store.writer import check_file
 
 
 @pytest.fixture(scope="module")

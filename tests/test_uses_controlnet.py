@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 import oracle
+from stylemill.config.job import Job
+from stylemill.config.sampling import ControlNet, Sampling
+from stylemill.demo.untrained import write_demo_model
+from stylemill.demo.untrained_controlnet import write_demo_controlnet
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.engine.demo_controlnet import write_demo_controlnet
-from stylemill.engine.demo_model import write_demo_model
 from stylemill.errors import JobError, ModelError
-from stylemill.job import Job
-from stylemill.planning import plan
-from stylemill.settings import ControlNet, Sampling
+from stylemill.planning.plan import plan
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 Acting = tuple[float, float, float]  # scale, start, end

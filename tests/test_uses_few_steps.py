@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import oracle
+from stylemill.config.job import Job
+from stylemill.config.sampling import PRESETS, Lora, Sampling
+from stylemill.config.schedulers import REFUSED, SCHEDULERS
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.schedulers import Scheduler
 from stylemill.errors import JobError, ModelError
-from stylemill.job import Job
-from stylemill.planning import plan
-from stylemill.scheduler_names import REFUSED, SCHEDULERS
-from stylemill.settings import PRESETS, Lora, Sampling
+from stylemill.planning.plan import plan
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 

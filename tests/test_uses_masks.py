@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 import oracle
+from stylemill.config.sampling import COLOUR_LABEL, Fit, Sampling
 from stylemill.engine import Engine, InputImage, LabelImage, Noise, Pair, SampleState
 from stylemill.engine.masks import nearest
 from stylemill.errors import ImageError, ManifestError
-from stylemill.labels import load_labels
+from stylemill.images.masks import load_labels
 from stylemill.manifest import open_manifest
 from stylemill.manifest.validate import validate_manifest
-from stylemill.settings import COLOUR_LABEL, Fit, Sampling
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 WIDE = (128, 64)
@@ -226,7 +226,7 @@ def test_labels_move_as_their_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_a_mask_drawn_on_the_image_lies_on_the_fitted_image(tmp_path: Path, fit: Fit) -> None:
-    from stylemill.images import load_image
+    from stylemill.images.read import load_image
 
     drawn = np.zeros((90, 160), np.uint8)
     drawn[20:60, 50:130] = 255

@@ -22,13 +22,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import oracle
+from stylemill.config.job import Job
+from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.job import Job
-from stylemill.lease import Progress, Run
-from stylemill.planning import plan
-from stylemill.runner import run
-from stylemill.settings import Sampling
-from stylemill.shard import load_engine, process_shard
+from stylemill.execution.attempt import Progress, Run
+from stylemill.execution.driver import run
+from stylemill.execution.shard import load_engine, process_shard
+from stylemill.planning.plan import plan
 from stylemill.store.paths import RunPaths
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import stylemill
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine
-from stylemill.engine.demo_model import write_demo_model
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def test_a_long_prompt_is_warned_of_once_a_row(model: Path, tmp_path: Path, capl
         f"manifest: pairs.parquet\nmodel: {model}\noutput: out\npreset: text-to-image\nsampling: {{steps: 2}}\n"
         "image: {size: 64}\nshards: {pairs_per_shard: 3}\n"
     )
-    with caplog.at_level(logging.WARNING, logger="stylemill.shard"):
+    with caplog.at_level(logging.WARNING, logger="stylemill.execution.shard"):
         assert stylemill.run(job, inline=True, quiet=True).exit_code == 0
-    said = [record.getMessage() for record in caplog.records if record.name == "stylemill.shard"]
+    said = [record.getMessage() for record in caplog.records if record.name == "stylemill.execution.shard"]
     assert [line.split(":")[0] for line in said] == ["b", "c"]
     assert all("prompt is longer than the model reads" in line for line in said)

@@ -18,11 +18,11 @@ from pydantic import ValidationError
 
 import oracle
 import stylemill
+from stylemill.config.sampling import DType, Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair, SampleState
-from stylemill.engine.decoder import RecentDecoders, own_decoder, refine
-from stylemill.engine.demo_model import write_demo_model
+from stylemill.engine.unet.decoder_refinement import RecentDecoders, own_decoder, refine
 from stylemill.errors import StorageError
-from stylemill.settings import DType, Sampling
 from stylemill.store import decoder_cache
 from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.paths import RunPaths

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import oracle
+from stylemill.config.sampling import PRESETS, Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, Noise, Pair, SampleState
-from stylemill.engine.demo_model import write_demo_model
-from stylemill.engine.features import self_attention_layers
-from stylemill.engine.text import Text
+from stylemill.engine.attention import self_attention_layers
+from stylemill.engine.unet.text import Text
 from stylemill.planning.cost import read_shape
-from stylemill.settings import PRESETS, Sampling
 from test_equivalence import CONTENTS, SIZE, STYLES, assert_equal, image, last, trajectory
 
 PROMPTED = Pair((STYLES[0],), SIZE, prompt="a lighthouse", negative_prompt="blurry", seed=5)

@@ -16,15 +16,15 @@ from torch import Tensor
 
 import oracle
 import stylemill
+from stylemill.config.job import Job
+from stylemill.config.sampling import Sampling
+from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Noise, Pair
-from stylemill.engine.demo_model import write_demo_model
 from stylemill.errors import JobError
-from stylemill.images import kept_size
-from stylemill.job import Job
+from stylemill.images.read import kept_size
 from stylemill.manifest import ImageRef, Row
-from stylemill.planning import plan
 from stylemill.planning.cost import count_cost, read_shape
-from stylemill.settings import Sampling
+from stylemill.planning.plan import plan
 
 SIZES = {"square": (150, 150), "wide": (260, 130), "tall": (100, 210), "small": (70, 60), "huge": (2000, 900)}
 

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import oracle
+from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.state import Inputs, PairInputs
-from stylemill.engine.tiling import circular
+from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
-from stylemill.settings import PRESETS, Sampling
 
 SMALL, WIDE, TALL, LARGE = (64, 64), (128, 64), (64, 128), (128, 128)  # pixels; a latent has 8 of them a side
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from demo_training.pool import draw_pool
 from demo_training.unet import encode_pool, new_unet, train_unet
 from demo_training.vae import CHANNELS, new_vae, psnr, train_vae
-from stylemill.engine.demo_model import write_demo_model
+from stylemill.demo.untrained import write_demo_model
 
 HERE = Path(__file__).parent
 

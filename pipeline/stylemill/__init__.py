@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
-    from stylemill.mend import repair
-    from stylemill.planning import plan
+    from stylemill.execution.driver import retry_failed, run
+    from stylemill.execution.repair import repair
+    from stylemill.planning.plan import plan
     from stylemill.report.status import status
-    from stylemill.runner import retry_failed, run
     from stylemill.store.verify import verify
 
 __version__ = "0.1.0"
@@ -24,10 +24,10 @@ __all__ = ["Engine", "plan", "repair", "retry_failed", "run", "status", "verify"
 
 _HOMES = {
     "Engine": "stylemill.engine",
-    "plan": "stylemill.planning",
-    "repair": "stylemill.mend",
-    "retry_failed": "stylemill.runner",
-    "run": "stylemill.runner",
+    "plan": "stylemill.planning.plan",
+    "repair": "stylemill.execution.repair",
+    "retry_failed": "stylemill.execution.driver",
+    "run": "stylemill.execution.driver",
     "status": "stylemill.report.status",
     "verify": "stylemill.store.verify",
 }

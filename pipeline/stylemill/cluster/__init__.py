@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from threading import Event
 
-from stylemill.cluster.patience import Patience
 from stylemill.cluster.pool import Pool
 from stylemill.cluster.session import session
-from stylemill.lease import Listener, Run
+from stylemill.cluster.timeouts import Patience
+from stylemill.execution.attempt import Listener, Run
 
 __all__ = ["Patience", "run_on_ray"]
 

@@ -8,13 +8,13 @@ from threading import Event
 from typing import Any
 
 import stylemill
-from stylemill.cluster.crew import Call, Crew, Member, Reply, machines
-from stylemill.cluster.leases import LeaseBook
-from stylemill.cluster.patience import Patience, backoff
-from stylemill.cluster.room import ask, room
+from stylemill.cluster.actors import Call, Crew, Member, Reply, machines
+from stylemill.cluster.assignment import LeaseBook
+from stylemill.cluster.capacity import ask, room
+from stylemill.cluster.timeouts import Patience, backoff
 from stylemill.cluster.worker import Home, Loaded
 from stylemill.errors import ClusterError, InputError, ModelError, StylemillError, TransientError
-from stylemill.lease import Lease, Listener, Run
+from stylemill.execution.attempt import Lease, Listener, Run
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.ledger import Ledger
 

@@ -21,8 +21,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a w
 import ray
 from ray._private.services import canonicalize_bootstrap_address
 
+from stylemill.config.job import Cluster
 from stylemill.errors import ClusterError
-from stylemill.job import Cluster
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least Ray accepts: only metadata passes through it
 # An HTTP/2 client's first words. Ray's servers speak gRPC, so they answer with a settings frame.

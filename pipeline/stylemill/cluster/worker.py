@@ -12,14 +12,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from stylemill import __version__
-from stylemill.lease import Lease, Progress, Run
+from stylemill.execution.attempt import Lease, Progress, Run
 from stylemill.store.records import Record
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
 
-# torch comes with stylemill.shard, which is imported inside the methods: the driver imports this module too and has no
-# use for the memory and the seconds.
+# stylemill.execution.shard imports torch. It is imported inside the methods, because the driver imports this module too
+# and needs no torch.
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Worker:
 
     def load(self, micro_batch: int | None) -> Loaded:
         """Load the model. Raises ModelError when it cannot be, ImportError where stylemill is not whole."""
-        from stylemill.shard import load_engine, numerics
+        from stylemill.execution.shard import load_engine, numerics
 
         self._engine = load_engine(self._run, micro_batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
@@ -66,7 +66,7 @@ class Worker:
 
     def work(self, lease: Lease) -> Record | None:
         """Bring a shard to its record; None once `stop` was called. Raises what `process_shard` raises."""
-        from stylemill.shard import process_shard
+        from stylemill.execution.shard import process_shard
 
         if self._engine is None:
             raise RuntimeError("a lease came before the model was loaded")
@@ -77,7 +77,7 @@ class Worker:
 
     def probe(self, lease: Lease) -> bool:
         """Try the pairs of `lease.probe`; False when `stop` was called first. Raises what `process_shard` raises."""
-        from stylemill.shard import survives
+        from stylemill.execution.shard import survives
 
         if self._engine is None:
             raise RuntimeError("a lease came before the model was loaded")
@@ -101,4 +101,4 @@ class Worker:
 def _warm_up() -> None:
     """Import torch and all that while the first worker still loads its model."""
     with suppress(ImportError):  # `load` meets it again, where it can be reported
-        import_module("stylemill.shard")
+        import_module("stylemill.execution.shard")

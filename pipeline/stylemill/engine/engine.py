@@ -18,26 +18,26 @@ import torch
 import transformers
 from torch import Tensor
 
-from stylemill.engine.begin import begin
-from stylemill.engine.control import load_control
-from stylemill.engine.decoder import UNSOUND, DecoderCache, RecentDecoders, by_decoder, refined
-from stylemill.engine.features import choose_layers
-from stylemill.engine.guidance import Guide
+from stylemill.config.sampling import ControlNet, DType, Lora, Sampling, cpu_micro_batch
+from stylemill.engine.attention import choose_layers
+from stylemill.engine.batching import blocks, micro_batches
+from stylemill.engine.init_state import begin
 from stylemill.engine.inputs import InputImage, Pair, Pixels
-from stylemill.engine.layout import blocks, micro_batches
-from stylemill.engine.lora import fuse_lora
 from stylemill.engine.memory import within_memory
-from stylemill.engine.model import DiffusionModel
 from stylemill.engine.noise import Noise
+from stylemill.engine.objective import Guide
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
-from stylemill.engine.tiling import circular
+from stylemill.engine.unet.controlnet import load_control
+from stylemill.engine.unet.decoder_refinement import UNSOUND, DecoderCache, RecentDecoders, by_decoder, refined
+from stylemill.engine.unet.lora import fuse_lora
+from stylemill.engine.unet.model import DiffusionModel
+from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
 from stylemill.errors import DeviceMemoryError
-from stylemill.models.files import CONTROLNET, fetch_model
-from stylemill.models.lora_files import fetch_lora
+from stylemill.models.hub import CONTROLNET, fetch_model
+from stylemill.models.lora import fetch_lora
 from stylemill.models.single_file import fetch_config, is_single_file
-from stylemill.settings import ControlNet, DType, Lora, Sampling, cpu_micro_batch
 
 LARGEST_MICRO_BATCH = 64
 T = TypeVar("T")

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stylemill.engine.features import Layer
+from stylemill.config.sampling import label_name
+from stylemill.engine.attention import Layer
 from stylemill.engine.inputs import LabelImage, Pair
 from stylemill.engine.state import Inputs, PairInputs
-from stylemill.settings import label_name
 
 
 def masks_problem(pair: Pair) -> str | None:

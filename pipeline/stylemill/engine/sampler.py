@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stylemill.engine.control import Control
-from stylemill.engine.features import Target, injecting
-from stylemill.engine.guidance import Guide, adain, adam_step
-from stylemill.engine.layout import Batch, Block
-from stylemill.engine.model import DiffusionModel
+from stylemill.config.sampling import Sampling
+from stylemill.engine.attention import Target, injecting
+from stylemill.engine.batching import Batch, Block
 from stylemill.engine.noise import Noise
+from stylemill.engine.objective import Guide, adain, adam_step
 from stylemill.engine.schedulers import Scheduler
 from stylemill.engine.state import SampleState, constant
-from stylemill.engine.text import Text
-from stylemill.engine.tiling import circular
+from stylemill.engine.unet.controlnet import Control
+from stylemill.engine.unet.model import DiffusionModel
+from stylemill.engine.unet.text import Text
+from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
-from stylemill.settings import Sampling
 
 
 class Sampler:

@@ -16,8 +16,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from stylemill.scheduler_names import SCHEDULERS
-from stylemill.settings import Sampling
+from stylemill.config.sampling import Sampling
+from stylemill.config.schedulers import SCHEDULERS
 
 
 class Scheduler:

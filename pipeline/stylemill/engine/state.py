@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stylemill.engine.text import Text
-from stylemill.settings import Tiling
+from stylemill.config.sampling import Tiling
+from stylemill.engine.unet.text import Text
 
 Arrays = dict[str, npt.NDArray[Any]]
 

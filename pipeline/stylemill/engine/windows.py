@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stylemill.engine.layout import uses_content
+from stylemill.config.sampling import Sampling, Tiling
+from stylemill.engine.batching import uses_content
 from stylemill.engine.state import Inputs, PairInputs, SampleState
-from stylemill.settings import Sampling, Tiling
 
 
 @dataclass(frozen=True)

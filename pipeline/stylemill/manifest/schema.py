@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import types as pt
 
-from stylemill.settings import Sampling
+from stylemill.config.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylemill.errors import ModelError
-from stylemill.models.fit import FITTING
+from stylemill.models.architecture import FITTING
 
 # Where a single-file checkpoint's configuration is taken from when the job names none. Its weights are not loaded.
 SD_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"

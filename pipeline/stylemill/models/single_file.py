@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stylemill.errors import ModelError
-from stylemill.models.files import CONFIGURATION, ModelFiles, fetch_model, file_digest, model_paths, resolve_model
+from stylemill.models.hub import CONFIGURATION, ModelFiles, fetch_model, file_digest, model_paths, resolve_model
 from stylemill.models.safetensors_file import usual_config
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")

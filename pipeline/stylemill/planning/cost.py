@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stylemill.config.job import Job
+from stylemill.config.sampling import cpu_micro_batch
 from stylemill.errors import JobError, ModelError
-from stylemill.job import Job
 from stylemill.manifest import Row
-from stylemill.models.files import model_paths
-from stylemill.models.fit import is_sdxl, read_config, refuse_misfits
+from stylemill.models.architecture import is_sdxl, read_config, refuse_misfits
+from stylemill.models.hub import model_paths
 from stylemill.models.layer_names import choose
 from stylemill.models.safetensors_file import count_parameters
-from stylemill.settings import cpu_micro_batch
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 PIXELS_PER_LATENT = 8  # of a model that is not on this machine yet; so it is for all of Stable Diffusion 1.x to XL

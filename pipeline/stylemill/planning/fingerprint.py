@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
-from stylemill.job import Job
-from stylemill.models.files import ModelFiles
+from stylemill.config.job import Job
+from stylemill.models.hub import ModelFiles
 
 Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]

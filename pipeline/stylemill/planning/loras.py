@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stylemill.job import Job
-from stylemill.models.files import ModelFiles
-from stylemill.models.lora_files import resolve_lora
+from stylemill.config.job import Job
+from stylemill.models.hub import ModelFiles
+from stylemill.models.lora import resolve_lora
 
 
 def plan_loras(job: Job) -> tuple[Job, list[ModelFiles]]:

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
+from stylemill.config.sampling import DEFAULT_INPUTS, Inputs
 from stylemill.errors import ImageError, TransientError
-from stylemill.images import encode_image, load_image
+from stylemill.images.read import encode_image, load_image
 from stylemill.manifest.read import Manifest
 from stylemill.manifest.schema import ImageRef, Row
-from stylemill.settings import DEFAULT_INPUTS, Inputs
-from stylemill.store.access import local_copy
+from stylemill.store.atomic import replace_bytes
+from stylemill.store.fs import local_copy
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import replace_bytes
 from stylemill.store.records import Record
 
 THUMB, LABEL, GAP = 160, 16, 6  # pixels

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stylemill.report.summary import Summary, summarize
-from stylemill.store.generations import pending_retry
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import holder
+from stylemill.store.retries import pending_retry
 from stylemill.store.run_file import RunFile
 
 

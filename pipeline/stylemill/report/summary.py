@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stylemill.errors import DamagedError
-from stylemill.store.generations import failed_before
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
+from stylemill.store.retries import failed_before
 
 EXAMPLES = 3  # messages shown of each error class
 _LOOKS = 100  # shards looked at for them

@@ -24,8 +24,8 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from stylemill.errors import DamagedError, StorageError
+from stylemill.store.atomic import publish_bytes, quarantine, remove_tree, storage_errors
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import publish_bytes, quarantine, remove_tree, storage_errors
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _PROGRESS = re.compile(r"progress-(?P<step>[0-9]{5,})-(?P<attempt>.+)-[0-9a-f]{32}\.safetensors")

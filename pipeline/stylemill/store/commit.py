@@ -16,13 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, StorageError
-from stylemill.faults import fault
 from stylemill.store import checkpoints
-from stylemill.store.generations import failed_before, pending_retry
-from stylemill.store.ledger import Ledger
-from stylemill.store.lock import exclusive
-from stylemill.store.paths import RunPaths
-from stylemill.store.publish import (
+from stylemill.store.atomic import (
     digest,
     discard,
     persist,
@@ -32,9 +27,14 @@ from stylemill.store.publish import (
     remove_tree,
     storage_errors,
 )
+from stylemill.store.ledger import Ledger
+from stylemill.store.lock import exclusive
+from stylemill.store.object_store.uploads import remove_unnamed, upload
+from stylemill.store.parquet import check_file, write_again
+from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record, standing_record
-from stylemill.store.uploads import remove_unnamed, upload
-from stylemill.store.writer import check_file, write_again
+from stylemill.store.retries import failed_before, pending_retry
+from stylemill.testing.failpoints import fault
 
 
 def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:

@@ -10,12 +10,12 @@ import json
 from collections.abc import Sequence
 
 from stylemill.errors import DamagedError
-from stylemill.store.access import looked_at
-from stylemill.store.bucket_path import BucketPath
+from stylemill.store.atomic import persist, storage_errors
+from stylemill.store.fs import looked_at
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
+from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import persist, storage_errors
 from stylemill.store.records import Record, checked
 from stylemill.store.segments import ROWS, publish_segment
 

@@ -17,8 +17,8 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from stylemill.errors import StorageError
+from stylemill.store.atomic import publish_bytes, quarantine, storage_errors
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import publish_bytes, quarantine, storage_errors
 
 _log = logging.getLogger(__name__)
 

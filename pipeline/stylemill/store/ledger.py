@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stylemill.errors import DamagedError
-from stylemill.store.access import Sizes, looked_at, names
-from stylemill.store.bucket_path import output_path
+from stylemill.store.atomic import quarantine
+from stylemill.store.fs import Sizes, looked_at, names
 from stylemill.store.lock import exclusive
+from stylemill.store.object_store.path import output_path
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import quarantine
 from stylemill.store.records import Record, checked, find
 from stylemill.store.segments import in_order, read_segment, record_in
 

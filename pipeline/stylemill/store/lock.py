@@ -13,10 +13,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from stylemill.errors import LockedError, OutputError
-from stylemill.store.bucket_lock import held, signed
-from stylemill.store.bucket_path import BucketPath
+from stylemill.store.atomic import storage_errors
+from stylemill.store.object_store.lock import held, signed
+from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import storage_errors
 
 _LOOKS = 3  # `holder` of another process has the lock for an instant
 _held: set[int] = set()

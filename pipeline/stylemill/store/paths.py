@@ -27,8 +27,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
-from stylemill.store.bucket_path import BucketPath, output_path
-from stylemill.store.publish import discard, publish, storage_errors, sync
+from stylemill.store.atomic import discard, publish, storage_errors, sync
+from stylemill.store.object_store.path import BucketPath, output_path
 
 LAST_GENERATION = 10_000  # what has a higher number in its name is no file of ours
 _FILE = re.compile(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stylemill.errors import DamagedError
+from stylemill.store.atomic import storage_errors
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import storage_errors
 from stylemill.store.segments import find_record
 
 # Keys are sorted, so that of the record's own digest is never the last one.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stylemill.errors import OutputError
+from stylemill.store.atomic import storage_errors
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import storage_errors
 
 _NAMED = 3  # files in one message
 _RECORDED = ("stylemill", "torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy")

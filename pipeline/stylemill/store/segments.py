@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError
-from stylemill.store.bucket_path import BucketPath
+from stylemill.store.atomic import publish_bytes, storage_errors
+from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import publish_bytes, storage_errors
 
 ROWS = 4096  # records in a file of their own before they become a segment
 _GROUP = 512  # rows of a row group: what is read to reach one record

@@ -16,16 +16,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, OutputError
-from stylemill.store.access import local_copy
-from stylemill.store.adopt import without_record
-from stylemill.store.generations import failures_of, pending_retry
+from stylemill.store.atomic import digest, storage_errors
+from stylemill.store.fs import local_copy
 from stylemill.store.ledger import Ledger
+from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
-from stylemill.store.publish import digest, storage_errors
 from stylemill.store.records import FileEntry, Record, standing_record
+from stylemill.store.recover import without_record
+from stylemill.store.retries import failures_of, pending_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import find_record, segments
-from stylemill.store.writer import check_file
 
 _NAMED = 5  # rows or files named in one message
 

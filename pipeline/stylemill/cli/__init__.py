@@ -1,0 +1,5 @@
+"""The `stylemill` command. Each command parses its options, calls an API function and prints the result."""
+
+from stylemill.cli.app import main
+
+__all__ = ["main"]

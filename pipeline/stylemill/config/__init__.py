@@ -1,0 +1,1 @@
+"""What a user configures: the job file, sampling settings and presets, schedulers, input limits. Imports no torch."""

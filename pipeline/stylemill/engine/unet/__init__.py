@@ -1,0 +1,1 @@
+"""The network itself: loading, text encoding, LoRA, ControlNet, tiling, decoder refinement."""

@@ -1,0 +1,150 @@
+"""The resident diffusion model, SD-1.x- or SDXL-shaped: loading, text and image encoding, the noise prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from stylemill.engine.inputs import Pixels
+from stylemill.engine.unet.controlnet import Control, LoadedControl, residuals
+from stylemill.engine.unet.loading import load_parts
+from stylemill.engine.unet.text import Text
+from stylemill.errors import ModelError
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionModel:
+    """UNet, VAE, text encoders and scheduler of one model, frozen, on one device. SDXL has two text encoders.
+
+    Weights and activations have `unet.dtype`; latents and everything computed on them have `latent_dtype`.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    scheduler: Any
+    device: torch.device
+    controls: tuple[LoadedControl, ...] = ()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str, device: str, checkpoint: Path | None = None) -> DiffusionModel:
+        """Load a diffusers folder, or the weights of a single-file checkpoint whose configuration is there.
+
+        Raises ModelError naming the part that will not load.
+        """
+        weights = DTYPES[dtype]
+        transformers_logging.disable_progress_bar()  # a bar over the weights would tear the run's own
+        try:
+            unet, vae, text_encoders = load_parts(folder, checkpoint, weights)
+            names = ("tokenizer", "tokenizer_2")[: len(text_encoders)]
+            tokenizers = tuple(CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in names)
+            scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{checkpoint or folder}: cannot be loaded as a Stable Diffusion model: {error}"
+            ) from error
+        for part in (unet, vae, *text_encoders):
+            part.requires_grad_(False).eval().to(device)  # weight gradients would double the backward pass
+        return cls(unet, vae, text_encoders, tokenizers, scheduler, torch.device(device))
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        return torch.float64 if self.unet.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet also takes a pooled text and the image's size."""
+        return bool(self.unet.config.addition_embed_type == "text_time")
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.unet.config.in_channels)
+
+    @property
+    def grid(self) -> int:
+        """Pixels an image side must be a multiple of: one latent per 2^(VAE blocks − 1), halved by each UNet level."""
+        return self.pixels_per_latent * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def encode_text(self, text: str) -> Text:
+        """Encode one text, without batch mates.
+
+        SD: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the second's pooled
+        vector. The empty text is encoded like any other: the zeros that SDXL's pipeline puts in its place
+        (`force_zeros_for_empty_prompt`) are not the null prompt of attention distillation.
+        """
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            length = tokenizer.model_max_length
+            tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            encoded = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.is_sdxl)
+            hidden.append(encoded.hidden_states[-2][0] if self.is_sdxl else encoded.last_hidden_state[0])
+            pooled = encoded.text_embeds[0] if self.is_sdxl and encoder is self.text_encoders[-1] else None
+        return Text(torch.cat(hidden, dim=-1), pooled).to(self.latent_dtype)
+
+    def cut_off(self, text: str) -> str:
+        """The end of `text` that the (first) tokenizer has no room for and the model does not see; mostly empty."""
+        tokenizer = self.tokenizers[0]
+        tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        return str(tokenizer.decode(tokens[room:])).strip() if len(tokens) > room else ""
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Pixels) -> Tensor:
+        """(H, W, 3) uint8 -> clean latent (C, h, w): posterior mean × scaling factor of the image in [−1, 1]."""
+        image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+        mean: Tensor = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist.mean
+        return mean[0].to(self.latent_dtype) * float(self.vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode_image(self, latents: Tensor) -> list[Pixels]:
+        """Latents (B, C, h, w) -> B images (H, W, 3) uint8."""
+        dtype = self.vae.decoder.conv_in.weight.dtype  # a refined decoder has one of its own
+        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype)).sample
+        image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        return list(image.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+    def predict_noise(self, latents: Tensor, timestep: int, text: Text, control: Control | None = None) -> Tensor:
+        """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).
+
+        With `control`, the ControlNets add to it; features and gradients are taken without.
+        """
+        conditions = self.conditions(latents, text)
+        if control is not None:
+            conditions |= residuals(self.controls, latents, timestep, conditions, control)
+        predicted: Tensor = self.unet(latents.to(self.unet.dtype), timestep, **conditions, return_dict=False)[0]
+        return predicted.to(self.latent_dtype)
+
+    def conditions(self, latents: Tensor, text: Text) -> dict[str, Any]:
+        """What the UNet is told besides z and t, as its keyword arguments. SDXL: also that nothing was cropped."""
+        text = text.expand(len(latents))
+        told: dict[str, Any] = {"encoder_hidden_states": text.hidden.to(self.unet.dtype)}
+        if text.pooled is not None:
+            height, width = (side * self.pixels_per_latent for side in latents.shape[-2:])
+            original, corner, target = (height, width), (0, 0), (height, width)
+            # In float32 whatever the weights are: bfloat16 would round the size of an image.
+            time_ids = torch.tensor([(*original, *corner, *target)], dtype=torch.float32, device=self.device)
+            told["added_cond_kwargs"] = {
+                "text_embeds": text.pooled.to(self.unet.dtype),
+                "time_ids": time_ids.expand(len(latents), -1),
+            }
+        return told

@@ -1,0 +1,1 @@
+"""Input images: download, decode, fit, masks; encoding of output images."""

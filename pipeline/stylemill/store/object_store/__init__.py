@@ -1,0 +1,1 @@
+"""Run folders on an object store: requests, paths, the lock, uploads."""

@@ -1,0 +1,1 @@
+"""Failpoints: where a test makes a process fail."""
