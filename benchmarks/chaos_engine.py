@@ -90,7 +90,7 @@ def _begin(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     import torch
 
     from stylemill.engine.noise import identity
-    from stylemill.engine.state import Inputs, PairInputs, SampleState
+    from stylemill.engine.state import PairInputs, SampleState, ShardInputs
 
     images = {image.name: image for pair in pairs for image in pair.images}
     places = {name: place for place, name in enumerate(images)}
@@ -120,7 +120,7 @@ def _begin(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
         if pair.idle or any(image.pixels is None for image in pair.images)
     }
     return SampleState(
-        inputs=Inputs(made, tensors, [image.digest for image in images.values()], texts=[]),
+        inputs=ShardInputs(made, tensors, [image.digest for image in images.values()], texts=[]),
         latents_of=[torch.zeros(shape) if pair.content is None else tensors[pair.content] for pair in made],
         lost_at=torch.full((len(pairs),), -1),
         unreadable=lost,

@@ -122,8 +122,8 @@ class Driver:
             "CHAOS_SECONDS": "0.1" if life.on_ray else "0",
             "CHAOS_STEPS": str(self.noted),
             "CHAOS_LEFT": str(self.left),
-            "STYLEMILL_FAULTS": ";".join(life.rules),
-            "STYLEMILL_FAULTS_STATE": str(hits),
+            "STYLEMILL_FAILPOINTS": ";".join(life.rules),
+            "STYLEMILL_FAILPOINTS_STATE": str(hits),
         }
         self.befell = []
         pid, ended = (self._on_ray if life.on_ray else self._inline)(environment)

@@ -16,15 +16,15 @@ import pytest
 import ray
 from PIL import Image
 
-from stylemill.cluster import Patience
+from stylemill.cluster import Timeouts
 from stylemill.cluster.session import session
-from stylemill.config.job import Cluster, Job
+from stylemill.config.job import ClusterSettings, Job
 from stylemill.execution.attempt import Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 
-PATIENCE = Patience(connect=2, place=60, remark=60, leave=30, beat=0.05)
+PATIENCE = Timeouts(connect=2, place=60, remark=60, leave=30, beat=0.05)
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def one_ray(tests: ModuleType) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, ours)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # must not be joined by accident
-        with session(Cluster(workers=4), 10) as embedded:
+        with session(ClusterSettings(workers=4), 10) as embedded:
             assert embedded
             assert signal.getsignal(signal.SIGTERM) is ours, "Ray put its own handler in the place of the run's"
             yield

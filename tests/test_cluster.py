@@ -21,13 +21,13 @@ import pytest
 
 from ray_runs import PATIENCE, Ears, data_files, make_run, one_ray
 from stylemill import __version__, errors
-from stylemill.cluster import Patience, run_on_ray
+from stylemill.cluster import Timeouts, run_on_ray
 from stylemill.cluster import actors as crew
 from stylemill.cluster.assignment import LeaseBook
 from stylemill.cluster.capacity import Ask, ask, room
 from stylemill.cluster.session import session
 from stylemill.cluster.worker import Home, Loaded, Worker
-from stylemill.config.job import Cluster
+from stylemill.config.job import ClusterSettings
 from stylemill.errors import ClusterError, IncompleteError, ManifestError, ModelError, StorageError, StylemillError
 from stylemill.execution.attempt import Lease, Progress, Run
 from stylemill.store.records import Record
@@ -129,25 +129,25 @@ CPU_NODE = {"CPU": 8.0, "memory": 10e9}
 
 
 def test_a_worker_asks_for_a_gpu_where_there_is_one() -> None:
-    assert ask(Cluster(), [CPU_NODE, GPU_NODE]) == Ask(cpus=0, gpus=1)
-    assert ask(Cluster(threads=2), [CPU_NODE]) == Ask(cpus=2, gpus=0)
-    assert ask(Cluster(gpus_per_worker=0.0), [GPU_NODE]) == Ask(cpus=1, gpus=0)
+    assert ask(ClusterSettings(), [CPU_NODE, GPU_NODE]) == Ask(cpus=0, gpus=1)
+    assert ask(ClusterSettings(threads=2), [CPU_NODE]) == Ask(cpus=2, gpus=0)
+    assert ask(ClusterSettings(gpus_per_worker=0.0), [GPU_NODE]) == Ask(cpus=1, gpus=0)
 
 
 @pytest.mark.parametrize(
     ("cluster", "machines", "resident", "workers"),
     [
-        (Cluster(), [GPU_NODE, GPU_NODE, CPU_NODE], 10**9, 8),
-        (Cluster(gpus_per_worker=0.5), [GPU_NODE], 0, 8),
-        (Cluster(), [CPU_NODE], 0, 8),
-        (Cluster(threads=3), [CPU_NODE, CPU_NODE], 0, 4),
-        (Cluster(), [CPU_NODE], 10**9, 5),  # memory is what is short
-        (Cluster(), [CPU_NODE], 10**11, 1),
-        (Cluster(workers=3), [CPU_NODE], 10**11, 3),
+        (ClusterSettings(), [GPU_NODE, GPU_NODE, CPU_NODE], 10**9, 8),
+        (ClusterSettings(gpus_per_worker=0.5), [GPU_NODE], 0, 8),
+        (ClusterSettings(), [CPU_NODE], 0, 8),
+        (ClusterSettings(threads=3), [CPU_NODE, CPU_NODE], 0, 4),
+        (ClusterSettings(), [CPU_NODE], 10**9, 5),  # memory is what is short
+        (ClusterSettings(), [CPU_NODE], 10**11, 1),
+        (ClusterSettings(workers=3), [CPU_NODE], 10**11, 3),
     ],
 )
 def test_workers_follow_the_size_of_the_cluster(
-    cluster: Cluster, machines: list[dict[str, float]], resident: int, workers: int
+    cluster: ClusterSettings, machines: list[dict[str, float]], resident: int, workers: int
 ) -> None:
     assert room(cluster, ask(cluster, machines), machines, resident) == workers
 
@@ -166,7 +166,7 @@ def listening() -> socket.socket:
 def test_an_address_where_nothing_listens_is_refused_at_once(form: str) -> None:
     with listening() as server:
         address = form.format(port=server.getsockname()[1])
-    with pytest.raises(ClusterError, match="no answer"), session(Cluster(address=address), 2):
+    with pytest.raises(ClusterError, match="no answer"), session(ClusterSettings(address=address), 2):
         pass
 
 
@@ -174,7 +174,7 @@ def test_a_port_that_never_answers_is_given_up_in_bounded_time() -> None:
     with (
         listening() as server,
         pytest.raises(ClusterError, match="no answer"),
-        session(Cluster(address=f"127.0.0.1:{server.getsockname()[1]}"), 0.2),
+        session(ClusterSettings(address=f"127.0.0.1:{server.getsockname()[1]}"), 0.2),
     ):
         pass
 
@@ -189,13 +189,13 @@ def test_a_web_server_is_not_taken_for_ray() -> None:
     with listening() as server:
         threading.Thread(target=serve, args=(server,)).start()
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ClusterError, match="is not Ray"), session(Cluster(address=address), 2):
+        with pytest.raises(ClusterError, match="is not Ray"), session(ClusterSettings(address=address), 2):
             pass
 
 
 @pytest.mark.parametrize("address", ["localhost", "head:port", "http://127.0.0.1:8265", ""])
 def test_other_forms_of_an_address_are_refused(address: str) -> None:
-    with pytest.raises(ClusterError, match="not one of host:port"), session(Cluster(address=address), 2):
+    with pytest.raises(ClusterError, match="not one of host:port"), session(ClusterSettings(address=address), 2):
         pass
 
 
@@ -373,7 +373,7 @@ def test_a_shard_that_no_attempt_can_cure_stops_the_others_gently(hands: Any, tm
 def test_a_cluster_without_room_is_named(ray_session: None, tmp_path: Path) -> None:
     run = make_run(tmp_path, 2, 1, cluster={"gpus_per_worker": 8.0, "workers": 1})
     with pytest.raises(ClusterError, match=r"each asks for 8 GPU, and the cluster has .* GPUs and \d+ CPUs"):
-        run_on_ray(run, [0, 1], {}, Ears(), threading.Event(), Patience(place=0.3))
+        run_on_ray(run, [0, 1], {}, Ears(), threading.Event(), Timeouts(place=0.3))
 
 
 # --- with Ray and the model -------------------------------------------------------------------------------------------

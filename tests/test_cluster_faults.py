@@ -42,8 +42,8 @@ class Faulty(Worker):
 
     def __init__(self, run: Run) -> None:
         rules = run.paths.output / "faults"
-        os.environ["STYLEMILL_FAULTS_STATE"] = str(run.paths.output.parent)
-        os.environ["STYLEMILL_FAULTS"] = rules.read_text() if rules.exists() else ""
+        os.environ["STYLEMILL_FAILPOINTS_STATE"] = str(run.paths.output.parent)
+        os.environ["STYLEMILL_FAILPOINTS"] = rules.read_text() if rules.exists() else ""
         super().__init__(run)
 
 
@@ -90,14 +90,14 @@ def test_a_pair_that_kills_its_workers_is_found_and_the_others_come_out_as_ever(
 ) -> None:
     undisturbed, _ = run_with("", "whole")
     run, _ = run_with(rules, "run")
-    assert failures(run) == [(killer, stage, "KillerError")]
+    assert failures(run) == [(killer, stage, "PoisonPairError")]
     expected = images(undisturbed)
     del expected[killer]
     assert images(run) == expected
     ledger = Ledger(run.paths)
     ledger.refresh()
     (record,) = ledger.records(1)
-    assert record.failed_by_class == {"KillerError": 1}
+    assert record.failed_by_class == {"PoisonPairError": 1}
     assert newest_step(run.paths, 1) is None, "the checkpoints are gone"
     assert list(run.paths.tmp.iterdir()) == []
 

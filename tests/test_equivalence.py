@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import oracle
-from stylemill.config.sampling import DType, Sampling
+from stylemill.config.model import DType
+from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 

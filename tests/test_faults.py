@@ -16,13 +16,13 @@ import pytest
 from demo_job import Ended, Warm, check_same, start, until
 from store_shards import files, in_child
 from stylemill.errors import StorageError
-from stylemill.testing.failpoints import ACTIONS, POINTS, fault, parse
+from stylemill.testing.failpoints import ACTIONS, POINTS, failpoint, parse
 
 
 def faults(folder: Path, rules: str) -> dict[str, str]:
     """The environment in which `rules` hold, counted in `folder`."""
     folder.mkdir(exist_ok=True)
-    return {"STYLEMILL_FAULTS": rules, "STYLEMILL_FAULTS_STATE": str(folder)}
+    return {"STYLEMILL_FAILPOINTS": rules, "STYLEMILL_FAILPOINTS_STATE": str(folder)}
 
 
 # --- the points themselves --------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_a_fault_comes_once_over_all_processes_and_where_its_conditions_hold(
 ) -> None:
     arm(monkeypatch, tmp_path, "mid-sample:kill:shard=1:row=7:hit=2")
     calls = [{"shard": 0, "row": [7]}, {"shard": 1, "row": [6]}, {"shard": 1}, *[{"shard": 1, "row": [6, 7]}] * 4]
-    ended = [in_child(lambda facts=facts: fault("mid-sample", **facts)) for facts in calls]  # type: ignore[misc]
+    ended = [in_child(lambda facts=facts: failpoint("mid-sample", **facts)) for facts in calls]  # type: ignore[misc]
     assert ended == [0, 0, 0, 0, -signal.SIGKILL, 0, 0]
 
 
@@ -49,15 +49,15 @@ def test_actions_end_a_process_as_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, code: int
 ) -> None:
     arm(monkeypatch, tmp_path, f"load:{action}:times=always")
-    assert [in_child(lambda: fault("load")) for _ in range(2)] == [code, code]
+    assert [in_child(lambda: failpoint("load")) for _ in range(2)] == [code, code]
 
 
 def test_a_fault_raises_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arm(monkeypatch, tmp_path, "load:raise; load:raise:error=ENOSPC; load:raise:error=StorageError")
     for kind, words in ((RuntimeError, "injected at load"), (OSError, "No space left"), (StorageError, "injected")):
         with pytest.raises(kind, match=words):
-            fault("load")
-    fault("load")
+            failpoint("load")
+    failpoint("load")
 
 
 def test_rules_that_name_no_point_or_action_are_refused() -> None:

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from stylemill.config.inputs import InputSettings
 from stylemill.config.job import Job
-from stylemill.config.sampling import Inputs
 from stylemill.errors import DamagedError, ImageError, JobError, ManifestError
 from stylemill.images.masks import load_labels
 from stylemill.images.read import load_image
@@ -76,7 +76,7 @@ def _images() -> dict[str, bytes]:
 
 
 IMAGES = _images()
-SMALL = Inputs(max_pixels=1 << 20)  # a changed header may ask for much, and 300 of them for a long time
+SMALL = InputSettings(max_pixels=1 << 20)  # a changed header may ask for much, and 300 of them for a long time
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow, about what it reads

@@ -26,7 +26,7 @@ import pytest
 from PIL import Image
 
 from stylemill.cli import main
-from stylemill.config.sampling import Inputs
+from stylemill.config.inputs import InputSettings
 from stylemill.errors import ImageError, JobError, ManifestError, ModelError, StylemillError
 from stylemill.images.read import load_image
 from stylemill.planning.plan import plan
@@ -277,7 +277,7 @@ def test_limits_may_change_between_starts_of_one_run(here: Path) -> None:
     strict = plan(
         "job.yaml",
         {
-            "inputs": Inputs(
+            "inputs": InputSettings(
                 max_pixels=1, max_bytes=1, remote_only=True, timeout=1.0, cache_mb=0, retries=0
             ).model_dump()
         },

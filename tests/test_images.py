@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from stylemill.config.sampling import Inputs
+from stylemill.config.inputs import InputSettings
 from stylemill.errors import ImageError, StorageError
 from stylemill.images import read as images
 from stylemill.images.read import encode_image, load_image
@@ -283,20 +283,23 @@ def test_limits_of_bytes_and_pixels_are_the_jobs(tmp_path):
     data = as_bytes(photo())
     (tmp_path / "a.png").write_bytes(data)
     for limits, said in (
-        (Inputs(max_bytes=len(data) - 1), r"has [\d,]+ bytes, over the limit of [\d,]+ \(inputs.max_bytes\)"),
-        (Inputs(max_pixels=200 * 150 - 1), r"200 × 150 pixels, over the limit of 29,999 pixels \(inputs.max_pixels\)"),
+        (InputSettings(max_bytes=len(data) - 1), r"has [\d,]+ bytes, over the limit of [\d,]+ \(inputs.max_bytes\)"),
+        (
+            InputSettings(max_pixels=200 * 150 - 1),
+            r"200 × 150 pixels, over the limit of 29,999 pixels \(inputs.max_pixels\)",
+        ),
     ):
         for given in (data, None):
             with pytest.raises(ImageError, match=rf"^a\.png: {said}"):
                 load_image("a.png", given, tmp_path, SIZE, "crop", limits=limits)
-    exact = Inputs(max_bytes=len(data), max_pixels=200 * 150)
+    exact = InputSettings(max_bytes=len(data), max_pixels=200 * 150)
     assert load_image("a.png", None, tmp_path, SIZE, "crop", limits=exact).source == (200, 150)
 
 
 def test_files_that_pretend_to_be_empty_are_read_no_further_than_the_limit():
     """Those of /proc have size 0 and may have no end."""
     with pytest.raises(ImageError, match=r"cmdline: has 11 bytes, over the limit of 10 "):
-        load_image("/proc/self/cmdline", None, "/", SIZE, "crop", limits=Inputs(max_bytes=10))
+        load_image("/proc/self/cmdline", None, "/", SIZE, "crop", limits=InputSettings(max_bytes=10))
 
 
 def test_pixel_limit_holds_where_pillows_is_off(monkeypatch):

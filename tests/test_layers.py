@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),  # lazy: a public name is imported when it is asked for
     "errors": set(),
     "s3": set(),
-    "config": {"errors", "models"},
+    "config": {"errors"},
     "testing": {"errors"},
     # These stand beside each other.
     "manifest": {"errors", "config"},

@@ -161,11 +161,11 @@ def test_a_killer_is_left_out_untouched_and_no_byte_of_the_others_moves(
     expected = committed(whole, engine, whole.lease(0, {}))
     if begun:
         assert committed(run, engine, run.lease(0, {}), stop_at=2) == {}
-    monkeypatch.setenv("STYLEMILL_FAULTS", "mid-sample:raise:row=3:times=always")
-    monkeypatch.setenv("STYLEMILL_FAULTS_STATE", str(tmp_path))
+    monkeypatch.setenv("STYLEMILL_FAILPOINTS", "mid-sample:raise:row=3:times=always")
+    monkeypatch.setenv("STYLEMILL_FAILPOINTS_STATE", str(tmp_path))
     lease = replace(run.lease(0, {}), killers={3: "sample"})
     if begun:  # and from then on a checkpoint alone says who is left out
-        monkeypatch.setenv("STYLEMILL_FAULTS", "before-decode:raise; mid-sample:raise:row=3:times=always")
+        monkeypatch.setenv("STYLEMILL_FAILPOINTS", "before-decode:raise; mid-sample:raise:row=3:times=always")
         with pytest.raises(RuntimeError, match="injected at before-decode"):
             committed(run, engine, lease)
         lease = run.lease(0, {})
@@ -173,5 +173,5 @@ def test_a_killer_is_left_out_untouched_and_no_byte_of_the_others_moves(
     del expected[3]
     assert found == expected
     (lost,) = pq.read_table(run.paths.failures(0)).to_pylist()
-    assert (lost["row"], lost["stage"], lost["error"]) == (3, "sample", "KillerError")
+    assert (lost["row"], lost["stage"], lost["error"]) == (3, "sample", "PoisonPairError")
     assert "try it in a run of its own" in lost["message"]

@@ -42,7 +42,7 @@ class Runs:
     def environment(self, machine: str, through: Gate | None = None, faults: str = "") -> dict[str, str]:
         hits = self.folder / "faults"
         hits.mkdir(exist_ok=True)
-        injected = {"STYLEMILL_FAULTS": faults, "STYLEMILL_FAULTS_STATE": str(hits)} if faults else {}
+        injected = {"STYLEMILL_FAILPOINTS": faults, "STYLEMILL_FAILPOINTS_STATE": str(hits)} if faults else {}
         return self.store.environment(self.folder / machine, through.url if through else None) | injected
 
     def run(

@@ -25,14 +25,14 @@ from PIL import Image
 
 from stylemill import s3
 from stylemill.cli import main
-from stylemill.config.sampling import Inputs
+from stylemill.config.inputs import InputSettings
 from stylemill.errors import DownloadError, ImageError, TransientError
 from stylemill.images import download as remote
 from stylemill.images.download import address_problem, fetch, shown
 from stylemill.images.masks import load_labels
 from stylemill.images.read import load_image
 
-OWN = Inputs(allow_private_addresses=True, timeout=20, retries=2)  # loopback is a private address
+OWN = InputSettings(allow_private_addresses=True, timeout=20, retries=2)  # loopback is a private address
 BRIEF = OWN.model_copy(update={"timeout": 0.3, "retries": 0})
 
 
@@ -209,7 +209,7 @@ def test_what_was_read_is_asked_for_once_and_the_cache_keeps_within_its_size() -
             assert fetch(f"{server.url}/a", OWN) == PNG
         assert server.asked == ["/a"]
         with pytest.raises(ImageError, match="allow_private_addresses"):
-            fetch(f"{server.url}/a", Inputs())  # another job's limits hold for what is there, too
+            fetch(f"{server.url}/a", InputSettings())  # another job's limits hold for what is there, too
         small = OWN.model_copy(update={"cache_mb": 1})
         for path in ("a", "b", "b", "a"):  # b takes the whole cache
             fetch(f"{server.url}/{path}", small)
@@ -363,7 +363,7 @@ PRIVATE = "inputs.allow_private_addresses: true"
 def test_urls_that_are_refused_unasked(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", lambda *_: pytest.fail("connected"))
     with pytest.raises((ImageError, DownloadError), match=said) as caught:
-        fetch(url, Inputs(retries=0))
+        fetch(url, InputSettings(retries=0))
     assert "secret" not in str(caught.value)
 
 
@@ -401,7 +401,7 @@ def test_a_redirect_into_the_own_network_is_refused(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(remote, "address_problem", public_at_first)
     with serving(a=status(302, Location="/b")) as server, pytest.raises(ImageError, match=PRIVATE):
-        fetch(f"{server.url}/a", Inputs(retries=0))
+        fetch(f"{server.url}/a", InputSettings(retries=0))
     assert server.asked == ["/a"]
 
 
@@ -425,7 +425,7 @@ def test_a_host_with_one_forbidden_address_is_refused(monkeypatch: pytest.Monkey
     entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.215.14", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
     with pytest.raises(ImageError, match=r"its host is 10\.0\.0\.1, not one of the public Internet"):
-        fetch("http://both.example/a.png", Inputs())
+        fetch("http://both.example/a.png", InputSettings())
 
 
 def test_public_addresses_are_allowed() -> None:
@@ -445,7 +445,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
 def test_remote_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "link.png").symlink_to("a.png")
-    strangers = Inputs(remote_only=True)
+    strangers = InputSettings(remote_only=True)
     with pytest.raises(ImageError, match=r"is a path of this machine, and .*remote_only allows none"):
         load_image(path, None, tmp_path, (32, 24), "crop", limits=strangers)
     with pytest.raises(ImageError, match="is a path of this machine"):
@@ -575,7 +575,9 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.usefixtures("bucket")
 def test_an_image_from_s3(tmp_path: Path) -> None:
-    image = load_image("s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", limits=Inputs(remote_only=True))
+    image = load_image(
+        "s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", limits=InputSettings(remote_only=True)
+    )
     assert image.sha256 == hashlib.sha256(PNG).hexdigest()
 
 
@@ -591,7 +593,7 @@ def test_an_image_from_s3(tmp_path: Path) -> None:
 )
 def test_objects_that_cost_their_row(url: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=said):
-        load_image(url, None, tmp_path, (32, 24), "crop", limits=Inputs(max_bytes=4000, retries=0))
+        load_image(url, None, tmp_path, (32, 24), "crop", limits=InputSettings(max_bytes=4000, retries=0))
 
 
 def _s3_says(code: int, name: str) -> Answer:

@@ -26,7 +26,7 @@ from stylemill.store.object_store import lock as bucket_lock
 from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.run_file import RunFile, refuse_strangers
+from stylemill.store.run_file import RunFile, refuse_foreign_files
 from stylemill.store.verify import verify
 
 
@@ -163,8 +163,8 @@ def test_large_files_go_up_and_come_down_in_parts(store: Store, paths: RunPaths,
 def test_an_upload_killed_in_the_middle_leaves_nothing_visible(
     store: Store, paths: RunPaths, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STYLEMILL_FAULTS", "mid-publish:kill:hit=2:folder=data")
-    monkeypatch.setenv("STYLEMILL_FAULTS_STATE", str(tmp_path))
+    monkeypatch.setenv("STYLEMILL_FAILPOINTS", "mid-publish:kill:hit=2:folder=data")
+    monkeypatch.setenv("STYLEMILL_FAILPOINTS_STATE", str(tmp_path))
     target = paths.data_folder / "large"
     assert isinstance(target, BucketPath)
     assert in_child(lambda: target.bucket.upload(large, target.key)) == -signal.SIGKILL
@@ -491,8 +491,8 @@ def test_missing_credentials_are_named(
 def test_a_folder_with_other_things_in_it_is_refused(store: Store, enter: object) -> None:
     store.put("photos/cat.png", b"a cat")
     with pytest.raises(OutputError, match=r"s3://runs/photos: holds other files \(cat.png\) and no run"):
-        refuse_strangers(RunPaths(Path("s3://runs/photos"), 1))
-    refuse_strangers(RunPaths(Path("s3://runs/phot"), 1))
+        refuse_foreign_files(RunPaths(Path("s3://runs/photos"), 1))
+    refuse_foreign_files(RunPaths(Path("s3://runs/phot"), 1))
 
 
 def test_a_folder_of_a_bucket_is_no_file_of_this_machine(paths: RunPaths) -> None:

@@ -18,8 +18,8 @@ from stylemill.store.commit import clean, commit
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger, Totals
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import standing_record
-from stylemill.store.recover import adopt_standing
+from stylemill.store.records import valid_record
+from stylemill.store.recover import recover_records
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import read_segment, segments
 from stylemill.store.verify import verify
@@ -66,7 +66,7 @@ def test_everyone_sees_compacted_records_as_standing(tmp_path: Path) -> None:
     paths = compacted(tmp_path)
     before = files(paths.records_folder), files(paths.data_folder)
     for shard in range(SHARDS):
-        record = standing_record(paths, shard)
+        record = valid_record(paths, shard)
         assert record is not None
         assert Ledger(paths).read(shard) == record
         assert commit(paths, *attempt(paths, "late", shard)) == record  # an attempt that comes too late adopts it
@@ -145,7 +145,7 @@ def test_a_reader_beside_a_compaction_misses_no_record(tmp_path: Path) -> None:
     looks = 0
     while not done.is_set() or looks < 3:
         assert opened(paths, read_only=True).totals() == Totals(12, 45, 3, {"ImageError": 3})
-        assert all(standing_record(paths, shard) for shard in (0, 11))
+        assert all(valid_record(paths, shard) for shard in (0, 11))
         looks += 1
     worker.join()
     assert worker.exitcode == 0
@@ -161,7 +161,7 @@ def test_a_shard_that_is_made_again_overrides_its_compacted_record(tmp_path: Pat
     for _ in range(2):
         ledger = opened(paths)
         assert ledger.totals() == Totals(SHARDS, ALL.rows_ok + 1, 2, {"ImageError": 2})
-        assert standing_record(paths, 1) == again
+        assert valid_record(paths, 1) == again
         assert [record for record in ledger.records() if record.shard == 1] == [again]
         clean(paths, ledger)
         assert verify(paths.output).problems == []
@@ -184,13 +184,13 @@ def test_a_damaged_segment_costs_its_records_and_no_shard(tmp_path: Path, damage
     looking = opened(paths, read_only=True)
     assert looking.totals().shards == 0
     assert any("compact-" in problem for problem in verify(paths.output).problems)
-    assert standing_record(paths, 0) is None
+    assert valid_record(paths, 0) is None
 
     ledger = opened(paths)
     assert ledger.open_shards(SHARDS) == list(range(SHARDS))
     assert not segments(paths)
     run, _ = RunFile.open(paths.output)
-    assert adopt_standing(paths, run, ledger) == SHARDS
+    assert recover_records(paths, run, ledger) == SHARDS
     assert opened(paths).totals() == ALL
     assert files(paths.data_folder) | files(paths.failures_folder) == before
     clean(paths)
@@ -206,5 +206,5 @@ def test_files_that_are_not_whole_get_no_record(tmp_path: Path) -> None:
     paths.data(3).write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])  # of the footer
     run, _ = RunFile.open(paths.output)
     ledger = opened(paths)
-    assert adopt_standing(paths, run, ledger) == SHARDS - 2
+    assert recover_records(paths, run, ledger) == SHARDS - 2
     assert ledger.open_shards(SHARDS) == [0, 3]

@@ -26,7 +26,7 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock, holder
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, standing_record
+from stylemill.store.records import Record, valid_record
 from stylemill.store.retries import assignment, begin_retry, failed_before, noted_retry, pending_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import read_segment, segments
@@ -86,11 +86,11 @@ def test_the_reader_of_each_file_takes_no_shortened_one(run: RunPaths) -> None:
     (segment,) = segments(run)
     readers: dict[Path, Callable[[], object]] = {
         run.record(2): lambda: Record.from_bytes(run.record(2).read_bytes()),
-        run.record(0, 1): lambda: standing_record(run, 0, 1),
+        run.record(0, 1): lambda: valid_record(run, 0, 1),
         run.data(1): lambda: check_file(run.data(1)),
-        run.data(0, 1): lambda: standing_record(run, 0, 1),
+        run.data(0, 1): lambda: valid_record(run, 0, 1),
         run.failures(2): lambda: failed_before(run, 2, 1),
-        run.failures(0, 1): lambda: standing_record(run, 0, 1),
+        run.failures(0, 1): lambda: valid_record(run, 0, 1),
         segment: lambda: read_segment(segment),
         run.numerics: lambda: _read_json(run.numerics),
     }

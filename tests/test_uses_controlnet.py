@@ -19,7 +19,8 @@ from torch import Tensor
 
 import oracle
 from stylemill.config.job import Job
-from stylemill.config.sampling import ControlNet, Sampling
+from stylemill.config.model import ControlNet
+from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.demo.untrained_controlnet import write_demo_controlnet
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import oracle
 from stylemill.config.job import Job
-from stylemill.config.sampling import PRESETS, Lora, Sampling
+from stylemill.config.model import Lora
+from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.config.schedulers import REFUSED, SCHEDULERS
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.schedulers import Scheduler

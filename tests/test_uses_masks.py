@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 import oracle
-from stylemill.config.sampling import COLOUR_LABEL, Fit, Sampling
+from stylemill.config.inputs import COLOUR_LABEL, Fit
+from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, LabelImage, Noise, Pair, SampleState
 from stylemill.engine.masks import nearest
 from stylemill.errors import ImageError, ManifestError

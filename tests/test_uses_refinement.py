@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 import oracle
 import stylemill
-from stylemill.config.sampling import DType, Sampling
+from stylemill.config.model import DType
+from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair, SampleState
 from stylemill.engine.unet.decoder_refinement import RecentDecoders, own_decoder, refine

@@ -16,7 +16,7 @@ from torch import Tensor
 import oracle
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.engine.state import Inputs, PairInputs
+from stylemill.engine.state import PairInputs, ShardInputs
 from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
 
@@ -201,7 +201,7 @@ def test_masks_and_control_images_are_cut_with_their_latents() -> None:
     control = torch.arange(3 * 32 * 16, dtype=torch.uint8).view(3, 32, 16)  # two pixels a latent
     pair = PairInputs(None, (0,), 0, 0, 0.0, (4, 16, 8), masks=(0, 1), controls=(0,))
     style_mask = torch.zeros(8, 8, dtype=torch.int32)
-    inputs = Inputs([pair], [torch.zeros(4, 8, 8)], [""], [], masks=[mask, style_mask], controls=[control])
+    inputs = ShardInputs([pair], [torch.zeros(4, 8, 8)], [""], [], masks=[mask, style_mask], controls=[control])
     cut = Windows(inputs, Sampling(window=8, window_stride=6, tiling="y")).inputs
     tops = [0, 6, 12]
     assert len(cut.pairs) == len(tops)
@@ -214,7 +214,7 @@ def test_masks_and_control_images_are_cut_with_their_latents() -> None:
 
 def test_tiling_outputs_on_both_sides_of_the_window_is_refused() -> None:
     pairs = [PairInputs(None, (0,), 0, 0, 0.0, (4, 8, width)) for width in (8, 16)]
-    inputs = Inputs(pairs, [torch.zeros(4, 8, 8)], [""], [])
+    inputs = ShardInputs(pairs, [torch.zeros(4, 8, 8)], [""], [])
     with pytest.raises(ValueError, match="tiling x and window 8"):
         Windows(inputs, Sampling(window=8, tiling="x"))
 

@@ -10,7 +10,7 @@
     ├── RowError                   one row is lost for good; its shard goes on
     │   ├── ImageError             an input image cannot be read, decoded or fitted
     │   ├── SamplingError          the row's latents became NaN or Inf
-    │   └── KillerError            the row killed every worker that took it up, alone too
+    │   └── PoisonPairError            the row killed every worker that took it up, alone too
     ├── TransientError             trying again can cure it; a row is never blamed
     │   ├── StorageError           writing or reading the run folder failed (disk full, I/O error)
     │   ├── DeviceMemoryError      even one pair in a UNet call is too much for the memory that is free
@@ -67,7 +67,7 @@ class SamplingError(RowError):
     stage = "sample"
 
 
-class KillerError(RowError):
+class PoisonPairError(RowError):
     stage = "sample"
 
 

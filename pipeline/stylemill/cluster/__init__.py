@@ -7,10 +7,10 @@ from threading import Event
 
 from stylemill.cluster.pool import Pool
 from stylemill.cluster.session import session
-from stylemill.cluster.timeouts import Patience
+from stylemill.cluster.timeouts import Timeouts
 from stylemill.execution.attempt import Listener, Run
 
-__all__ = ["Patience", "run_on_ray"]
+__all__ = ["Timeouts", "run_on_ray"]
 
 
 def run_on_ray(
@@ -19,7 +19,7 @@ def run_on_ray(
     occurrences: Mapping[int, int],
     listener: Listener,
     stopping: Event,
-    patience: Patience | None = None,
+    patience: Timeouts | None = None,
 ) -> dict[int, str]:
     """Work until each of `shards` is committed or its attempts are used up; returns why the open ones are open.
 
@@ -29,6 +29,6 @@ def run_on_ray(
     """
     if not shards:
         return {}
-    patience = patience or Patience()
+    patience = patience or Timeouts()
     with session(run.job.cluster, patience.connect) as embedded:
         return Pool(run, shards, occurrences, listener, stopping, embedded, patience).work()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stylemill.config.job import Cluster
+from stylemill.config.job import ClusterSettings
 
 Resources = Mapping[str, float]  # as Ray names them: CPU, GPU, memory (bytes)
 SAMPLING_MEMORY = 2  # a CPU worker at work, in units of what it takes once loaded
@@ -26,7 +26,7 @@ class Ask:
         return machine.get("CPU", 0) >= self.cpus and machine.get("GPU", 0) >= self.gpus
 
 
-def ask(cluster: Cluster, machines: Sequence[Resources]) -> Ask:
+def ask(cluster: ClusterSettings, machines: Sequence[Resources]) -> Ask:
     """One GPU a worker where there are any, else its CPU threads. A GPU worker's threads mostly wait for the GPU."""
     gpus = cluster.gpus_per_worker
     if gpus == "auto":
@@ -34,7 +34,7 @@ def ask(cluster: Cluster, machines: Sequence[Resources]) -> Ask:
     return Ask(cpus=0 if gpus else cluster.threads, gpus=gpus)
 
 
-def room(cluster: Cluster, asked: Ask, machines: Sequence[Resources], resident: int = 0) -> int:
+def room(cluster: ClusterSettings, asked: Ask, machines: Sequence[Resources], resident: int = 0) -> int:
     """Workers to have: the job's own number, or as many as the machines hold, at least one.
 
     On CPUs memory counts too: `resident` bytes is what a worker takes once loaded, 0 when not known yet.

@@ -11,7 +11,7 @@ import stylemill
 from stylemill.cluster.actors import Call, Crew, Member, Reply, machines
 from stylemill.cluster.assignment import LeaseBook
 from stylemill.cluster.capacity import ask, room
-from stylemill.cluster.timeouts import Patience, backoff
+from stylemill.cluster.timeouts import Timeouts, backoff
 from stylemill.cluster.worker import Home, Loaded
 from stylemill.errors import ClusterError, InputError, ModelError, StylemillError, TransientError
 from stylemill.execution.attempt import Lease, Listener, Run
@@ -34,7 +34,7 @@ class Pool:
         listener: Listener,
         stopping: Event,
         embedded: bool,
-        patience: Patience,
+        patience: Timeouts,
     ) -> None:
         self._run = run
         self._job = run.job.cluster

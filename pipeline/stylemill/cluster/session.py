@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a w
 import ray
 from ray._private.services import canonicalize_bootstrap_address
 
-from stylemill.config.job import Cluster
+from stylemill.config.job import ClusterSettings
 from stylemill.errors import ClusterError
 
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least Ray accepts: only metadata passes through it
@@ -31,7 +31,7 @@ SETTINGS_FRAME = 4
 
 
 @contextmanager
-def session(cluster: Cluster, timeout: float) -> Iterator[bool]:
+def session(cluster: ClusterSettings, timeout: float) -> Iterator[bool]:
     """Ray for as long as the block lasts; yields whether it is our own (embedded).
 
     A Ray that this process has already started is used and left running. Raises ClusterError when `cluster.address`
@@ -51,7 +51,7 @@ def session(cluster: Cluster, timeout: float) -> Iterator[bool]:
 
 
 @contextmanager
-def _embedded(cluster: Cluster) -> Iterator[None]:
+def _embedded(cluster: ClusterSettings) -> Iterator[None]:
     cores = len(os.sched_getaffinity(0))
     workers = 1 if cluster.workers == "auto" else cluster.workers
     # Sockets lie in this folder, and their paths may have 107 characters: not below a long TMPDIR.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """Seconds."""
 
     connect: float = 10  # until the port of a cluster answers

@@ -2,92 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-import reprlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from stylemill.config.paths import absolute
-from stylemill.config.sampling import DEFAULT_PRESET, PRESETS, ControlNet, DType, Fit, Frozen, Inputs, Lora, Sampling
+from stylemill.config.base import StrictModel
+from stylemill.config.inputs import ImageSettings, InputSettings
+from stylemill.config.model import ModelSettings
+from stylemill.config.paths import make_paths_absolute
+from stylemill.config.sampling import DEFAULT_PRESET, PRESETS, Sampling
+from stylemill.config.validation_messages import describe_problem
 from stylemill.config.yaml import LARGEST, load_yaml
 from stylemill.errors import JobError
-from stylemill.models.single_file import CHECKPOINT_SUFFIXES
 
 # The description of a field that takes values of two kinds is what a message says was expected.
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=64, le=8192)]  # pixels
 
 
-class Model(Frozen):
-    """A diffusers model: a folder, a hub id or a .safetensors checkpoint. A plain string in the YAML is its `name`."""
-
-    name: Annotated[str, Field(min_length=1)]
-    revision: str | None = None  # of a hub id; what a run was planned with is a commit
-    config: str | None = None  # of a single checkpoint file: folder or hub id with the configuration of its family
-    dtype: DType = "auto"  # float16 on CUDA, float32 on a CPU
-    layers: Annotated[  # self-attention layers whose features are used, numbered as they run; None: the last six
-        tuple[int | str, ...] | None,
-        Field(description="numbers of self-attention layers from 0 to 999, a range such as 10-15, or names of modules"),
-    ] = None
-    loras: tuple[Lora, ...] = ()  # added to the weights, in this order
-    controlnet: tuple[ControlNet, ...] = ()  # seen while denoising, in the order of the rows' control images
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _ranges_are_numbers(cls, value: Any) -> Any:
-        given = [value] if isinstance(value, int | str) else value
-        if not isinstance(given, list | tuple):
-            return value
-        return tuple(layer for one in given for layer in _range(one))
-
-    @field_validator("controlnet", "loras", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        given = value if isinstance(value, list | tuple) else [value]
-        return tuple({"name": one} if isinstance(one, str) else one for one in given)
-
-    @model_validator(mode="after")
-    def _pins_fit_the_name(self) -> Model:
-        single = self.name.endswith(CHECKPOINT_SUFFIXES)
-        if self.config is not None and not single:
-            raise ValueError(f"config {self.config!r} is for a single checkpoint file; {self.name!r} has its own")
-        if self.revision is not None and single:
-            raise ValueError(f"revision {self.revision!r} is for a hub id, not for the file {self.name!r}")
-        return self
-
-
-class Image(Frozen):
-    """How inputs are brought onto the model's grid."""
-
-    size: Annotated[
-        Side | tuple[Side, Side], Field(description="a number of pixels or [width, height], each 64 to 8192")
-    ] = 512
-    fit: Fit = "crop"  # keep: of each image its own size and shape, scaled down where it exceeds `size`
-    style_size: Annotated[
-        Side | tuple[Side, Side] | None, Field(description="a number of pixels or [width, height], each 64 to 8192")
-    ] = None  # of style images; None: as `size`
-
-    @field_validator("size", "style_size", mode="before")
-    @classmethod
-    def _list_is_a_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @property
-    def width_height(self) -> tuple[int, int]:
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
-
-    @property
-    def style_width_height(self) -> tuple[int, int]:
-        size = self.size if self.style_size is None else self.style_size
-        return (size, size) if isinstance(size, int) else size
-
-
-class Shards(Frozen):
+class ShardSettings(StrictModel):
     """How rows are cut into shards and how images are stored."""
 
     pairs_per_shard: Annotated[Count | Auto, Field(description="a number of pairs, 1 or more, or auto")] = "auto"
@@ -95,11 +29,11 @@ class Shards(Frozen):
     quality: Annotated[int, Field(ge=1, le=100)] = 95  # jpeg and webp
 
 
-class Checkpoint(Frozen):
+class CheckpointSettings(StrictModel):
     every_steps: Count = 5
 
 
-class Cluster(Frozen):
+class ClusterSettings(StrictModel):
     """Where and how wide the job runs. Worker count never changes a byte of the output; threads, micro_batch and
     feature_budget_mb may."""
 
@@ -119,21 +53,21 @@ class Cluster(Frozen):
     stage_timeout: Annotated[float, Field(gt=0)] = 3600.0
 
 
-class Job(Frozen):
+class Job(StrictModel):
     """A whole job. Paths in a job file are relative to the file's folder; `Job.load` makes them absolute."""
 
     name: str
     manifest: str
     output: str  # a folder, or s3://bucket/folder
-    model: Model
+    model: ModelSettings
     preset: str | None = DEFAULT_PRESET
     sampling: Sampling = Sampling()
     images_per_pair: Annotated[int, Field(ge=1, le=10_000)] = 1  # of each manifest row, each from noise of its own
-    image: Image = Image()
-    inputs: Inputs = Inputs()
-    shards: Shards = Shards()
-    checkpoint: Checkpoint = Checkpoint()
-    cluster: Cluster = Cluster()
+    image: ImageSettings = ImageSettings()
+    inputs: InputSettings = InputSettings()
+    shards: ShardSettings = ShardSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    cluster: ClusterSettings = ClusterSettings()
     retries: Annotated[int, Field(ge=0)] = 3  # attempts a shard has beyond its first, per start
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
@@ -202,8 +136,8 @@ class Job(Frozen):
         values.setdefault("name", path.stem)
         given = dict(overrides or {})
         try:
-            absolute(values, path.absolute().parent)
-            absolute(given, Path.cwd())
+            make_paths_absolute(values, path.absolute().parent)
+            make_paths_absolute(given, Path.cwd())
         except (ValueError, RuntimeError) as error:  # a NUL character; the home folder of an unknown user
             raise JobError(f"{path}: manifest, output and model must be paths: {error}") from None
         for key, value in given.items():
@@ -216,23 +150,12 @@ class Job(Frozen):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            complaints = dict(_complaint(problem, values) for problem in error.errors())
+            problems = dict(describe_problem(problem, values, cls) for problem in error.errors())
         lines = [
             f"{where}{', overridden by a flag' if key in overridden else ''}: {words}"
-            for key, words in complaints.items()
+            for key, words in problems.items()
         ]
         raise JobError("\n".join(lines))
-
-
-def _range(layers: Any) -> Sequence[Any]:
-    """The numbers of a range such as "10-15"; anything else as it is."""
-    ends = re.fullmatch(r"(\d{1,3})\s*-\s*(\d{1,3})", layers) if isinstance(layers, str) else None
-    if ends is None:
-        return [layers]
-    first, last = map(int, ends.groups())
-    if first > last:
-        raise ValueError(f"range {layers} runs backwards")
-    return range(first, last + 1)
 
 
 def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -244,69 +167,3 @@ def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
         values[parent] = dict(inner) if isinstance(inner, dict) else {}
         values = values[parent]
     values[last] = value
-
-
-# --- what pydantic found, in words for a user who knows only the keys of the file -------------------------------------
-
-
-def _complaint(problem: Any, values: dict[str, Any]) -> tuple[str, str]:
-    """The dotted key of a problem and what to say of it. Each member of a union complains; a key is named once."""
-    kind, location = problem["type"], [str(part) for part in problem["loc"] if not isinstance(part, int)]
-    keys, allowed = _known_part(location)
-    if kind in ("extra_forbidden", "invalid_key"):
-        unknown = str(problem["loc"][-1])
-        near = difflib.get_close_matches(unknown, allowed, n=1) or _elsewhere(unknown)
-        meant = f"did you mean '{near[0]}'? " if near else ""
-        return ".".join([*keys, unknown]), (
-            f"unknown key '{'.'.join([*keys, unknown])}'; {meant}allowed here: {', '.join(allowed)}"
-        )
-    key = ".".join(keys)
-    if kind == "missing" and keys == location:  # else a place of a list
-        return key, f"key '{key}' is missing; a job names at least {', '.join(_REQUIRED)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not keys:
-        return key, message
-    given: Any = values
-    field = None
-    fields = Job.model_fields
-    for part in keys:
-        given = given.get(part) if isinstance(given, dict) else given
-        field = fields[part]
-        fields = _fields(field.annotation)
-    if field is not None and field.description:
-        message = f"expected {field.description}"
-    elif kind == "value_error" and isinstance(given, dict):  # of several keys together, which it names
-        return key, f"{key}: {message}"
-    elif kind == "model_type":
-        message = f"expected keys below it: {', '.join(fields)}"
-    elif kind == "string_type":
-        message = "expected text, if need be in quotes"
-    elif kind == "bool_type":
-        message = "expected true or false"
-    return key, f"{key}: {message.replace('Input should be', 'expected')}, not {reprlib.repr(given)}"
-
-
-def _known_part(location: list[str]) -> tuple[list[str], list[str]]:
-    """The keys of a job that a location begins with, before union members and indices, and what may stand below."""
-    keys: list[str] = []
-    fields = Job.model_fields
-    for part in location:
-        if part not in fields:
-            break
-        keys.append(part)
-        fields = _fields(fields[part].annotation)
-    return keys, list(fields)
-
-
-def _fields(annotation: Any) -> dict[str, Any]:
-    if get_origin(annotation) is tuple:  # of models, any number of them
-        annotation = get_args(annotation)[0]
-    return annotation.model_fields if isinstance(annotation, type) and issubclass(annotation, BaseModel) else {}
-
-
-def _elsewhere(unknown: str) -> list[str]:
-    """Keys of this name that belong below another."""
-    return [f"{name}.{unknown}" for name, field in Job.model_fields.items() if unknown in _fields(field.annotation)]
-
-
-_REQUIRED = [name for name, field in Job.model_fields.items() if field.is_required() and name != "name"]

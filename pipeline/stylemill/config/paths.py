@@ -1,18 +1,37 @@
-"""Paths of a job file are relative to its folder, those of flags to where the command runs: made absolute here."""
+"""Paths and URLs: which text is a URL, and the paths of a job file made absolute."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from stylemill.models import EMBEDDED
+from stylemill.config.model import EMBEDDED
+
+_URL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
 
 
-def absolute(values: dict[str, Any], base: Path) -> None:
-    """Make the paths among `values` absolute. Raises ValueError or RuntimeError for what can be no path."""
+def split_url(reference: str | PurePath) -> tuple[str, str] | None:
+    """The scheme (lower case) and the rest after `//`; None for anything that is no URL."""
+    text = str(reference)
+    if isinstance(reference, PurePath):
+        text = re.sub("^([^:/]+):/+", r"\1://", text)  # pathlib makes one slash of two
+    match = _URL.fullmatch(text)
+    return (match["scheme"].lower(), match["rest"]) if match else None
+
+
+def is_url(reference: str | PurePath) -> bool:
+    return split_url(reference) is not None
+
+
+def make_paths_absolute(values: dict[str, Any], base: Path) -> None:
+    """Make the paths among the `values` of a job absolute, in place.
+
+    Paths of a job file are relative to its folder, those of flags to the working directory: that is `base`. Raises
+    ValueError or RuntimeError for text that cannot be a path.
+    """
     for key in ("manifest", "output"):
-        if isinstance(values.get(key), str) and values[key] and _is_local(values[key]):
+        if isinstance(values.get(key), str) and values[key] and not is_url(values[key]):
             values[key] = str((base / Path(values[key]).expanduser()).resolve())
     if "model.name" in values:
         values["model.name"] = _model_path(values["model.name"], base)
@@ -46,7 +65,3 @@ def _named_paths(value: Any, base: Path) -> Any:
     if isinstance(value, dict) and "name" in value:
         return {**value, "name": _model_path(value["name"], base)}
     return _model_path(value, base)
-
-
-def _is_local(reference: str) -> bool:
-    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", reference) is None

@@ -7,77 +7,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from stylemill.config.base import StrictModel
 from stylemill.config.schedulers import SCHEDULERS, refuse_scheduler
 
 Method = Literal["guided", "gradient", "optimization", "kv_injection"]
 Init = Literal["auto", "noise", "content"]
-Fit = Literal["crop", "pad", "stretch", "keep"]
 Tiling = Literal["none", "x", "y", "both"]
-DType = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
 
-# A mask's labels are its grey values or palette indices as they are; an RGB colour is this plus 0xRRGGBB.
-COLOUR_LABEL = 1 << 24
-
-
-def label_name(label: int) -> str:
-    """A label as a message shows it: a number, or the colour that it is."""
-    return str(label) if label < COLOUR_LABEL else f"#{label - COLOUR_LABEL:06x}"
-
-
-class Frozen(BaseModel):
-    """A closed set of typed fields: an unknown key or a mistyped value is an error, never a guess."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Inputs(Frozen):
-    """Where images may come from and what one may cost: decides which rows fail, never a byte of one that succeeds."""
-
-    remote_only: bool = False  # no file of this machine is read: for manifests that others wrote
-    allow_private_addresses: bool = False  # http(s) hosts of the own network; those of cloud metadata stay refused
-    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970  # Pillow's own limit; 0.7 GB decoded
-    max_bytes: Annotated[int, Field(ge=1, le=2**32)] = 512 * 2**20  # a file is held whole in memory
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # seconds of one download, from asking to its last byte
-    retries: Annotated[int, Field(ge=0, le=20)] = 3  # downloads tried beyond the first before the attempt fails
-    cache_mb: Annotated[int, Field(ge=0)] = 256  # of downloaded files, kept in the memory of each worker
-
-
-DEFAULT_INPUTS = Inputs()
-
-
-class ControlNet(Frozen):
-    """A ControlNet that denoising sees: a diffusers folder or hub id. Its place in the job's list is its control's."""
-
-    name: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-    scale: Annotated[float, Field(ge=0)] = 1.0  # of what it adds to the UNet
-    start: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the share of the steps before it acts
-    end: Annotated[float, Field(gt=0, le=1)] = 1.0  # and after which it acts no more
-
-    @model_validator(mode="after")
-    def _makes_sense(self) -> ControlNet:
-        if self.start >= self.end:
-            raise ValueError(f"controlnet start {self.start} is not before its end {self.end}")
-        return self
-
-    def acts(self, step: int, steps: int) -> bool:
-        """Whether it acts at a step, by the rule of diffusers' pipelines."""
-        return step / steps >= self.start and (step + 1) / steps <= self.end
-
-
-class Lora(Frozen):
-    """A LoRA that is added to the model's weights: a .safetensors file, or a folder or hub id with such a file."""
-
-    name: Annotated[str, Field(min_length=1)]
-    file: str | None = None  # of the folder or hub id; None: pytorch_lora_weights.safetensors, or the only one
-    revision: str | None = None
-    scale: float = 1.0
-
-
-class Sampling(Frozen):
+class Sampling(StrictModel):
     """How every pair of a job is sampled. Names follow diffusers; λ of the paper is `content_weight`.
 
     Methods: `guided`, denoising with a fresh Adam at every timestep; `gradient`, the same with z − η∇L instead of

@@ -37,10 +37,10 @@ _RESIDUAL_GAIN = 0.35
 _NOISE_GAIN = 1.15  # sampling then ends at latents of about unit size, with room for the guidance to be seen
 
 
-Kind = Literal["sd", "sdxl"]
+ModelFamily = Literal["sd", "sdxl"]
 
 
-def write_demo_model(folder: str | Path, seed: int = 0, kind: Kind = "sd") -> Path:
+def write_demo_model(folder: str | Path, seed: int = 0, kind: ModelFamily = "sd") -> Path:
     """Write the demo model of `kind` and `seed` to `folder` and return it; the weights are the same on any machine.
 
     A complete demo model of both is left as it is. Raises ModelError when the folder holds anything else.
@@ -92,7 +92,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _write_parts(folder: Path, seed: int, kind: Kind) -> None:
+def _write_parts(folder: Path, seed: int, kind: ModelFamily) -> None:
     vocabulary = _vocabulary()
     with torch.random.fork_rng(devices=[]):  # constructors draw initial weights; the caller's stream must not notice
         unet, vae, text_encoders = demo_unet(kind), _vae(kind), _text_encoders(kind, vocabulary)
@@ -149,7 +149,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # --- architecture -----------------------------------------------------------------------------------------------------
 
 
-def demo_unet(kind: Kind) -> Any:
+def demo_unet(kind: ModelFamily) -> Any:
     if kind == "sdxl":
         return UNet2DConditionModel(
             sample_size=32,
@@ -178,7 +178,7 @@ def demo_unet(kind: Kind) -> Any:
     )
 
 
-def _vae(kind: Kind) -> Any:
+def _vae(kind: ModelFamily) -> Any:
     return AutoencoderKL(
         block_out_channels=(16, 16, 16, 16),
         layers_per_block=1,
@@ -191,7 +191,7 @@ def _vae(kind: Kind) -> Any:
     )
 
 
-def _text_encoders(kind: Kind, vocabulary: dict[str, int]) -> dict[str, Any]:
+def _text_encoders(kind: ModelFamily, vocabulary: dict[str, int]) -> dict[str, Any]:
     configs = {
         part: CLIPTextConfig(
             vocab_size=len(vocabulary),

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel
 
-from stylemill.demo.untrained import Kind, demo_unet, draw_weights, write_once
+from stylemill.demo.untrained import ModelFamily, demo_unet, draw_weights, write_once
 
 _GAIN = 0.3  # of what it adds to the UNet: enough to be seen, too little to drown the picture
 
 
-def write_demo_controlnet(folder: str | Path, seed: int = 0, kind: Kind = "sd") -> Path:
+def write_demo_controlnet(folder: str | Path, seed: int = 0, kind: ModelFamily = "sd") -> Path:
     """Write the ControlNet of `seed` that fits the demo model of `kind` to `folder` and return it.
 
     Its output convolutions are not zero, as those of a ControlNet are before training: it acts. A complete one is left

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stylemill.engine.state import Inputs, PairInputs
+from stylemill.engine.state import PairInputs, ShardInputs
 
 Batch = tuple[int, ...]  # pair indices that share one UNet call
 
@@ -22,7 +22,7 @@ class Block:
     images: tuple[int, ...]
 
 
-def micro_batches(inputs: Inputs, size: int, by_style: bool = False) -> list[Batch]:
+def micro_batches(inputs: ShardInputs, size: int, by_style: bool = False) -> list[Batch]:
     """Cut the pairs into micro-batches of at most `size` with equal latent shapes and style tokens.
 
     `by_style` also keeps pairs of different first styles apart.
@@ -36,7 +36,7 @@ def micro_batches(inputs: Inputs, size: int, by_style: bool = False) -> list[Bat
     return [tuple(group[i : i + size]) for group in alike.values() for i in range(0, len(group), size)]
 
 
-def _kind(inputs: Inputs, pair: PairInputs) -> tuple[object, ...]:
+def _kind(inputs: ShardInputs, pair: PairInputs) -> tuple[object, ...]:
     styles = tuple(tuple(inputs.images[style].shape) for style in pair.styles)
     return pair.shape, styles, uses_content(pair), bool(pair.masks)
 
@@ -46,14 +46,14 @@ def uses_content(pair: PairInputs) -> bool:
     return pair.content is not None and pair.content_weight > 0
 
 
-def images_of(inputs: Inputs, batch: Batch) -> set[int]:
+def images_of(inputs: ShardInputs, batch: Batch) -> set[int]:
     """The images whose features a micro-batch needs."""
     pairs = [inputs.pairs[index] for index in batch]
     contents = {pair.content for pair in pairs if pair.content is not None and uses_content(pair)}
     return contents | {style for pair in pairs for style in pair.styles}
 
 
-def blocks(inputs: Inputs, batches: Sequence[Batch], feature_bytes: Sequence[int], budget: int) -> list[Block]:
+def blocks(inputs: ShardInputs, batches: Sequence[Batch], feature_bytes: Sequence[int], budget: int) -> list[Block]:
     """Gather consecutive micro-batches into blocks whose features stay within `budget` bytes.
 
     A micro-batch is never split: one that exceeds the budget by itself is a block of its own.

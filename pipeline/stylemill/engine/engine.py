@@ -18,14 +18,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from stylemill.config.sampling import ControlNet, DType, Lora, Sampling, cpu_micro_batch
+from stylemill.config.model import ControlNet, DType, Lora
+from stylemill.config.sampling import Sampling, cpu_micro_batch
 from stylemill.engine.attention import choose_layers
 from stylemill.engine.batching import blocks, micro_batches
 from stylemill.engine.init_state import begin
 from stylemill.engine.inputs import InputImage, Pair, Pixels
-from stylemill.engine.memory import within_memory
+from stylemill.engine.memory import catch_out_of_memory
 from stylemill.engine.noise import Noise
-from stylemill.engine.objective import Guide
+from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
 from stylemill.engine.unet.controlnet import load_control
@@ -154,7 +155,7 @@ class Engine:
         noise = noise or Noise(settings.seed)
         with self._repeatable():
             if state is None:
-                state = within_memory(lambda: begin(self.model, pairs, settings, noise, self.layers))
+                state = catch_out_of_memory(lambda: begin(self.model, pairs, settings, noise, self.layers))
             if left_out:
                 state.leave_out(left_out)
             state.to(self.model.device)
@@ -255,7 +256,7 @@ class Engine:
         """Do `work`, begun anew with half the micro-batch, which stays so, as often as memory is short."""
         while True:
             try:
-                return within_memory(work)
+                return catch_out_of_memory(work)
             except DeviceMemoryError:
                 if self.micro_batch == 1:
                     raise
@@ -263,7 +264,7 @@ class Engine:
             _log.warning("out of memory: from here on at most %d in a UNet call", self.micro_batch)
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
-        guide = Guide(self.model, self.layers, settings, self.micro_batch, self.passes)
+        guide = Objective(self.model, self.layers, settings, self.micro_batch, self.passes)
         windows = Windows(state.inputs, settings)
         batches = micro_batches(windows.inputs, self.micro_batch)
         sizes = [self._feature_bytes(image) for image in state.inputs.images]

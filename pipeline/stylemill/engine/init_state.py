@@ -13,7 +13,7 @@ from stylemill.engine.inputs import InputImage, Pair
 from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid, unique_masks
 from stylemill.engine.noise import Noise, identity
 from stylemill.engine.schedulers import Scheduler
-from stylemill.engine.state import Inputs, PairInputs, SampleState
+from stylemill.engine.state import PairInputs, SampleState, ShardInputs
 from stylemill.engine.unet.controlnet import control_images, control_problem, to_tensor, unique_controls
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.windows import windows_problem
@@ -55,7 +55,7 @@ def begin(
     control_places = {key: place for place, key in enumerate(controls)}
     texts = list(dict.fromkeys(["", *(text for pair in pairs for text in (pair.prompt, pair.negative_prompt))]))
 
-    inputs = Inputs(
+    inputs = ShardInputs(
         pairs=[
             PairInputs(
                 content=places[pair.content.name] if pair.content else None,
@@ -137,7 +137,7 @@ def _impossible(pair: Pair, made: PairInputs, settings: Sampling) -> str | None:
 
 
 def _initial_latents(
-    scheduler: Scheduler, place: int, pair: Pair, inputs: Inputs, settings: Sampling, noise: Noise
+    scheduler: Scheduler, place: int, pair: Pair, inputs: ShardInputs, settings: Sampling, noise: Noise
 ) -> Tensor:
     """Where a pair starts: at noise, at its content, or at its content noised to the first timestep."""
     made = inputs.pairs[place]

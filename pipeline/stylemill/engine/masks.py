@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stylemill.config.sampling import label_name
+from stylemill.config.inputs import label_name
 from stylemill.engine.attention import Layer
 from stylemill.engine.inputs import LabelImage, Pair
-from stylemill.engine.state import Inputs, PairInputs
+from stylemill.engine.state import PairInputs, ShardInputs
 
 
 def masks_problem(pair: Pair) -> str | None:
@@ -66,7 +66,7 @@ def nearest(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     return labels[rows[:, None], columns]
 
 
-def absent_label(inputs: Inputs, pair: PairInputs, layers: Sequence[Layer]) -> str | None:
+def absent_label(inputs: ShardInputs, pair: PairInputs, layers: Sequence[Layer]) -> str | None:
     """Names the first label of the target that no style token bears, at the first layer's grid where that is so."""
     levels = sorted({layer.level for layer in layers})
     for level in levels if pair.masks else ():
@@ -83,7 +83,7 @@ def absent_label(inputs: Inputs, pair: PairInputs, layers: Sequence[Layer]) -> s
     return None
 
 
-def attention_masks(inputs: Inputs, pairs: Sequence[PairInputs], levels: Sequence[int]) -> list[Tensor | None]:
+def attention_masks(inputs: ShardInputs, pairs: Sequence[PairInputs], levels: Sequence[int]) -> list[Tensor | None]:
     """For layers at `levels`, which style tokens each target token may attend to: (B, 1, N, Ns) bool, None for all.
 
     A target token attends to the style tokens of its own label, an unlabelled one (−1) to all, and nobody but those
@@ -99,7 +99,7 @@ def attention_masks(inputs: Inputs, pairs: Sequence[PairInputs], levels: Sequenc
     return [of_level[level] for level in levels]
 
 
-def _tokens(inputs: Inputs, pair: PairInputs, level: int) -> tuple[Tensor, Tensor]:
+def _tokens(inputs: ShardInputs, pair: PairInputs, level: int) -> tuple[Tensor, Tensor]:
     """Labels of the target's tokens (N,) and of all styles' tokens, joined as K and V are (Ns,)."""
     target, *styles = (
         nearest(labels, (labels.shape[0] >> level, labels.shape[1] >> level)).flatten()

@@ -14,7 +14,7 @@ from stylemill.errors import DeviceMemoryError
 T = TypeVar("T")
 
 
-def within_memory(work: Callable[[], T]) -> T:
+def catch_out_of_memory(work: Callable[[], T]) -> T:
     """What `work` returns. Raises DeviceMemoryError where it ran out of memory; nothing of it is left there then."""
     try:
         return work()

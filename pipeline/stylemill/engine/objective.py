@@ -14,7 +14,7 @@ from stylemill.engine.attention import Layer, Reading, Target, reading
 from stylemill.engine.batching import Batch, uses_content
 from stylemill.engine.losses import ad_loss, content_loss
 from stylemill.engine.masks import attention_masks
-from stylemill.engine.state import Inputs
+from stylemill.engine.state import ShardInputs
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.text import Text
 from stylemill.errors import ModelError
@@ -32,7 +32,7 @@ class Features:
     content_q: list[dict[int, Tensor]]
     levels: list[int]  # of the layers
 
-    def targets(self, inputs: Inputs, batch: Batch) -> list[Target]:
+    def targets(self, inputs: ShardInputs, batch: Batch) -> list[Target]:
         """The targets of a micro-batch, layer by layer. Several styles of a pair are joined along their tokens."""
         pairs = [inputs.pairs[index] for index in batch]
         found = []
@@ -48,14 +48,14 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Pull:
+class LossGradient:
     """Where the losses pull z: their gradient (B, C, h, w), and the losses, (B, 2): AD, and content or NaN."""
 
     gradient: Tensor
     losses: Tensor
 
 
-class Guide:
+class Objective:
     """Extracts features once per image and computes per-pair gradients of L_AD + λ L_content against them."""
 
     def __init__(
@@ -76,7 +76,9 @@ class Guide:
             raise ModelError(f"sampling.layer_weights has {len(self.layer_weights)} numbers for {len(layers)} layers")
 
     @torch.no_grad()
-    def extract(self, inputs: Inputs, batches: Sequence[Batch], latents: dict[int, Tensor], timestep: int) -> Features:
+    def extract(
+        self, inputs: ShardInputs, batches: Sequence[Batch], latents: dict[int, Tensor], timestep: int
+    ) -> Features:
         """Read what the pairs of `batches` need of their images, whose (noised or clean) latents are given.
 
         An image is read once, whatever the number of its pairs and roles: K and V of styles, Q of contents.
@@ -99,7 +101,9 @@ class Guide:
                         features.content_q[layer][image] = read.q[place].clone()
         return features
 
-    def gradient(self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target]) -> Pull:
+    def gradient(
+        self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target]
+    ) -> LossGradient:
         """∂(L_AD + λ L_content)/∂z of each pair, z (B, C, h, w), λ = weights (B,).
 
         Per-pair losses are summed, never averaged over the batch: a pair's gradient is the same at every batch size.
@@ -118,7 +122,7 @@ class Guide:
             (gradient,) = torch.autograd.grad(((ad + weights * content) * scale).sum(), z)
         if targets[0].content_q is None:
             content = torch.full_like(content, torch.nan)
-        return Pull(gradient / scale, torch.stack([ad, content], dim=1).detach())
+        return LossGradient(gradient / scale, torch.stack([ad, content], dim=1).detach())
 
     def _read(self, z: Tensor, timestep: int, null_text: Text) -> list[Reading]:
         with reading(self.layers) as readings:

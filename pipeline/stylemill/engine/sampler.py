@@ -13,7 +13,7 @@ from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import Target, injecting
 from stylemill.engine.batching import Batch, Block
 from stylemill.engine.noise import Noise
-from stylemill.engine.objective import Guide, adain, adam_step
+from stylemill.engine.objective import Objective, adain, adam_step
 from stylemill.engine.schedulers import Scheduler
 from stylemill.engine.state import SampleState, constant
 from stylemill.engine.unet.controlnet import Control
@@ -29,7 +29,7 @@ class Sampler:
     def __init__(
         self,
         model: DiffusionModel,
-        guide: Guide,
+        guide: Objective,
         settings: Sampling,
         noise: Noise,
         blocks: list[Block],
@@ -89,7 +89,7 @@ class Sampler:
             _put_back(state, batch, self._denoise(z, t, state, batch, targets))
 
     def _optimized(self, state: SampleState, block: Block) -> None:
-        """Pull each latent towards the features of the clean images at t, with one Adam over the run."""
+        """LossGradient each latent towards the features of the clean images at t, with one Adam over the run."""
         if not self.settings.guides(state.step):
             return
         t = self.timesteps[state.step]

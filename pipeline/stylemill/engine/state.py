@@ -26,7 +26,7 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 
 @dataclass(frozen=True)
 class PairInputs:
-    """One pair as indices into `Inputs`: images, prompt texts and its λ."""
+    """One pair as indices into `ShardInputs`: images, prompt texts and its λ."""
 
     content: int | None
     styles: tuple[int, ...]
@@ -41,7 +41,7 @@ class PairInputs:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ShardInputs:
     """What stays the same while a shard is sampled: clean latents of its unique images and encoded texts."""
 
     pairs: list[PairInputs]
@@ -75,7 +75,7 @@ class SampleState:
     that a step needs no synchronisation.
     """
 
-    inputs: Inputs
+    inputs: ShardInputs
     latents_of: list[Tensor]
     lost_at: Tensor  # (P,)
     unreadable: dict[int, str]
@@ -173,7 +173,7 @@ class SampleState:
         pairs = [PairInputs(**_with_tuples(pair)) for pair in input_facts["pairs"]]
         digests = list(input_facts["digests"])
         return cls(
-            inputs=Inputs(
+            inputs=ShardInputs(
                 pairs=pairs,
                 images=[torch.from_numpy(inputs[f"image.{i}"]) for i in range(len(digests))],
                 digests=digests,

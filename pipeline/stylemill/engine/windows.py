@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stylemill.config.sampling import Sampling, Tiling
 from stylemill.engine.batching import uses_content
-from stylemill.engine.state import Inputs, PairInputs, SampleState
+from stylemill.engine.state import PairInputs, SampleState, ShardInputs
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Windows:
     Raises ValueError where tiling would have to be one thing for one pair and another for the next.
     """
 
-    def __init__(self, inputs: Inputs, settings: Sampling) -> None:
+    def __init__(self, inputs: ShardInputs, settings: Sampling) -> None:
         self.tiling = _left_to_the_unet(inputs, settings)
         views_of = [_views(pair.shape, settings) for pair in inputs.pairs]
         self.views = [(pair, view) for pair, views in enumerate(views_of) for view in views]
@@ -72,7 +72,7 @@ class Windows:
         ends = list(accumulate(map(len, views_of), initial=0))
         self.places = [slice(*limits) for limits in pairwise(ends)]  # of each pair's windows among all
 
-    def _cut_inputs(self, inputs: Inputs) -> Inputs:
+    def _cut_inputs(self, inputs: ShardInputs) -> ShardInputs:
         masks, controls, pairs = list(inputs.masks), list(inputs.controls), []
 
         def cropped(tensors: list[Tensor], place: int, view: View, scale: int = 1) -> int:
@@ -148,7 +148,7 @@ def _views(shape: tuple[int, int, int], settings: Sampling) -> list[View]:
     return [View(top, left, (min(side, height), min(side, width))) for top in tops for left in lefts]
 
 
-def _left_to_the_unet(inputs: Inputs, settings: Sampling) -> Tiling:
+def _left_to_the_unet(inputs: ShardInputs, settings: Sampling) -> Tiling:
     if settings.window is None or settings.tiling == "none":
         return settings.tiling
     cut = {(width > settings.window, height > settings.window) for _, height, width in (p.shape for p in inputs.pairs)}

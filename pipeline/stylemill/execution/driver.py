@@ -27,7 +27,7 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.recover import adopt_standing
+from stylemill.store.recover import recover_records
 from stylemill.store.retries import begin_retry, end_retry, failed_before, pending_retry
 from stylemill.store.run_file import RunFile, installed_versions
 
@@ -153,7 +153,7 @@ def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool,
         ledger = Ledger(paths)
         ledger.refresh()
         if ledger.damaged:  # a segment: its thousands of shards lack no more than their records
-            adopt_standing(paths, file, ledger)
+            recover_records(paths, file, ledger)
         compact(paths, ledger)
         wanted = choose(paths, ledger)
         this = Run(

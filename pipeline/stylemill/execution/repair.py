@@ -13,7 +13,7 @@ from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
-from stylemill.store.recover import adopt_standing, shard_of, without_record
+from stylemill.store.recover import files_without_record, recover_records, shard_of
 from stylemill.store.retries import begin_retry, end_retry, noted_retry, pending_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.verify import VerifyReport, verify
@@ -79,7 +79,7 @@ def _set_aside(paths: RunPaths, run: RunFile, found: VerifyReport) -> tuple[Ledg
     if paths.retry in damaged:
         quarantine(paths, paths.retry, damaged.pop(paths.retry))
     wanted = noted_retry(paths)
-    unsure = [*damaged, *before.damaged, *(path for path, _, _ in without_record(paths, before))]
+    unsure = [*damaged, *before.damaged, *(path for path, _, _ in files_without_record(paths, before))]
     for shard, generation in filter(None, (shard_of(paths, path) for path in unsure)):
         if generation:
             wanted[shard] = max(wanted.get(shard, 0), generation)
@@ -88,7 +88,7 @@ def _set_aside(paths: RunPaths, run: RunFile, found: VerifyReport) -> tuple[Ledg
         quarantine(paths, path, why)
     ledger = Ledger(paths)
     ledger.refresh()
-    adopted = adopt_standing(paths, run, ledger)
+    adopted = recover_records(paths, run, ledger)
     compact(paths, ledger)
     if not pending_retry(paths, ledger) and not ledger.open_shards(paths.shards):
         end_retry(paths)

@@ -21,8 +21,8 @@ from stylemill.images.masks import load_labels
 from stylemill.images.read import FittedImage, encode_image, load_image
 from stylemill.manifest import ImageRef, Row
 from stylemill.store.parquet import Failure, output_schema, write_failures, write_shard
-from stylemill.store.retries import Assignment
-from stylemill.testing.failpoints import fault
+from stylemill.store.retries import GenerationRows
+from stylemill.testing.failpoints import failpoint
 
 READERS = 4  # images decoded at a time; Pillow lets go of the GIL
 
@@ -50,7 +50,7 @@ class Item:
     size: tuple[int, int] = (0, 0)  # of the image, width and height
 
 
-def assigned(items: list[Item], work: Assignment) -> list[Item]:
+def assigned(items: list[Item], work: GenerationRows) -> list[Item]:
     """The items of a generation: those of other rows, and those whose failure is known, only keep their slots."""
     return [
         replace(
@@ -215,7 +215,7 @@ def _read_controls(
 
 def _load(run: Run, need: Need, grid: int) -> FittedImage | Reason:
     ref, fit = need.ref, run.job.image.fit
-    fault("read-image", name=need.key)
+    failpoint("read-image", name=need.key)
     try:
         return load_image(ref.path, ref.data, run.manifest.base, need.size, fit, grid, run.job.inputs)
     except RowError as error:

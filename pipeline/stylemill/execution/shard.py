@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from stylemill.config.job import Job
 from stylemill.engine import Engine, Pair, SampleState
-from stylemill.errors import KillerError
+from stylemill.errors import PoisonPairError
 from stylemill.execution.attempt import Lease, Progress, Run
 from stylemill.execution.rows import Item, Reason, assigned, encoded, note_sampled, read_pairs, write_tables
 from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
@@ -27,8 +27,8 @@ from stylemill.store.commit import commit
 from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
-from stylemill.store.retries import assignment
-from stylemill.testing.failpoints import fault
+from stylemill.store.retries import generation_rows
+from stylemill.testing.failpoints import failpoint
 
 _log = logging.getLogger(__name__)
 STEP_PATIENCE = 20  # times the slowest step so far, until a worker counts as hanging
@@ -37,7 +37,7 @@ STEP_PATIENCE = 20  # times the slowest step so far, until a worker counts as ha
 def load_engine(run: Run, micro_batch: int | None) -> Engine:
     """A worker's resident engine. With no settled micro-batch, "auto" is calibrated to the job's image size here."""
     model, cluster = run.job.model, run.job.cluster
-    fault("load")
+    failpoint("load")
     engine = Engine.load(
         model.name,
         revision=model.revision,
@@ -75,7 +75,7 @@ def process_shard(
     rows = run.rows_of(lease.shard)
     tell = Teller(run.job, lease, len(rows), watch)
     tell("read")
-    fault("before-read", shard=lease.shard)
+    failpoint("before-read", shard=lease.shard)
     with clock.measure("read"):
         items = read_rows(run, lease)
         keeper = CheckpointKeeper(run, lease, items, engine.numerics)
@@ -87,7 +87,7 @@ def process_shard(
         else:
             pairs, items = read_pairs(run, items, engine.model.grid)
             warn_of_long_prompts(engine, items)
-    fault("after-read", shard=lease.shard)
+    failpoint("after-read", shard=lease.shard)
 
     tell("wait", resumed)
     with device:
@@ -98,17 +98,17 @@ def process_shard(
             tell("encode", resumed)
             for state in engine.sample(pairs, run.job.sampling, resumed, left_out=left_out(items)):
                 tell("sample", state)
-                fault("mid-sample", shard=lease.shard, step=state.step, row=sampled(items))
+                failpoint("mid-sample", shard=lease.shard, step=state.step, row=sampled(items))
                 due = state.step % run.job.checkpoint.every_steps == 0 or state.step == steps
                 if due or stopping():
-                    fault("before-checkpoint", shard=lease.shard, step=state.step)
+                    failpoint("before-checkpoint", shard=lease.shard, step=state.step)
                     keeper.save(state, items)
-                    fault("after-checkpoint", shard=lease.shard, step=state.step)
+                    failpoint("after-checkpoint", shard=lease.shard, step=state.step)
                 if stopping() and state.step < steps:
                     return None
         assert state is not None  # it took a step now, or before the checkpoint that it was restored from
         tell("decode", state)
-        fault("before-decode", shard=lease.shard)
+        failpoint("before-decode", shard=lease.shard)
         with clock.measure("decode"):
             images = engine.decode(state, RunDecoders(run.paths, lease.attempt))
 
@@ -153,7 +153,7 @@ def survives(
         tell("encode")
         for state in engine.sample(pairs, run.job.sampling):
             tell("sample", state)
-            fault("mid-sample", shard=lease.shard, step=state.step, row=sampled(items))
+            failpoint("mid-sample", shard=lease.shard, step=state.step, row=sampled(items))
             if stopping():
                 return False
             if probe.until <= state.step < run.job.sampling.steps:
@@ -169,20 +169,20 @@ def survives(
 def read_rows(run: Run, lease: Lease) -> list[Item]:
     rows = run.rows_of(lease.shard)
     items = [Item(row) for row in run.manifest.images(rows.start, rows.stop, lease.occurrences)]
-    return assigned(items, assignment(run.paths, rows, lease.shard, lease.generation, run.newest))
+    return assigned(items, generation_rows(run.paths, rows, lease.shard, lease.generation, run.newest))
 
 
 def without_killers(lease: Lease, items: list[Item]) -> list[Item]:
     """The items, with those that the lease leaves out failed for good."""
     words = "worker after worker died over this pair, alone too; look at its images, and try it in a run of its own"
-    killed = {place: Reason(stage, KillerError.__name__, words) for place, stage in lease.killers.items()}
+    killed = {place: Reason(stage, PoisonPairError.__name__, words) for place, stage in lease.killers.items()}
     return [replace(item, failure=item.failure or killed.get(place)) for place, item in enumerate(items)]
 
 
 def left_out(items: list[Item]) -> dict[int, str]:
     """What the engine must not touch: items that kill. The others that failed, it knows."""
     killers = {place: item.failure for place, item in enumerate(items) if item.failure}
-    return {place: reason.message for place, reason in killers.items() if reason.error == KillerError.__name__}
+    return {place: reason.message for place, reason in killers.items() if reason.error == PoisonPairError.__name__}
 
 
 def sampled(items: list[Item]) -> list[int]:

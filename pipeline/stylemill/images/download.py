@@ -22,7 +22,8 @@ from contextlib import contextmanager, suppress
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from stylemill import s3
-from stylemill.config.sampling import Inputs
+from stylemill.config.inputs import InputSettings
+from stylemill.config.paths import is_url
 from stylemill.errors import DownloadError, ImageError, JobError
 
 _PAUSE = 0.5  # seconds before the second try, doubled before each further one
@@ -37,10 +38,6 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
-def is_url(path: str) -> bool:
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path) is not None
-
-
 def shown(path: str) -> str:
     """A path or URL as messages name it: on one short line, without the secrets that a URL may carry."""
     if is_url(path):
@@ -51,7 +48,7 @@ def shown(path: str) -> str:
     return path if len(path) <= 200 else path[:200] + "…"
 
 
-def fetch(url: str, inputs: Inputs) -> bytes:
+def fetch(url: str, inputs: InputSettings) -> bytes:
     """The bytes behind `url`, from this process's cache where they are there.
 
     Raises ImageError where asking again gives the same answer (404, a refused address, too large), DownloadError where
@@ -70,7 +67,7 @@ def fetch(url: str, inputs: Inputs) -> bytes:
     return data
 
 
-def _retried(read: Callable[[str, Inputs], bytes], url: str, inputs: Inputs) -> bytes:
+def _retried(read: Callable[[str, InputSettings], bytes], url: str, inputs: InputSettings) -> bytes:
     for attempt in range(inputs.retries):
         try:
             return read(url, inputs)
@@ -113,7 +110,7 @@ _cache = _Cache()
 # --- http and https ---------------------------------------------------------------------------------------------------
 
 
-def _read_http(url: str, inputs: Inputs) -> bytes:
+def _read_http(url: str, inputs: InputSettings) -> bytes:
     deadline = time.monotonic() + inputs.timeout
     base, at, name = "", url, shown(url)
     for _ in range(1 + _REDIRECTS):
@@ -148,7 +145,7 @@ def _port(place: SplitResult) -> int:
     return place.port or (443 if place.scheme == "https" else 80)
 
 
-def _addresses(place: SplitResult, inputs: Inputs, name: str) -> list[str]:
+def _addresses(place: SplitResult, inputs: InputSettings, name: str) -> list[str]:
     """The addresses of a URL's host, every one of them allowed."""
     try:
         found = socket.getaddrinfo(place.hostname, _port(place), type=socket.SOCK_STREAM)
@@ -254,7 +251,7 @@ def _answer(place: SplitResult, addresses: list[str], deadline: float, name: str
         connection.finish()
 
 
-def _body(answer: http.client.HTTPResponse, inputs: Inputs, name: str) -> bytes:
+def _body(answer: http.client.HTTPResponse, inputs: InputSettings, name: str) -> bytes:
     if answer.status in _BUSY or answer.status >= 500:
         asked = answer.headers.get("Retry-After", "")
         raise DownloadError(
@@ -286,7 +283,7 @@ def _line(error: BaseException) -> str:
 # --- S3 ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_s3(url: str, inputs: Inputs) -> bytes:
+def _read_s3(url: str, inputs: InputSettings) -> bytes:
     path = "s3://" + url.partition("://")[2]
     try:
         # One byte more than allowed tells what is too large, and nothing needs to be asked first.

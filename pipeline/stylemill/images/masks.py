@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stylemill.config.sampling import COLOUR_LABEL, DEFAULT_INPUTS, Fit, Inputs
+from stylemill.config.inputs import COLOUR_LABEL, DEFAULT_INPUT_SETTINGS, Fit, InputSettings
 from stylemill.errors import ImageError, StorageError
 from stylemill.images.read import open_image, placement, read_bytes
 
@@ -24,7 +24,7 @@ def load_labels(
     size: tuple[int, int],
     fit: Fit,
     image: tuple[int, int] | None = None,
-    limits: Inputs = DEFAULT_INPUTS,
+    limits: InputSettings = DEFAULT_INPUT_SETTINGS,
 ) -> NDArray[np.int32]:
     """Read a label image of any resolution -> (H, W) labels, brought to `size` (width, height) by nearest neighbour.
 

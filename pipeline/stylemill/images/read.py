@@ -2,7 +2,7 @@
 
 Any raster image a viewer shows becomes (H, W, 3) uint8 RGB: EXIF rotation applied, transparency laid on white, the
 first frame of an animation, 16-bit scaled to 8. What cannot be shown that way without a guess is refused. Colour
-profiles are not applied. What a manifest names is not trusted: a job's `inputs` (settings.Inputs) limit what a file may
+profiles are not applied. What a manifest names is not trusted: a job's `inputs` limit what a file may
 cost and where it may lie. Every function may be called from many threads at once.
 """
 
@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stylemill.config.sampling import DEFAULT_INPUTS, Fit, Inputs
+from stylemill.config.inputs import DEFAULT_INPUT_SETTINGS, Fit, InputSettings
+from stylemill.config.paths import is_url
 from stylemill.errors import ImageError, StorageError
-from stylemill.images.download import fetch, is_url, shown
+from stylemill.images.download import fetch, shown
 
 MIN_SIDE = (
     8  # pixels; below one latent of the model there is nothing to see, and such files are nearly always placeholders
@@ -65,7 +66,7 @@ def load_image(
     size: tuple[int, int],
     fit: Fit,
     grid: int = 1,
-    limits: Inputs = DEFAULT_INPUTS,
+    limits: InputSettings = DEFAULT_INPUT_SETTINGS,
 ) -> FittedImage:
     """Read one image and bring it to `size` (width, height).
 
@@ -95,7 +96,7 @@ def kept_size(own: tuple[int, int], most: tuple[int, int], grid: int) -> tuple[i
 
 
 def read_bytes(
-    path: str | None, data: bytes | None, base: str | Path, limits: Inputs = DEFAULT_INPUTS
+    path: str | None, data: bytes | None, base: str | Path, limits: InputSettings = DEFAULT_INPUT_SETTINGS
 ) -> tuple[str, bytes]:
     """The bytes of an image file, held whole, so that its digest and its pixels come from the same ones; and its name
     in messages. Raises as `load_image` does."""
@@ -132,12 +133,12 @@ def _name(path: str | None, data: bytes | None) -> str:
     return "image"
 
 
-def _too_many_bytes(name: str, size: int, limits: Inputs) -> str:
+def _too_many_bytes(name: str, size: int, limits: InputSettings) -> str:
     limit = f"over the limit of {limits.max_bytes:,} (inputs.max_bytes)"
     return f"{name}: has {size:,} bytes, {limit}; store it smaller or compressed"
 
 
-def _read(path: str | None, base: Path, limits: Inputs) -> bytes:
+def _read(path: str | None, base: Path, limits: InputSettings) -> bytes:
     if not path:
         raise ImageError("image: the manifest gives neither a path nor bytes; fill in one of them")
     name = _name(path, None)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from stylemill.errors import ManifestError
 from stylemill.manifest.schema import KNOWN, OUTPUT_COLUMNS
-from stylemill.manifest.sources import Source, absolute, find_images, labels, relative_to_manifest
+from stylemill.manifest.sources import Source, absolute_path, find_images, labels, relative_to_manifest
 from stylemill.manifest.validate import validate_manifest
 
 Pairing = Literal["product", "zip", "sample"]
@@ -222,7 +222,7 @@ def _csv_rows(path: Path, folder: Path) -> Iterator[Values]:
 
 def _cell(name: str, text: str, path: Path, folder: Path, where: str) -> Any:
     if name in _IMAGES:
-        return relative_to_manifest(absolute(text, path), folder)
+        return relative_to_manifest(absolute_path(text, path), folder)
     if name not in _TYPES:
         return text
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stylemill.config.paths import is_url
 from stylemill.errors import ManifestError, StorageError
 from stylemill.manifest.row import UNDECODABLE, numbered, parse_row
 from stylemill.manifest.schema import KNOWN, Problem, Row, carried_schema, is_list, schema_problems
@@ -166,7 +166,7 @@ def open_manifest(path: str | Path) -> Manifest:
 
     Raises ManifestError when the file is absent, not Parquet, empty, or its columns are not a manifest's.
     """
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(path)):  # one slash: Path folds two into one
+    if is_url(path):
         raise ManifestError(f"{path}: only local manifests can be read; copy it to this machine first")
     path = Path(path).absolute()
     if path.is_dir():

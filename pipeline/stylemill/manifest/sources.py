@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 
+from stylemill.config.paths import is_url
 from stylemill.errors import ManifestError
 
 Source = str | Path | Sequence[str | Path]
@@ -38,13 +39,13 @@ def find_images(source: Source, column: str) -> list[str]:
             raise ManifestError(f"the list of {column} images is empty")
         return found
     text = str(source)
-    if is_uri(text):
+    if is_url(text):
         return [text]
     path = Path(text).expanduser()
     if path.is_dir():
         found = _on_disk(_in_folder(path))
     elif path.suffix.lower() in (".csv", ".txt") and path.is_file():
-        found = [absolute(item, path) for item in _in_list(path, column)]
+        found = [absolute_path(item, path) for item in _in_list(path, column)]
     elif path.is_file():
         found = _on_disk([path])
     elif glob.has_magic(text):
@@ -69,7 +70,7 @@ def relative_to_manifest(path: str, folder: Path) -> str:
 
     Together means: below the manifest's folder or at most two folders up.
     """
-    if is_uri(path):
+    if is_url(path):
         return path
     base = os.path.realpath(folder)
     if os.path.commonpath([base, path]) == os.path.sep:
@@ -93,13 +94,9 @@ def labels(paths: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def is_uri(path: str) -> bool:
-    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path) is not None
-
-
-def absolute(path: str, listed_in: Path) -> str:
+def absolute_path(path: str, listed_in: Path) -> str:
     """A path written in the list `listed_in`, made absolute; a URI as it is."""
-    return path if is_uri(path) else os.path.normpath(os.path.join(os.path.realpath(listed_in.parent), path))
+    return path if is_url(path) else os.path.normpath(os.path.join(os.path.realpath(listed_in.parent), path))
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stylemill.config.paths import is_url
 from stylemill.errors import StylemillError
 from stylemill.manifest.read import Manifest, hash64, open_manifest, repeated, repeats
 from stylemill.manifest.row import parse_row
 from stylemill.manifest.schema import ImageRef, Problem, schema_warnings
-from stylemill.manifest.sources import is_uri
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def validate_manifest(
 
 
 def _missing(base: Path, ref: ImageRef) -> str | None:
-    if ref.data is not None or ref.path is None or is_uri(ref.path):
+    if ref.data is not None or ref.path is None or is_url(ref.path):
         return None
     path = base / ref.path
     try:

@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
+from stylemill.config.model import EMBEDDED
 from stylemill.errors import ModelError
-from stylemill.models import EMBEDDED
 from stylemill.models.architecture import is_sdxl, other_kind, read_config, refuse_misfits
 from stylemill.models.safetensors_file import tensors_of
 
@@ -55,7 +55,7 @@ PATTERNS = [
 
 
 @dataclass(frozen=True)
-class Kind:
+class ModelFileSet:
     """What a folder is called in messages, and the files that are wanted of it."""
 
     name: str
@@ -68,8 +68,8 @@ def _without_weights(names: Iterable[str]) -> list[str]:
     return [name for name in names if ".safetensors" not in name]
 
 
-MODEL = Kind("model", _REQUIRED, PATTERNS, _REQUIRED_OF_SDXL)
-CONFIGURATION = Kind(  # of a model whose weights lie elsewhere
+MODEL = ModelFileSet("model", _REQUIRED, PATTERNS, _REQUIRED_OF_SDXL)
+CONFIGURATION = ModelFileSet(  # of a model whose weights lie elsewhere
     "model.config",
     {name: _REQUIRED[name] for name in _without_weights(_REQUIRED)},
     _without_weights(PATTERNS),
@@ -82,7 +82,7 @@ _REQUIRED_OF_CONTROLNET: _Required = {
         "diffusion_pytorch_model-?????-of-?????.safetensors",
     ),
 }
-CONTROLNET = Kind(
+CONTROLNET = ModelFileSet(
     "controlnet",
     _REQUIRED_OF_CONTROLNET,
     [
@@ -131,7 +131,7 @@ class ModelFiles:
         return f"{Path(self.name).name}@{content[:12]}"
 
 
-def resolve_model(name: str, revision: str | None = None, kind: Kind = MODEL) -> ModelFiles:
+def resolve_model(name: str, revision: str | None = None, kind: ModelFileSet = MODEL) -> ModelFiles:
     """Pin a folder by digests or a hub id by its commit, without downloading weights.
 
     Raises ModelError: the folder lacks a part or holds only pickled weights; the hub knows no such model, or cannot be
@@ -147,7 +147,7 @@ def resolve_model(name: str, revision: str | None = None, kind: Kind = MODEL) ->
     return ModelFiles(name, _cached(name, commit, kind), commit, {})
 
 
-def fetch_model(name: str, revision: str | None = None, kind: Kind = MODEL) -> Path:
+def fetch_model(name: str, revision: str | None = None, kind: ModelFileSet = MODEL) -> Path:
     """The local folder of a model, downloaded when it is a hub id that this machine has not yet.
 
     Give the resolved commit as `revision`: then what is cached is used with no network. Raises ModelError.
@@ -169,7 +169,7 @@ def fetch_model(name: str, revision: str | None = None, kind: Kind = MODEL) -> P
     return folder
 
 
-def model_paths(folder: Path, kind: Kind = MODEL) -> list[str]:
+def model_paths(folder: Path, kind: ModelFileSet = MODEL) -> list[str]:
     """The files of `folder` that belong to the model, as sorted relative paths."""
     paths = (path.relative_to(folder).as_posix() for path in _files(folder))
     return sorted(path for path in paths if any(fnmatchcase(path, pattern) for pattern in kind.patterns))
@@ -178,7 +178,7 @@ def model_paths(folder: Path, kind: Kind = MODEL) -> list[str]:
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _local(name: str, kind: Kind) -> Path:
+def _local(name: str, kind: ModelFileSet) -> Path:
     """The folder that a name stands for, if there is one."""
     if name == EMBEDDED and kind is MODEL:
         return Path(__file__).parent.parent / "demo"
@@ -194,7 +194,7 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _missing(folder: Path, kind: Kind) -> list[str]:
+def _missing(folder: Path, kind: ModelFileSet) -> list[str]:
     paths, required = model_paths(folder, kind), kind.required
     if kind.required_of_sdxl and (unet := folder / "unet" / "config.json").is_file() and is_sdxl(read_config(unet)):
         required = {**required, **kind.required_of_sdxl}
@@ -205,7 +205,7 @@ def _missing(folder: Path, kind: Kind) -> list[str]:
     ]
 
 
-def _check_folder(folder: Path, name: str | None, kind: Kind) -> None:
+def _check_folder(folder: Path, name: str | None, kind: ModelFileSet) -> None:
     try:
         missing = _missing(folder, kind)
         if missing:
@@ -277,7 +277,7 @@ def file_digest(path: Path) -> str:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:
+def _cached(name: str, revision: str | None, kind: ModelFileSet) -> Path | None:
     """The complete local snapshot of `revision`, if there is one. No network."""
     import huggingface_hub
 
@@ -291,7 +291,7 @@ def _cached(name: str, revision: str | None, kind: Kind) -> Path | None:
     return None if _missing(folder, kind) else folder
 
 
-def _hub_commit(name: str, revision: str | None, kind: Kind) -> str:
+def _hub_commit(name: str, revision: str | None, kind: ModelFileSet) -> str:
     import huggingface_hub
 
     try:
@@ -317,7 +317,7 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError))
 
 
-def _refuse(name: str, revision: str | None, error: Exception, kind: Kind) -> NoReturn:
+def _refuse(name: str, revision: str | None, error: Exception, kind: ModelFileSet) -> NoReturn:
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     what = f"{kind.name} {name!r}"

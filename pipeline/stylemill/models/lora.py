@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stylemill.config.sampling import Lora
+from stylemill.config.model import Lora
 from stylemill.errors import ModelError
-from stylemill.models.hub import Kind, ModelFiles, fetch_model, resolve_model
+from stylemill.models.hub import ModelFiles, ModelFileSet, fetch_model, resolve_model
 
 USUAL_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights names it
 
@@ -23,8 +23,8 @@ def fetch_lora(lora: Lora) -> Path:
     return fetch_model(place, lora.revision, _kind(file)) / file
 
 
-def _kind(file: str) -> Kind:
-    return Kind("lora", {file: (file,)}, [file])
+def _kind(file: str) -> ModelFileSet:
+    return ModelFileSet("lora", {file: (file,)}, [file])
 
 
 def _where(lora: Lora) -> tuple[str, str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stylemill.config.model import CHECKPOINT_SUFFIXES
 from stylemill.errors import ModelError
 from stylemill.models.hub import CONFIGURATION, ModelFiles, fetch_model, file_digest, model_paths, resolve_model
 from stylemill.models.safetensors_file import usual_config
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
 def is_single_file(name: str) -> bool:

@@ -17,7 +17,7 @@ from stylemill.planning.cost import Cost, check_against_model, count_cost, read_
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.planning.loras import plan_loras
 from stylemill.store.paths import RunPaths
-from stylemill.store.run_file import refuse_strangers
+from stylemill.store.run_file import refuse_foreign_files
 
 __all__ = ["Plan", "fingerprint_differences", "fingerprint_sha256", "plan"]
 
@@ -127,7 +127,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         occurrences=manifest.repeated_rows(),
         controlnets=tuple(controlnets),
     )
-    refuse_strangers(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
+    refuse_foreign_files(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
     return made
 
 

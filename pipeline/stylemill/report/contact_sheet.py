@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from stylemill.config.sampling import DEFAULT_INPUTS, Inputs
+from stylemill.config.inputs import DEFAULT_INPUT_SETTINGS, InputSettings
 from stylemill.errors import ImageError, TransientError
 from stylemill.images.read import encode_image, load_image
 from stylemill.manifest.read import Manifest
@@ -43,7 +43,7 @@ def write_contact_sheet(
     manifest: Manifest,
     records: Iterable[Record],
     limit: tuple[int, int] = (8, 8),
-    inputs: Inputs = DEFAULT_INPUTS,
+    inputs: InputSettings = DEFAULT_INPUT_SETTINGS,
 ) -> Path | None:
     """Draw the first committed pairs, at most `limit` = (contents, styles), and return the sheet's path.
 
@@ -114,14 +114,16 @@ def _outputs(paths: RunPaths, file: Path, wanted: set[int]) -> dict[int, Image.I
     return found
 
 
-def _thumbnail(image: ImageRef, base: Path, inputs: Inputs = DEFAULT_INPUTS) -> Image.Image:
+def _thumbnail(image: ImageRef, base: Path, inputs: InputSettings = DEFAULT_INPUT_SETTINGS) -> Image.Image:
     try:
         return Image.fromarray(load_image(image.path, image.data, base, (THUMB, THUMB), "pad", 1, inputs).pixels)
     except (ImageError, TransientError):
         return Image.new("RGB", (THUMB, THUMB), _GREY)
 
 
-def _draw(grid: _Grid, outputs: Mapping[int, Image.Image], base: Path, pairs: int, inputs: Inputs) -> Image.Image:
+def _draw(
+    grid: _Grid, outputs: Mapping[int, Image.Image], base: Path, pairs: int, inputs: InputSettings
+) -> Image.Image:
     step = THUMB + GAP
     rows, columns = len(grid.contents) + 1, len(grid.styles) + 1
     sheet = Image.new("RGB", (columns * step + GAP, rows * (step + LABEL) + GAP), "white")
@@ -149,7 +151,7 @@ def _draw(grid: _Grid, outputs: Mapping[int, Image.Image], base: Path, pairs: in
     return sheet
 
 
-def _side_by_side(images: tuple[ImageRef, ...], base: Path, inputs: Inputs) -> Image.Image:
+def _side_by_side(images: tuple[ImageRef, ...], base: Path, inputs: InputSettings) -> Image.Image:
     """Several styles share one thumbnail: the first four, in a square of their own each."""
     if len(images) == 1:
         return _thumbnail(images[0], base, inputs)

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
 from stylemill.store.object_store.path import BucketPath
-from stylemill.testing.failpoints import fault
+from stylemill.testing.failpoints import failpoint
 
 if TYPE_CHECKING:
     from stylemill.store.paths import RunPaths
@@ -66,7 +66,7 @@ def publish(tmp: Path, final: Path) -> bool:
                     "safely; choose a folder on another disk with --output"
                 ) from error
             raise
-        fault("mid-publish", folder=final.parent.name)
+        failpoint("mid-publish", folder=final.parent.name)
         sync(final.parent)
         tmp.unlink(missing_ok=True)
         return True
@@ -75,15 +75,15 @@ def publish(tmp: Path, final: Path) -> bool:
 def publish_bytes(paths: RunPaths, final: Path, data: bytes, attempt: str) -> bool:
     """Write `data` below tmp/ and publish it; nothing stays in tmp/ whatever happens short of a kill."""
     if isinstance(final, BucketPath):
-        fault("mid-write", folder=final.parent.name)
+        failpoint("mid-write", folder=final.parent.name)
         created = final.bucket.create(final.key, data)
-        fault("mid-publish", folder=final.parent.name)
+        failpoint("mid-publish", folder=final.parent.name)
         return created
     tmp = paths.tmp_name(final, attempt)
     try:
         with storage_errors(final), open(tmp, "xb") as file:
             file.write(data)
-            fault("mid-write", folder=final.parent.name)
+            failpoint("mid-write", folder=final.parent.name)
         return publish(tmp, final)
     finally:
         discard(tmp)

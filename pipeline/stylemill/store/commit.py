@@ -32,9 +32,9 @@ from stylemill.store.lock import exclusive
 from stylemill.store.object_store.uploads import remove_unnamed, upload
 from stylemill.store.parquet import check_file, write_again
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import FileEntry, Record, standing_record
+from stylemill.store.records import FileEntry, Record, valid_record
 from stylemill.store.retries import failed_before, pending_retry
-from stylemill.testing.failpoints import fault
+from stylemill.testing.failpoints import failpoint
 
 
 def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:
@@ -62,14 +62,14 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
         with exclusive(paths.commit_lock(record.shard)):
             standing = _standing(paths, record)
             if standing is None:
-                fault("before-publish", shard=record.shard)
+                failpoint("before-publish", shard=record.shard)
                 data = _settle(paths, data_tmp, paths.data(record.shard, record.generation))
                 failures = _settle(paths, failures_tmp, paths.failures(record.shard, record.generation))
-                fault("after-publish", shard=record.shard)
+                failpoint("after-publish", shard=record.shard)
                 complete = complete_record(paths, record, data, failures)
-                fault("before-record", shard=record.shard)
+                failpoint("before-record", shard=record.shard)
                 standing = publish_record(paths, complete)
-                fault("after-record", shard=record.shard)
+                failpoint("after-record", shard=record.shard)
     finally:
         discard(data_tmp)
         discard(failures_tmp)
@@ -83,9 +83,9 @@ def confirm(paths: RunPaths, record: Record) -> Record:
         return record
     standing = _standing(paths, record)
     if standing is None:
-        fault("before-record", shard=record.shard)
+        failpoint("before-record", shard=record.shard)
         standing = publish_record(paths, record)
-        fault("after-record", shard=record.shard)
+        failpoint("after-record", shard=record.shard)
     checkpoints.clear(paths, record.shard)
     return standing
 
@@ -105,7 +105,7 @@ def clean(paths: RunPaths, ledger: Ledger | None = None) -> None:
             discard(path)
         elif path.name not in kept:
             remove_tree(path)
-            fault("mid-clean", folder=path.name)
+            failpoint("mid-clean", folder=path.name)
     finished = not wanted
     if finished:
         remove_unnamed(paths, ledger)
@@ -113,7 +113,7 @@ def clean(paths: RunPaths, ledger: Ledger | None = None) -> None:
         for folder in (paths.tmp, paths.commit_lock(0).parent, paths.cache) if finished else (paths.tmp,):
             if folder.exists():
                 shutil.rmtree(folder)
-                fault("mid-clean", folder=folder.name)
+                failpoint("mid-clean", folder=folder.name)
         if not finished:
             paths.tmp.mkdir()
 
@@ -138,7 +138,7 @@ def _check_complete(
 
 def _standing(paths: RunPaths, record: Record) -> Record | None:
     try:
-        standing = standing_record(paths, record.shard, record.generation)
+        standing = valid_record(paths, record.shard, record.generation)
         if standing is not None and standing.fingerprint != record.fingerprint:
             raise DamagedError("the record is that of another job")
     except DamagedError as error:
@@ -215,7 +215,7 @@ def publish_record(paths: RunPaths, record: Record) -> Record:
     final = paths.record(record.shard, record.generation)
     if publish_bytes(paths, final, record.to_bytes(), record.attempt):
         return record
-    standing = standing_record(paths, record.shard, record.generation)
+    standing = valid_record(paths, record.shard, record.generation)
     if standing is None:
         raise StorageError(f"{final}: changed while shard {record.shard} was committed; the same command resumes")
     persist(final)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import persist, storage_errors
-from stylemill.store.fs import looked_at
+from stylemill.store.fs import prefetched
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
 from stylemill.store.object_store.path import BucketPath
@@ -30,7 +30,7 @@ def compact(paths: RunPaths, ledger: Ledger, least: int = ROWS) -> bool:
     packed: dict[tuple[int, int], bytes] = {}
     records = []
     own = {key: paths.record(*key) for key in sorted(ledger.own_files)}
-    with looked_at(paths, own.values()):
+    with prefetched(paths, own.values()):
         for key, path in own.items():
             with storage_errors(path):
                 data = path.read_bytes() if path.exists() else b""

@@ -66,7 +66,7 @@ class Sizes:
 
 
 @contextmanager
-def looked_at(paths: RunPaths, records: Iterable[Path]) -> Iterator[None]:
+def prefetched(paths: RunPaths, records: Iterable[Path]) -> Iterator[None]:
     """For the block, a bucket's sizes come from one listing, and `records` were read together, each for one reading."""
     if not isinstance(paths.output, BucketPath):
         yield

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import quarantine
-from stylemill.store.fs import Sizes, looked_at, names
+from stylemill.store.fs import Sizes, names, prefetched
 from stylemill.store.lock import exclusive
 from stylemill.store.object_store.path import output_path
 from stylemill.store.paths import RunPaths
@@ -125,7 +125,7 @@ class Ledger:
         if not self._segments.keys() - self.damaged.keys() <= set(found):
             self._reset()
         if own != self._own or not self._loaded.issuperset(found):
-            with looked_at(self._paths, [self._paths.record(*key) for key in sorted(own - self._own)]):
+            with prefetched(self._paths, [self._paths.record(*key) for key in sorted(own - self._own)]):
                 self._read_new(own, found)
 
     def _read_new(self, own: set[tuple[int, int]], found: list[Path]) -> None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import discard, storage_errors, sync
 from stylemill.store.paths import RunPaths
-from stylemill.testing.failpoints import fault
+from stylemill.testing.failpoints import failpoint
 
 ROWS_PER_GROUP = 100  # images a reader must hold to reach one; also what the Hugging Face viewer expects of images
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # exactly the storage of datasets.Image
@@ -133,7 +133,7 @@ def _write(table: pa.Table, tmp: Path) -> Path:
                     data_page_size=1 << 20,
                     write_page_checksum=True,
                 )
-                fault("mid-write", folder=tmp.name.partition("-")[0])  # its last bytes are in a buffer
+                failpoint("mid-write", folder=tmp.name.partition("-")[0])  # its last bytes are in a buffer
             sync(tmp)
         if check_file(tmp, read_back) != row_ids(table):
             raise DamagedError(f"{tmp}: other rows were read back than were written")

@@ -78,7 +78,7 @@ def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
-def standing_record(paths: RunPaths, shard: int, generation: int = 0) -> Record | None:
+def valid_record(paths: RunPaths, shard: int, generation: int = 0) -> Record | None:
     """The record on disk, None if there is none. Raises DamagedError if it is invalid or its files are not there."""
     found = find(paths, shard, generation)
     return None if found is None else checked(paths, found[0], shard, generation)

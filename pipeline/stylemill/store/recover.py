@@ -16,19 +16,19 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
 from stylemill.store.parquet import check_file, write_again
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, standing_record
+from stylemill.store.records import Record, valid_record
 from stylemill.store.retries import failed_before
 from stylemill.store.run_file import RunFile
 
 
-def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
+def recover_records(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
     """Give a record to each shard that lacks no more than that: a kill, or damage, took it. Returns how many.
 
     The caller holds the RunLock. What is not whole stays as it is, for the commit that comes. Raises StorageError.
     """
     count = 0
     found: dict[tuple[int, int], list[Path]] = defaultdict(list)
-    for path, *key in without_record(paths, ledger):
+    for path, *key in files_without_record(paths, ledger):
         found[key[0], key[1]].append(path)
     for (shard, generation), files in sorted(found.items()):
         with exclusive(paths.commit_lock(shard)):
@@ -39,7 +39,7 @@ def adopt_standing(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
     return count
 
 
-def without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
+def files_without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
     """Files that are named as those of a shard and a generation are, while no record of that one stands."""
     for folder in (paths.data_folder, paths.failures_folder):
         for path in [folder / name for name in names(folder)]:
@@ -65,7 +65,7 @@ def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int, files: 
     with ExitStack() as copies:
         local = {path: copies.enter_context(local_copy(paths, path)) for path in [*data, *failures]}
         try:
-            if standing_record(paths, shard, generation) is not None:
+            if valid_record(paths, shard, generation) is not None:
                 return None
             retried = failed_before(paths, shard, generation)
             found = [row for path, copy in local.items() for row in _whole_rows(paths, run, path, copy, attempt)]

@@ -20,38 +20,38 @@ from stylemill.store.fs import local_copy
 from stylemill.store.ledger import Ledger
 from stylemill.store.parquet import FAILURE_SCHEMA, Failure
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, standing_record
+from stylemill.store.records import Record, valid_record
 
 LOST_WORDS = "this row failed, and was tried again since; why it failed is lost with a damaged file"
 
 
 @dataclass(frozen=True)
-class Assignment:
+class GenerationRows:
     """What one generation of a shard has to hold: `rows` are to be made, `held` failed then and are known since."""
 
     rows: frozenset[int]
     held: dict[int, Failure]
 
 
-def assignment(paths: RunPaths, rows: range, shard: int, generation: int, newest: int) -> Assignment:
+def generation_rows(paths: RunPaths, rows: range, shard: int, generation: int, newest: int) -> GenerationRows:
     """The rows of `generation`, which has no record; `newest` is the latest generation of any shard.
 
     Where a later generation stands, what it is about failed in this one: it is not tried here once more, or a row could
     succeed twice. Raises DamagedError where the generation before is not whole.
     """
     before = frozenset(failed_before(paths, shard, generation) if generation else rows)
-    later = [standing_record(paths, shard, number) for number in range(generation + 1, newest + 1)]
+    later = [valid_record(paths, shard, number) for number in range(generation + 1, newest + 1)]
     held: dict[int, Failure] = {}
     for record in later:
         held = _reasons(paths, shard, generation, record) | held if record else held
-    return Assignment(before - held.keys(), held)
+    return GenerationRows(before - held.keys(), held)
 
 
 def failed_before(paths: RunPaths, shard: int, generation: int) -> dict[int, Failure]:
     """The rows of a shard that were failed when every generation before `generation` was done, by row."""
     failed: dict[int, Failure] = {}
     for number in range(generation):
-        record = standing_record(paths, shard, number)
+        record = valid_record(paths, shard, number)
         if record is None:
             raise DamagedError(f"{paths.record(shard, number)}: is missing; `stylemill repair` makes it again")
         if number:

@@ -69,7 +69,7 @@ class RunFile:
         return file, RunPaths(Path(output), file.shards)
 
 
-def refuse_strangers(paths: RunPaths) -> None:
+def refuse_foreign_files(paths: RunPaths) -> None:
     """Raise OutputError where a folder that is no run holds what no start of a run left there.
 
     A run makes and empties folders such as tmp/ and checkpoints/, and they must be its own.

@@ -21,8 +21,8 @@ from stylemill.store.fs import local_copy
 from stylemill.store.ledger import Ledger
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import FileEntry, Record, standing_record
-from stylemill.store.recover import without_record
+from stylemill.store.records import FileEntry, Record, valid_record
+from stylemill.store.recover import files_without_record
 from stylemill.store.retries import failures_of, pending_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import find_record, segments
@@ -95,7 +95,7 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
         report.note(f"{_some('shard', unexplained)} not committed yet; the same run command goes on")
     # What a killed commit published before its record is no stray: the next commit adopts it.
     begun = {*not_done.items(), *pending_retry(paths, ledger).items()}
-    unrecorded = list(without_record(paths, ledger))
+    unrecorded = list(files_without_record(paths, ledger))
     expected |= {path for path, shard, generation in unrecorded if (shard, generation) in begun}
     expected |= {paths.record(shard, generation) for shard, generation in begun}
     for problem, places in rows.repeated():
@@ -108,7 +108,7 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
 
 def _data_of(paths: RunPaths, shard: int) -> Path:
     try:
-        record = standing_record(paths, shard)
+        record = valid_record(paths, shard)
     except DamagedError:
         record = None
     return paths.output / record.data.name if record and record.data else paths.data(shard)

@@ -1,9 +1,9 @@
 """Faults that a test wants to happen: at a named point of the protocol, this process dies, fails, hangs or is late.
 
-    STYLEMILL_FAULTS='after-record:kill:shard=1'              at the first hit, and never again
-    STYLEMILL_FAULTS='mid-sample:raise:error=ENOSPC:hit=2; mid-write:delay:seconds=0.2:times=5'
-    STYLEMILL_FAULTS='mid-sample:segfault:row=7:times=always'  a pair that kills whoever samples it
-    STYLEMILL_FAULTS_STATE=/tmp/some-folder                   where hits are counted, over all processes
+    STYLEMILL_FAILPOINTS='after-record:kill:shard=1'              at the first hit, and never again
+    STYLEMILL_FAILPOINTS='mid-sample:raise:error=ENOSPC:hit=2; mid-write:delay:seconds=0.2:times=5'
+    STYLEMILL_FAILPOINTS='mid-sample:segfault:row=7:times=always'  a pair that kills whoever samples it
+    STYLEMILL_FAILPOINTS_STATE=/tmp/some-folder                   where hits are counted, over all processes
 
 A rule is `point:action` and conditions. `hit`, `times`, `seconds` and `error` are the rule's own; any other is compared
 with what the point says of itself (shard, step, row, folder, …). Without the variable, which no one sets but
@@ -67,9 +67,9 @@ class Rule:
         return point == self.point and all(_holds(facts.get(name), wanted) for name, wanted in self.conditions.items())
 
 
-def fault(point: str, **facts: Any) -> None:
+def failpoint(point: str, **facts: Any) -> None:
     """A point of the protocol, with what a rule may ask of it; a collection holds if any of its members does."""
-    if not (text := os.environ.get("STYLEMILL_FAULTS")):
+    if not (text := os.environ.get("STYLEMILL_FAILPOINTS")):
         return
     for rule in parse(text):
         if rule.applies(point, facts):
@@ -80,12 +80,12 @@ def fault(point: str, **facts: Any) -> None:
 
 @lru_cache
 def parse(text: str) -> tuple[Rule, ...]:
-    """The rules of STYLEMILL_FAULTS. Raises ValueError for a point or action that there is not."""
+    """The rules of STYLEMILL_FAILPOINTS. Raises ValueError for a point or action that there is not."""
     rules = []
     for number, words in enumerate(word for word in text.split(";") if word.strip()):
         point, action, *options = (part.strip() for part in words.split(":"))
         if point not in POINTS or action not in ACTIONS:
-            raise ValueError(f"STYLEMILL_FAULTS: {words.strip()!r}: points {POINTS}, actions {ACTIONS}")
+            raise ValueError(f"STYLEMILL_FAILPOINTS: {words.strip()!r}: points {POINTS}, actions {ACTIONS}")
         given = dict(option.split("=", 1) for option in options)
         own = {name: given.pop(name) for name in _OWN if name in given}
         times = own.get("times", "1")
@@ -112,7 +112,7 @@ def _holds(fact: Any, wanted: str) -> bool:
 
 def _count(rule: Rule) -> int:
     """Which hit of the rule this is, from 1, over all processes: each makes the next file that is not there."""
-    folder = Path(os.environ["STYLEMILL_FAULTS_STATE"])
+    folder = Path(os.environ["STYLEMILL_FAILPOINTS_STATE"])
     for hit in count(1):
         try:
             os.close(os.open(folder / f"{rule.number}-{rule.point}-{hit}", os.O_CREAT | os.O_EXCL))

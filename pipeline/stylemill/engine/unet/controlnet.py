@@ -11,9 +11,9 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
-from stylemill.config.sampling import ControlNet
+from stylemill.config.model import ControlNet
 from stylemill.engine.inputs import InputImage, Pair
-from stylemill.engine.state import Inputs, PairInputs
+from stylemill.engine.state import PairInputs, ShardInputs
 from stylemill.errors import ModelError
 from stylemill.models.architecture import refuse_other_controlnet
 
@@ -84,7 +84,7 @@ class Control:
     steps: int
 
     @classmethod
-    def of(cls, inputs: Inputs, pairs: Sequence[PairInputs], step: int, steps: int, copies: int) -> Control:
+    def of(cls, inputs: ShardInputs, pairs: Sequence[PairInputs], step: int, steps: int, copies: int) -> Control:
         """Those of `pairs`, as often as the batch holds each pair."""
         nets = zip(*(pair.controls for pair in pairs), strict=True)
         return cls([torch.stack([inputs.controls[image] for image in own] * copies) for own in nets], step, steps)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stylemill.engine.batching import Batch, micro_batches
-from stylemill.engine.state import Arrays, Inputs
+from stylemill.engine.state import Arrays, ShardInputs
 from stylemill.engine.unet.model import DiffusionModel
 
 UNSOUND = "refining the VAE's decoder on its style became NaN or Inf; lower refine_decoder_lr"
@@ -52,7 +52,7 @@ class RecentDecoders:
             self._kept.popitem(last=False)
 
 
-def by_decoder(inputs: Inputs, size: int) -> Iterator[tuple[int | None, list[Batch]]]:
+def by_decoder(inputs: ShardInputs, size: int) -> Iterator[tuple[int | None, list[Batch]]]:
     """The micro-batches that one decoder serves, and the style it is refined on; None and all without refinement.
 
     The first style of a pair decides. Who shares a batch follows from the manifest rows alone, as in sampling.
@@ -70,7 +70,11 @@ def by_decoder(inputs: Inputs, size: int) -> Iterator[tuple[int | None, list[Bat
 
 @contextmanager
 def refined(
-    model: DiffusionModel, inputs: Inputs, style: int | None, numerics: Mapping[str, str | int], cache: DecoderCache
+    model: DiffusionModel,
+    inputs: ShardInputs,
+    style: int | None,
+    numerics: Mapping[str, str | int],
+    cache: DecoderCache,
 ) -> Iterator[bool]:
     """Let the VAE decode with the decoder refined on `style` until the block ends; whether that decoder is sound.
 
@@ -127,7 +131,7 @@ def refine(vae: Any, latent: Tensor, image: Tensor, steps: int, rate: float) -> 
     }
 
 
-def _settings_digest(inputs: Inputs, numerics: Mapping[str, str | int]) -> str:
+def _settings_digest(inputs: ShardInputs, numerics: Mapping[str, str | int]) -> str:
     """What a refined decoder depends on besides its style and the model."""
     settings = {"steps": inputs.refine_steps, "rate": inputs.refine_rate, **numerics}
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stylemill.config.sampling import Lora
+from stylemill.config.model import Lora
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.errors import ModelError
 

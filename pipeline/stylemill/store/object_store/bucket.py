@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from stylemill import s3
 from stylemill.errors import OutputError, StorageError, StylemillError
-from stylemill.testing.failpoints import fault
+from stylemill.testing.failpoints import failpoint
 
 _log = logging.getLogger(__name__)
 TRIES = 8  # of a call that a busy, silent or absent store does not answer: about a minute of pauses
@@ -178,7 +178,7 @@ class Bucket:
                 for number in range(1, -(-size // PART) + 1):
                     done = self._call("upload_part", key, **upload, PartNumber=number, Body=source.read(PART))
                     parts.append({"PartNumber": number, "ETag": done["ETag"]})
-                    fault("mid-publish", folder=key.split("/")[-2])
+                    failpoint("mid-publish", folder=key.split("/")[-2])
                 self._complete(key, size, MultipartUpload={"Parts": parts}, **upload)
             except BaseException:
                 self._abort(key, upload)

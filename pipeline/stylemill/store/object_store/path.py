@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from stylemill.config.paths import split_url
 from stylemill.errors import OutputError
 from stylemill.store.object_store.bucket import Bucket, Found, bucket
-
-_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)")  # pathlib makes one slash of two
 
 PROBE = ".stylemill-probe-"
 
@@ -109,13 +108,14 @@ class BucketPath(_Base):
 
 def output_path(output: str | Path) -> Path:
     """The run folder that a job or a user names. Raises OutputError for a scheme that is not written."""
-    match = _URI.fullmatch(str(output))
-    if match is None:
+    url = split_url(PurePath(output))
+    if url is None:
         return Path(output)
-    uri = f"{match['scheme']}://{match['rest']}"
-    if match["scheme"].lower() != "s3":
+    scheme, rest = url
+    uri = f"{scheme}://{rest}"
+    if scheme != "s3":
         raise OutputError(f"output {uri}: only local folders and s3:// can be written; give a path such as runs/first")
-    path = BucketPath("s3:/" + "/" + match["rest"])
+    path = BucketPath(f"s3://{rest}")
     if len(path.parts) < 2 or any(part in (".", "..") for part in path.parts):
         raise OutputError(f"output {uri}: name a bucket and a folder in it, such as s3://bucket/runs/first")
     return path

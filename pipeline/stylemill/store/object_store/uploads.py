@@ -16,8 +16,8 @@ from stylemill.store.atomic import publish
 from stylemill.store.ledger import Ledger
 from stylemill.store.object_store.path import PROBE, BucketPath
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, checked, standing_record
-from stylemill.testing.failpoints import fault
+from stylemill.store.records import Record, checked, valid_record
+from stylemill.testing.failpoints import failpoint
 
 
 def upload(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:
@@ -30,11 +30,11 @@ def upload(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
         return checked(paths, standing, record.shard, record.generation)
     except (FileNotFoundError, DamagedError):
         pass  # a damaged one is set aside by the driver
-    fault("before-publish", shard=record.shard)
+    failpoint("before-publish", shard=record.shard)
     for tmp, entry in ((data_tmp, record.data), (failures_tmp, record.failures)):
         if tmp is not None and entry is not None:
             publish(tmp, paths.output / entry.name)
-    fault("after-publish", shard=record.shard)
+    failpoint("after-publish", shard=record.shard)
     return record
 
 
@@ -58,7 +58,7 @@ def remove_unnamed(paths: RunPaths, ledger: Ledger) -> None:
 
 def _named(paths: RunPaths, shard: int, generation: int) -> set[Path]:
     try:
-        record = standing_record(paths, shard, generation)
+        record = valid_record(paths, shard, generation)
     except DamagedError:
         record = None
     return {paths.output / entry.name for entry in (record and record.data, record and record.failures) if entry}
