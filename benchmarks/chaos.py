@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos_check import check, steps_repeated, tracebacks
-from chaos_life import Driver, Setting, write_job
+from chaos_driver import Driver, Setting, write_job
 from stylemill.testing.failpoints import POINTS
 
 FAULTS_A_LIFE = {"ray": 12, "inline": 3}  # drawn; inline, the first that kills ends it

@@ -44,7 +44,7 @@ def one_ray(tests: ModuleType) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-class Ears:
+class RecordingListener:
     """A listener that keeps what it hears."""
 
     def __init__(self, micro_batch: int | None = None) -> None:

@@ -651,10 +651,10 @@ def test_a_full_disk_loses_nothing(stylemill_says, here, disk, monkeypatch):
 
     process_shard = stylemill.execution.local.process_shard
 
-    def filled_before_the_second(run, lease, *rest):
-        if lease.shard == 1:
+    def filled_before_the_second(run, attempt, *rest):
+        if attempt.shard == 1:
             disk.fill()
-        return process_shard(run, lease, *rest)
+        return process_shard(run, attempt, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(stylemill.execution.local, "process_shard", filled_before_the_second)

@@ -19,20 +19,20 @@ from typing import Any
 
 import pytest
 
-from ray_runs import PATIENCE, Ears, data_files, make_run, one_ray
+from ray_runs import PATIENCE, RecordingListener, data_files, make_run, one_ray
 from stylemill import __version__, errors
 from stylemill.cluster import Timeouts, run_on_ray
-from stylemill.cluster import actors as crew
-from stylemill.cluster.assignment import LeaseBook
-from stylemill.cluster.capacity import Ask, ask, room
+from stylemill.cluster import actors as actors
+from stylemill.cluster.assignment import Assignments
+from stylemill.cluster.capacity import WorkerResources, worker_capacity, worker_resources
 from stylemill.cluster.session import session
-from stylemill.cluster.worker import Home, Loaded, Worker
+from stylemill.cluster.worker import Loaded, Worker, WorkerLocation
 from stylemill.config.job import ClusterSettings
 from stylemill.errors import ClusterError, IncompleteError, ManifestError, ModelError, StorageError, StylemillError
-from stylemill.execution.attempt import Lease, Progress, Run
+from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.store.records import Record
 
-# --- the lease book ---------------------------------------------------------------------------------------------------
+# --- assignment -------------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -42,31 +42,31 @@ class Clock:
         return self.now
 
 
-def lease(shard: int) -> Lease:
-    return Lease(shard, f"attempt-{shard}-{time.monotonic_ns()}", {})
+def new_attempt(shard: int) -> Attempt:
+    return Attempt(shard, f"attempt-{shard}-{time.monotonic_ns()}", {})
 
 
-def lease_out(book: LeaseBook, workers: list[int], coming: int = 0) -> dict[int, list[int]]:
+def lease_out(book: Assignments, workers: list[int], coming: int = 0) -> dict[int, list[int]]:
     """Grant all that the book has to give; shards by worker."""
     while choice := book.choose(workers, coming):
-        book.grant(choice[0], lease(choice[1]))
+        book.grant(choice[0], new_attempt(choice[1]))
     return {worker: [held.shard for held in book.held_by(worker)] for worker in workers}
 
 
-def at(held: Lease, step: int, stage: str = "sample") -> Progress:
-    return Progress(held.shard, held.attempt, stage, step, 10, 4)
+def at(held: Attempt, step: int, stage: str = "sample") -> Progress:
+    return Progress(held.shard, held.id, stage, step, 10, 4)
 
 
 def test_every_worker_gets_one_lease_before_any_gets_two() -> None:
-    assert lease_out(LeaseBook(range(20), 1), [1, 2, 3]) == {1: [0, 3], 2: [1, 4], 3: [2, 5]}
+    assert lease_out(Assignments(range(20), 1), [1, 2, 3]) == {1: [0, 3], 2: [1, 4], 3: [2, 5]}
 
 
 def test_workers_still_loading_have_shards_kept_for_them() -> None:
-    assert lease_out(LeaseBook(range(3), 1), [1], coming=2) == {1: [0]}
+    assert lease_out(Assignments(range(3), 1), [1], coming=2) == {1: [0]}
 
 
 def test_the_last_shards_go_to_whoever_is_furthest() -> None:
-    book = LeaseBook(range(3), 1)
+    book = Assignments(range(3), 1)
     assert lease_out(book, [1, 2]) == {1: [0], 2: [1]}
     book.note(at(book.held_by(1)[0], 4))
     assert lease_out(book, [1, 2]) == {1: [0], 2: [1]}
@@ -76,7 +76,7 @@ def test_the_last_shards_go_to_whoever_is_furthest() -> None:
 
 def test_a_failed_shard_waits_and_is_given_up_after_its_attempts() -> None:
     clock = Clock()
-    book = LeaseBook([7], 2, clock)
+    book = Assignments([7], 2, clock)
     lease_out(book, [1])
     assert book.failed(book.held_by(1)[0], "disk full")
     assert lease_out(book, [1]) == {1: []}
@@ -89,7 +89,7 @@ def test_a_failed_shard_waits_and_is_given_up_after_its_attempts() -> None:
 
 def test_a_death_is_not_charged_to_the_shard_read_ahead() -> None:
     clock = Clock()
-    book = LeaseBook(range(10), 1, clock)
+    book = Assignments(range(10), 1, clock)
     lease_out(book, [1])
     book.note(at(book.held_by(1)[0], 3))
     book.lost(1, "killed")
@@ -99,7 +99,7 @@ def test_a_death_is_not_charged_to_the_shard_read_ahead() -> None:
 
 def test_after_a_death_suspects_work_alone() -> None:
     clock = Clock()
-    book = LeaseBook(range(10), 9, clock)
+    book = Assignments(range(10), 9, clock)
     lease_out(book, [1, 2])
     for held in book.held_by(1):
         book.note(at(held, 3))
@@ -115,7 +115,7 @@ def test_after_a_death_suspects_work_alone() -> None:
 
 
 def test_a_shard_given_back_costs_no_attempt() -> None:
-    book = LeaseBook([0], 1)
+    book = Assignments([0], 1)
     lease_out(book, [1])
     book.returned(book.held_by(1)[0])
     assert book.unfinished() == {0: "stopped before it was finished"}
@@ -129,9 +129,9 @@ CPU_NODE = {"CPU": 8.0, "memory": 10e9}
 
 
 def test_a_worker_asks_for_a_gpu_where_there_is_one() -> None:
-    assert ask(ClusterSettings(), [CPU_NODE, GPU_NODE]) == Ask(cpus=0, gpus=1)
-    assert ask(ClusterSettings(threads=2), [CPU_NODE]) == Ask(cpus=2, gpus=0)
-    assert ask(ClusterSettings(gpus_per_worker=0.0), [GPU_NODE]) == Ask(cpus=1, gpus=0)
+    assert worker_resources(ClusterSettings(), [CPU_NODE, GPU_NODE]) == WorkerResources(cpus=0, gpus=1)
+    assert worker_resources(ClusterSettings(threads=2), [CPU_NODE]) == WorkerResources(cpus=2, gpus=0)
+    assert worker_resources(ClusterSettings(gpus_per_worker=0.0), [GPU_NODE]) == WorkerResources(cpus=1, gpus=0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_worker_asks_for_a_gpu_where_there_is_one() -> None:
 def test_workers_follow_the_size_of_the_cluster(
     cluster: ClusterSettings, machines: list[dict[str, float]], resident: int, workers: int
 ) -> None:
-    assert room(cluster, ask(cluster, machines), machines, resident) == workers
+    assert worker_capacity(cluster, worker_resources(cluster, machines), machines, resident) == workers
 
 
 # --- reaching Ray -----------------------------------------------------------------------------------------------------
@@ -221,15 +221,15 @@ def ray_session() -> Iterator[None]:
 class Hand(Worker):
     """A worker without a model. A test overrides `work`; `trace` keeps what happened, in the run folder."""
 
-    def hello(self) -> Home:
-        return Home("here", os.getpid(), __version__)
+    def hello(self) -> WorkerLocation:
+        return WorkerLocation("here", os.getpid(), __version__)
 
     def load(self, micro_batch: int | None) -> Loaded:
         self.trace("load", micro_batch)
         return Loaded({"micro_batch": micro_batch or 7}, 0)
 
-    def work(self, lease: Lease) -> Record | None:
-        return Record(lease.shard, "f" * 64, 0, 1, lease.attempt)
+    def work(self, attempt: Attempt) -> Record | None:
+        return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
 
     def trace(self, *words: object) -> int:
         """Note `words`; how often they have been noted, this time included."""
@@ -241,12 +241,16 @@ class Hand(Worker):
 
 
 @pytest.fixture
-def hands(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Ears]]:
+def hands(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[Any, RecordingListener]]:
     """Runs shards with workers of the given class."""
 
-    def work(kind: type[Worker], shards: int = 3, ears: Ears | None = None, **cluster: Any) -> tuple[Any, Ears]:
-        monkeypatch.setattr(crew, "Worker", kind)
-        ears = ears or Ears()
+    def work(
+        kind: type[Worker], shards: int = 3, ears: RecordingListener | None = None, **cluster: Any
+    ) -> tuple[Any, RecordingListener]:
+        monkeypatch.setattr(actors, "Worker", kind)
+        ears = ears or RecordingListener()
         run = make_run(tmp_path, shards, 1, cluster={"workers": 2, **cluster})
         return run_on_ray(run, range(shards), {}, ears, threading.Event(), PATIENCE), ears
 
@@ -265,11 +269,11 @@ def test_the_first_worker_settles_the_micro_batch_for_all(hands: Any, tmp_path: 
 
 def test_a_worker_that_raised_unexpectedly_is_replaced(hands: Any, tmp_path: Path) -> None:
     class Stumbling(Hand):
-        def work(self, lease: Lease) -> Record | None:
+        def work(self, attempt: Attempt) -> Record | None:
             self.trace("pid", os.getpid())
-            if lease.shard == 1 and self.trace("shard 1") == 1:
+            if attempt.shard == 1 and self.trace("shard 1") == 1:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            return super().work(lease)
+            return super().work(attempt)
 
     left, ears = hands(Stumbling, workers=1)
     assert left == {}
@@ -282,21 +286,21 @@ def test_a_worker_that_raised_unexpectedly_is_replaced(hands: Any, tmp_path: Pat
 def test_a_worker_that_dies_while_it_is_to_be_replaced_is_gone_once(hands: Any, tmp_path: Path) -> None:
     heard = tmp_path / "heard"
 
-    class Listening(Ears):
+    class Listening(RecordingListener):
         def warn(self, message: str) -> None:
             super().warn(message)
             if "shard 1: RuntimeError" in message:
                 heard.touch()
 
     class Failing(Hand):
-        def work(self, lease: Lease) -> Record | None:
-            if lease.shard == 1 and self.trace("shard 1") == 1:
+        def work(self, attempt: Attempt) -> Record | None:
+            if attempt.shard == 1 and self.trace("shard 1") == 1:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            if lease.shard == 0 and self.trace("shard 0") == 1:
+            if attempt.shard == 0 and self.trace("shard 0") == 1:
                 while not heard.exists():
                     time.sleep(0.005)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(lease)
+            return super().work(attempt)
 
     left, ears = hands(Failing, ears=Listening(), workers=1)
     assert left == {}
@@ -306,11 +310,11 @@ def test_a_worker_that_dies_while_it_is_to_be_replaced_is_gone_once(hands: Any, 
 
 def test_transient_trouble_costs_an_attempt_and_leaves_the_others_alone(hands: Any, tmp_path: Path) -> None:
     class Unlucky(Hand):
-        def work(self, lease: Lease) -> Record | None:
+        def work(self, attempt: Attempt) -> Record | None:
             self.trace("pid", os.getpid())
-            if lease.shard == 1:
+            if attempt.shard == 1:
                 raise StorageError("the disk is full")
-            return super().work(lease)
+            return super().work(attempt)
 
     left, ears = hands(Unlucky, workers=1)
     assert left == {1: "2 attempts failed, the last one: the disk is full"}
@@ -340,16 +344,16 @@ def test_workers_that_die_while_loading_are_tried_only_so_often(hands: Any) -> N
 class Patient(Hand):
     """Shard 0 is done at once, the others when asked to stop."""
 
-    def work(self, lease: Lease) -> Record | None:
-        if lease.shard == 0:
-            return super().work(lease)
+    def work(self, attempt: Attempt) -> Record | None:
+        if attempt.shard == 0:
+            return super().work(attempt)
         self._stopping.wait(60)
-        self.trace("checkpoint", lease.shard)
+        self.trace("checkpoint", attempt.shard)
         return None
 
 
 def test_a_listener_that_raises_stops_the_run_gently(hands: Any, tmp_path: Path) -> None:
-    class Strict(Ears):
+    class Strict(RecordingListener):
         def committed(self, record: Record) -> None:
             raise IncompleteError("too many failed")
 
@@ -360,10 +364,10 @@ def test_a_listener_that_raises_stops_the_run_gently(hands: Any, tmp_path: Path)
 
 def test_a_shard_that_no_attempt_can_cure_stops_the_others_gently(hands: Any, tmp_path: Path) -> None:
     class Misled(Patient):
-        def work(self, lease: Lease) -> Record | None:
-            if lease.shard == 0:
+        def work(self, attempt: Attempt) -> Record | None:
+            if attempt.shard == 0:
                 raise ManifestError("pairs.parquet: row 0, style: is null")
-            return super().work(lease)
+            return super().work(attempt)
 
     with pytest.raises(ManifestError, match=r"^pairs.parquet: row 0, style: is null$"):
         hands(Misled)
@@ -373,7 +377,7 @@ def test_a_shard_that_no_attempt_can_cure_stops_the_others_gently(hands: Any, tm
 def test_a_cluster_without_room_is_named(ray_session: None, tmp_path: Path) -> None:
     run = make_run(tmp_path, 2, 1, cluster={"gpus_per_worker": 8.0, "workers": 1})
     with pytest.raises(ClusterError, match=r"each asks for 8 GPU, and the cluster has .* GPUs and \d+ CPUs"):
-        run_on_ray(run, [0, 1], {}, Ears(), threading.Event(), Timeouts(place=0.3))
+        run_on_ray(run, [0, 1], {}, RecordingListener(), threading.Event(), Timeouts(place=0.3))
 
 
 # --- with Ray and the model -------------------------------------------------------------------------------------------
@@ -397,7 +401,9 @@ def inline(
     engine = load_engine(run, None)
 
     def finish(run: Run, shard: int) -> None:
-        assert process_shard(run, run.lease(shard, {}), engine, nullcontext(), lambda progress: None, lambda: False)
+        assert process_shard(
+            run, run.new_attempt(shard, {}), engine, nullcontext(), lambda progress: None, lambda: False
+        )
 
     for shard in range(3):
         finish(run, shard)
@@ -408,14 +414,14 @@ def test_a_worker_killed_while_sampling_is_replaced_and_no_byte_differs(
     ray_session: None, model: Path, inline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Telling(Worker):
-        def hello(self) -> Home:
+        def hello(self) -> WorkerLocation:
             home = super().hello()
             (self._run.paths.output / "pid").write_text(str(home.pid))
             return home
 
-    monkeypatch.setattr(crew, "Worker", Telling)
+    monkeypatch.setattr(actors, "Worker", Telling)
     run = make_run(tmp_path, 6, 2, model=str(model), cluster={"workers": 1})
-    ears, killed = Ears(), []
+    ears, killed = RecordingListener(), []
 
     def kill(progress: Progress) -> None:
         if not killed and progress.stage == "sample" and progress.step >= 2:
@@ -434,7 +440,7 @@ def test_asked_to_stop_workers_leave_checkpoints_that_another_start_goes_on_from
     ray_session: None, model: Path, inline: Any, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, 6, 2, model=str(model), cluster={"workers": 1}, checkpoint={"every_steps": 100})
-    ears, stopping = Ears(), threading.Event()
+    ears, stopping = RecordingListener(), threading.Event()
     ears.on_progress = lambda progress: stopping.set() if progress.stage == "sample" else None
     left = run_on_ray(run, range(3), {}, ears, stopping, PATIENCE)
     assert left

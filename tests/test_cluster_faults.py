@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ray_runs import PATIENCE, Ears, make_run, one_ray
+from ray_runs import PATIENCE, RecordingListener, make_run, one_ray
 from stylemill import __version__
-from stylemill.cluster import actors as crew
+from stylemill.cluster import actors as actors
 from stylemill.cluster import run_on_ray
-from stylemill.cluster.worker import Home, Loaded, Worker
+from stylemill.cluster.worker import Loaded, Worker, WorkerLocation
 from stylemill.errors import ModelError
-from stylemill.execution.attempt import Lease, Run
+from stylemill.execution.attempt import Attempt, Run
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
@@ -50,14 +50,14 @@ class Faulty(Worker):
 @pytest.fixture
 def run_with(ray_session: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Works off a run of 2 shards of 4 pairs in which `rules` hold; returns it with what was heard."""
-    monkeypatch.setattr(crew, "Worker", Faulty)
+    monkeypatch.setattr(actors, "Worker", Faulty)
 
-    def work(rules: str, name: str, **cluster: Any) -> tuple[Run, Ears]:
+    def work(rules: str, name: str, **cluster: Any) -> tuple[Run, RecordingListener]:
         folder = tmp_path / name
         folder.mkdir()
         cluster = {"workers": 1, "micro_batch": 2, **cluster}
         job = {"retries": 2, "sampling": {"steps": 4}, "cluster": cluster}
-        run, ears = make_run(folder, 8, 4, model=str(model), **job), Ears()
+        run, ears = make_run(folder, 8, 4, model=str(model), **job), RecordingListener()
         (run.paths.output / "faults").write_text(rules)
         assert run_on_ray(run, range(2), {}, ears, threading.Event(), PATIENCE) == {}, ears.warnings
         assert sorted(ears.done) == [0, 1]
@@ -130,20 +130,20 @@ class Settler(Worker):
 
     unfit: tuple[str, ...] = ()
 
-    def hello(self) -> Home:
+    def hello(self) -> WorkerLocation:
         places = self._run.paths.output / "places"
         with open(places, "a") as file:
             file.write(".")
         self.host = f"machine {places.stat().st_size % 2}"
-        return Home(self.host, os.getpid(), __version__)
+        return WorkerLocation(self.host, os.getpid(), __version__)
 
     def load(self, micro_batch: int | None) -> Loaded:
         if self.host in self.unfit:
             raise ModelError(f"{self.host}: no model there")
         return Loaded({"micro_batch": 1}, 0)
 
-    def work(self, lease: Lease) -> Record | None:
-        return Record(lease.shard, "f" * 64, 0, 1, lease.attempt)
+    def work(self, attempt: Attempt) -> Record | None:
+        return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
 
 
 class OneUnfit(Settler):
@@ -157,8 +157,8 @@ class AllUnfit(Settler):
 def test_a_machine_where_the_model_cannot_be_loaded_is_given_up_and_others_go_on(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew, "Worker", OneUnfit)
-    run, ears = make_run(tmp_path, 4, 1, cluster={"workers": 2}), Ears()
+    monkeypatch.setattr(actors, "Worker", OneUnfit)
+    run, ears = make_run(tmp_path, 4, 1, cluster={"workers": 2}), RecordingListener()
     assert run_on_ray(run, range(4), {}, ears, threading.Event(), PATIENCE) == {}
     assert sorted(ears.done) == [0, 1, 2, 3]
     assert any("cannot be loaded on machine 1" in warning for warning in ears.warnings)
@@ -167,7 +167,7 @@ def test_a_machine_where_the_model_cannot_be_loaded_is_given_up_and_others_go_on
 def test_when_no_machine_can_load_the_model_the_run_stops_with_the_reason(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew, "Worker", AllUnfit)
+    monkeypatch.setattr(actors, "Worker", AllUnfit)
     run = make_run(tmp_path, 4, 1, cluster={"workers": 2})
     with pytest.raises(ModelError, match=r"^machine \d: no model there$"):
-        run_on_ray(run, range(4), {}, Ears(), threading.Event(), PATIENCE)
+        run_on_ray(run, range(4), {}, RecordingListener(), threading.Event(), PATIENCE)

@@ -109,7 +109,7 @@ def test_only_committed_rows_are_drawn_and_only_as_many_as_fit(paths, tmp_path, 
 
     def counted(self, start=0, stop=None, occurrences=None):
         for row in read(self, start, stop, occurrences):
-            seen.append(row.row)
+            seen.append(row.manifest_row)
             yield row
 
     monkeypatch.setattr(Manifest, "rows", counted)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from demo_training import pool as pool_module
-from demo_training.manners import MANNERS
 from demo_training.pictures import SIDE, picture
+from demo_training.renderers import MANNERS
 from demo_training.train import main
 from demo_training.unet import smooth_downsampling
 from demo_training.vae import components, new_vae, psnr, set_decoder, set_encoder

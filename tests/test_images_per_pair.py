@@ -34,15 +34,15 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def test_any_range_of_images_is_part_of_the_whole(manifest: Path):
-    opened = open_manifest(manifest).with_copies(3)
-    whole = list(opened.images(0, opened.num_images))
+    opened = open_manifest(manifest).with_images_per_pair(3)
+    whole = list(opened.output_rows(0, opened.num_output_rows))
     assert [row.pair_id for row in whole] == ["a.0", "a.1", "a.2", "b.0", "b.1", "b.2", "c.0", "c.1", "c.2"]
-    assert [row.row for row in whole] == list(range(9))
+    assert [row.output_row for row in whole] == list(range(9))
     assert [row.seed for row in whole] == [None] * 3 + [7, 8, 9] + [None] * 3
     for start in range(9):
         for stop in range(start + 1, 10):
-            assert list(opened.images(start, stop)) == whole[start:stop]
-            labels = opened.carried_images(start, stop)["label"].to_pylist()
+            assert list(opened.output_rows(start, stop)) == whole[start:stop]
+            labels = opened.carried_output_rows(start, stop)["label"].to_pylist()
             assert labels == [1, 1, 1, 2, 2, 2, 3, 3, 3][start:stop]
 
 

@@ -51,7 +51,7 @@ def test_every_known_column_arrives_in_the_row(file: Path) -> None:
     manifest = open_manifest(write(file, table))
     (row,) = manifest.rows()
     assert manifest.style_is_list
-    assert (row.row, row.pair_id, row.seed, row.content_weight) == (0, "a", 7, 0.5)
+    assert (row.manifest_row, row.pair_id, row.seed, row.content_weight) == (0, "a", 7, 0.5)
     assert (row.prompt, row.negative_prompt) == ("a cat", "blur")
     assert row.content == ImageRef("photos/cat.jpg")
     assert [(column, ref.path) for column, ref in row.images()] == [
@@ -197,7 +197,7 @@ def test_ranges_cross_row_groups(file: Path, start: int, stop: int | None) -> No
     table = {"style": names, "number": list(range(37)), "style.name": names, "a.b": names}
     manifest = open_manifest(write(file, table, row_group_size=10))
     rows = list(manifest.rows(start, stop))
-    assert [row.row for row in rows] == list(range(37))[start:stop]
+    assert [row.manifest_row for row in rows] == list(range(37))[start:stop]
     assert [row.styles[0].path for row in rows] == names[start:stop]
     carried = manifest.carried_rows(start, stop)
     assert carried.column_names == ["number", "style.name", "a.b"]
@@ -238,7 +238,7 @@ def test_a_bad_row_is_named_when_it_is_reached(file: Path) -> None:
         list(manifest.rows())
     with pytest.raises(ManifestError, match="row 2, column 'style': is null"):
         manifest.repeated_rows()
-    assert [row.row for row in manifest.rows(3)] == [3]
+    assert [row.manifest_row for row in manifest.rows(3)] == [3]
 
 
 def test_strings_that_are_not_utf8_are_a_problem_of_their_row(file: Path) -> None:

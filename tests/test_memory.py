@@ -17,7 +17,7 @@ from ray_runs import make_run
 from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Pair
 from stylemill.errors import DeviceMemoryError
-from stylemill.execution.attempt import Lease, Progress, Run
+from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.execution.shard import process_shard
 from stylemill.store.records import Record
 
@@ -139,10 +139,10 @@ def test_the_record_and_a_warning_say_so_and_the_shard_that_never_fits_stays_ope
 # --- pairs that are left out ------------------------------------------------------------------------------------------
 
 
-def committed(run: Run, engine: Engine, lease: Lease, stop_at: int | None = None) -> dict[int, bytes]:
-    """Images by row after the lease was worked off, up to a step if so."""
+def committed(run: Run, engine: Engine, attempt: Attempt, stop_at: int | None = None) -> dict[int, bytes]:
+    """Images by row after the attempt was worked off, up to a step if so."""
     heard: list[Progress] = []
-    process_shard(run, lease, engine, nullcontext(), heard.append, lambda: bool(heard) and heard[-1].step == stop_at)
+    process_shard(run, attempt, engine, nullcontext(), heard.append, lambda: bool(heard) and heard[-1].step == stop_at)
     files = sorted(run.paths.data_folder.iterdir())
     return {row["row"]: row["image"]["bytes"] for path in files for row in pq.read_table(path).to_pylist()}
 
@@ -158,18 +158,18 @@ def test_a_killer_is_left_out_untouched_and_no_byte_of_the_others_moves(
         (tmp_path / name).mkdir()
         runs.append(make_run(tmp_path / name, 4, 4, model=str(folder), **job))
     whole, run = runs
-    expected = committed(whole, engine, whole.lease(0, {}))
+    expected = committed(whole, engine, whole.new_attempt(0, {}))
     if begun:
-        assert committed(run, engine, run.lease(0, {}), stop_at=2) == {}
+        assert committed(run, engine, run.new_attempt(0, {}), stop_at=2) == {}
     monkeypatch.setenv("STYLEMILL_FAILPOINTS", "mid-sample:raise:row=3:times=always")
     monkeypatch.setenv("STYLEMILL_FAILPOINTS_STATE", str(tmp_path))
-    lease = replace(run.lease(0, {}), killers={3: "sample"})
+    attempt = replace(run.new_attempt(0, {}), poison_pairs={3: "sample"})
     if begun:  # and from then on a checkpoint alone says who is left out
         monkeypatch.setenv("STYLEMILL_FAILPOINTS", "before-decode:raise; mid-sample:raise:row=3:times=always")
         with pytest.raises(RuntimeError, match="injected at before-decode"):
-            committed(run, engine, lease)
-        lease = run.lease(0, {})
-    found = committed(run, engine, lease)
+            committed(run, engine, attempt)
+        attempt = run.new_attempt(0, {})
+    found = committed(run, engine, attempt)
     del expected[3]
     assert found == expected
     (lost,) = pq.read_table(run.paths.failures(0)).to_pylist()

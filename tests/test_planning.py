@@ -262,7 +262,7 @@ def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, settings, 
 
 
 def test_features_above_the_budget_are_worked_in_blocks(job):
-    rows = [Row(i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # zip: nothing to share
+    rows = [Row(i, i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # zip: nothing to share
     shape = _shape(SD15)
     image = shape.feature_elements(None, (64, 64)) * 4  # 16.9 million scalars in float32
     budget = 4 * image // 2**20 + 1  # room for the four images of two pairs
@@ -271,7 +271,7 @@ def test_features_above_the_budget_are_worked_in_blocks(job):
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 16 * 50, 16 * 50)
     assert cost.memory.features == 4 * image
 
-    tile = [Row(i, str(i), ImageRef(f"c{i // 4}"), (ImageRef(f"s{i % 4}"),)) for i in range(8)]
+    tile = [Row(i, i, str(i), ImageRef(f"c{i // 4}"), (ImageRef(f"s{i % 4}"),)) for i in range(8)]
     cost = count_cost(blocked, [tile], shape)
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 4 * 3 * 50, 16 * 50)
 

@@ -337,7 +337,7 @@ def run_job(folder: Path, tmp_path: Path) -> Any:
             engine = load_engine(this, None)
             left = process_shard(
                 this,
-                this.lease(0, {}),
+                this.new_attempt(0, {}),
                 engine,
                 nullcontext(),
                 news.append,
@@ -345,7 +345,7 @@ def run_job(folder: Path, tmp_path: Path) -> Any:
             )
             assert left is None
             assert list(paths.checkpoints(0).iterdir())
-            record = process_shard(this, this.lease(0, {}), engine, nullcontext(), news.append, lambda: False)
+            record = process_shard(this, this.new_attempt(0, {}), engine, nullcontext(), news.append, lambda: False)
             assert record is not None
             assert [report.step for report in news if report.stage == "sample"] == [1, 2, 3]
         else:

@@ -199,7 +199,7 @@ EXPANDED = {"size": [256, 128], "style_size": 128}
 
 def test_a_plan_counts_windows_as_the_engine_does(model: Path, tmp_path: Path) -> None:
     planned = job(tmp_path, model, image=EXPANDED, sampling={"steps": 1, "window": 16, "iterations": 2})
-    rows = [Row(i, f"p{i}", None, (ImageRef(f"{i % 2}.png"),)) for i in range(2)]
+    rows = [Row(i, i, f"p{i}", None, (ImageRef(f"{i % 2}.png"),)) for i in range(2)]
     cost = count_cost(planned, [rows], read_shape(model))
     engine = Engine.load(model, dtype="float32", device="cpu", micro_batch=4)
     pairs = [Pair((InputImage(str(i), pixels(i, (128, 128))),), (256, 128)) for i in range(2)]

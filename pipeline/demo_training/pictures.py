@@ -20,7 +20,7 @@ from demo_training.fields import (
     grid,
     palette,
 )
-from demo_training.manners import MANNERS
+from demo_training.renderers import MANNERS
 
 
 def picture(seed: int, number: int) -> tuple[NDArray[np.uint8], str]:

@@ -17,40 +17,40 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from stylemill.cluster.assignment import LEASES
-from stylemill.cluster.capacity import Ask, Resources
-from stylemill.cluster.worker import Home, Worker
-from stylemill.execution.attempt import Lease, Run
+from stylemill.cluster.assignment import ATTEMPTS_PER_WORKER
+from stylemill.cluster.capacity import Resources, WorkerResources
+from stylemill.cluster.worker import Worker, WorkerLocation
+from stylemill.execution.attempt import Attempt, Run
 
-THREADS = LEASES + 2  # of an actor: its leases, and two short calls beside them
+THREADS = ATTEMPTS_PER_WORKER + 2  # of an actor: its attempts, and two short calls beside them
 
 
 @dataclass(eq=False)
-class Member:
-    """A worker as the driver sees it: asked for, placed (`home`), loading, ready."""
+class WorkerHandle:
+    """A worker as the driver sees it: asked for, placed (`location`), loading, ready."""
 
     number: int
     actor: Any
     since: float = field(default_factory=time.monotonic)
-    home: Home | None = None
+    location: WorkerLocation | None = None
     loading: bool = False
     loading_since: float = 0.0
     ready: bool = False
-    retiring: bool = False  # its process can no longer be trusted: it gets no more leases
+    retiring: bool = False  # its process can no longer be trusted: it gets no more attempts
     asked: float = 0.0  # when it was last asked for a beat
     heard: float = 0.0  # when it last answered
 
     def __str__(self) -> str:
-        return f"worker {self.number}" + (f" ({self.home})" if self.home else "")
+        return f"worker {self.number}" + (f" ({self.location})" if self.location else "")
 
 
 @dataclass(frozen=True)
 class Call:
     """A method of a worker whose answer is awaited."""
 
-    member: Member
+    worker: WorkerHandle
     method: str
-    lease: Lease | None = None
+    attempt: Attempt | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Reply:
     died: str | None = None
 
 
-class Crew:
+class Actors:
     """All workers of a pool, by number, and the calls they have not answered yet."""
 
-    def __init__(self, run: Run, ask: Ask) -> None:
-        self.members: dict[int, Member] = {}
+    def __init__(self, run: Run, ask: WorkerResources) -> None:
+        self.workers: dict[int, WorkerHandle] = {}
         self._numbers = count(1)
         self._calls: dict[Any, Call] = {}
         self._run = run
@@ -76,32 +76,34 @@ class Crew:
             num_cpus=ask.cpus, num_gpus=ask.gpus, max_restarts=0, max_task_retries=0, max_concurrency=THREADS
         )
 
-    def hire(self) -> None:
-        """Ask Ray for one more worker; where there is no room for it yet, it comes when there is."""
-        member = Member(next(self._numbers), self._actor.remote(self._run))
-        self.members[member.number] = member
-        self.call(member, "hello")
+    def create(self) -> None:
+        """WorkerResources Ray for one more worker; where there is no room for it yet, it comes when there is."""
+        worker = WorkerHandle(next(self._numbers), self._actor.remote(self._run))
+        self.workers[worker.number] = worker
+        self.call(worker, "hello")
 
-    def dismiss(self, member: Member) -> None:
+    def remove(self, worker: WorkerHandle) -> None:
         """Kill a worker. Nothing that it still had to say is heard."""
-        del self.members[member.number]
-        self._calls = {reference: call for reference, call in self._calls.items() if call.member is not member}
-        ray.kill(member.actor, no_restart=True)
+        del self.workers[worker.number]
+        self._calls = {reference: call for reference, call in self._calls.items() if call.worker is not worker}
+        ray.kill(worker.actor, no_restart=True)
 
-    def kill(self, member: Member) -> None:
+    def kill(self, worker: WorkerHandle) -> None:
         """Dismiss a worker that hangs. Ray asks a process to end itself, which a stopped one does not hear."""
-        self.dismiss(member)
-        home = member.home
-        if home and home.host == socket.gethostname():
-            _end(home.pid)
-        elif home:
-            for node in [node for node in ray.nodes() if node["Alive"] and node["NodeManagerHostname"] == home.host]:
+        self.remove(worker)
+        location = worker.location
+        if location and location.host == socket.gethostname():
+            _end(location.pid)
+        elif location:
+            for node in [
+                node for node in ray.nodes() if node["Alive"] and node["NodeManagerHostname"] == location.host
+            ]:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ray.remote(_end).options(num_cpus=0, scheduling_strategy=there).remote(home.pid)
+                ray.remote(_end).options(num_cpus=0, scheduling_strategy=there).remote(location.pid)
 
-    def call(self, member: Member, method: str, *arguments: Any) -> None:
-        lease = arguments[0] if method in ("work", "probe") else None
-        self._calls[getattr(member.actor, method).remote(*arguments)] = Call(member, method, lease)
+    def call(self, worker: WorkerHandle, method: str, *arguments: Any) -> None:
+        attempt = arguments[0] if method in ("work", "probe") else None
+        self._calls[getattr(worker.actor, method).remote(*arguments)] = Call(worker, method, attempt)
 
     def replies(self, timeout: float) -> Iterator[Reply]:
         """Every reply that is there, after waiting for the first one for at most `timeout` seconds."""

@@ -12,7 +12,7 @@ SAMPLING_MEMORY = 2  # a CPU worker at work, in units of what it takes once load
 
 
 @dataclass(frozen=True)
-class Ask:
+class WorkerResources:
     """What one worker reserves."""
 
     cpus: float
@@ -26,15 +26,17 @@ class Ask:
         return machine.get("CPU", 0) >= self.cpus and machine.get("GPU", 0) >= self.gpus
 
 
-def ask(cluster: ClusterSettings, machines: Sequence[Resources]) -> Ask:
+def worker_resources(cluster: ClusterSettings, machines: Sequence[Resources]) -> WorkerResources:
     """One GPU a worker where there are any, else its CPU threads. A GPU worker's threads mostly wait for the GPU."""
     gpus = cluster.gpus_per_worker
     if gpus == "auto":
         gpus = 1 if any(machine.get("GPU", 0) >= 1 for machine in machines) else 0
-    return Ask(cpus=0 if gpus else cluster.threads, gpus=gpus)
+    return WorkerResources(cpus=0 if gpus else cluster.threads, gpus=gpus)
 
 
-def room(cluster: ClusterSettings, asked: Ask, machines: Sequence[Resources], resident: int = 0) -> int:
+def worker_capacity(
+    cluster: ClusterSettings, asked: WorkerResources, machines: Sequence[Resources], resident: int = 0
+) -> int:
     """Workers to have: the job's own number, or as many as the machines hold, at least one.
 
     On CPUs memory counts too: `resident` bytes is what a worker takes once loaded, 0 when not known yet.

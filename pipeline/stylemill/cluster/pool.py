@@ -1,4 +1,4 @@
-"""The driver's side: sizes the pool, leases shards to workers, listens, and replaces workers that die."""
+"""The driver's side: sizes the pool, attempts shards to workers, listens, and replaces workers that die."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from threading import Event
 from typing import Any
 
 import stylemill
-from stylemill.cluster.actors import Call, Crew, Member, Reply, machines
-from stylemill.cluster.assignment import LeaseBook
-from stylemill.cluster.capacity import ask, room
+from stylemill.cluster.actors import Actors, Call, Reply, WorkerHandle, machines
+from stylemill.cluster.assignment import Assignments
+from stylemill.cluster.capacity import worker_capacity, worker_resources
 from stylemill.cluster.timeouts import Timeouts, backoff
-from stylemill.cluster.worker import Home, Loaded
+from stylemill.cluster.worker import Loaded, WorkerLocation
 from stylemill.errors import ClusterError, InputError, ModelError, StylemillError, TransientError
-from stylemill.execution.attempt import Lease, Listener, Run
+from stylemill.execution.attempt import Attempt, Listener, Run
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.ledger import Ledger
 
@@ -24,7 +24,7 @@ STARTS = 3  # workers that may die one after another before any of them has load
 
 
 class Pool:
-    """Supervised workers. What is done is read from the ledger; who does what is the lease book's decision."""
+    """Supervised workers. What is done is read from the ledger; who does what is the attempt book's decision."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Pool:
         self._stopping = stopping
         self._patience = patience
         self._awake, self._ticked = 0.0, time.monotonic()  # seconds that workers were listened to
-        self._book = LeaseBook(
+        self._book = Assignments(
             shards,
             1 + run.job.retries,
             clock=lambda: self._awake,
@@ -53,14 +53,14 @@ class Pool:
         )
         self._ledger = Ledger(run.paths)
         self._machines, self._surveyed = machines(), time.monotonic()
-        self._ask = ask(self._job, self._machines)
-        self._crew = Crew(run, self._ask)
+        self._ask = worker_resources(self._job, self._machines)
+        self._actors = Actors(run, self._ask)
         self._first: Loaded | None = None  # by the first worker that was ready
         given = self._job.micro_batch
         self._micro_batch = listener.micro_batch or (given if isinstance(given, int) else None)
         self._deaths = 0  # since a shard was committed
         self._stillborn = 0  # deaths before the model was loaded, since a worker loaded it
-        self._hire_after = 0.0
+        self._create_after = 0.0
         self._told: set[str] = set()
         self._unfit: dict[str, BaseException] = {}  # machines that the model cannot be loaded on, and why
         if embedded and not any(self._ask.fits(machine) for machine in self._machines):
@@ -81,8 +81,8 @@ class Pool:
             self._leave(quiet=True)
             raise
         finally:
-            for member in list(self._crew.members.values()):
-                self._crew.dismiss(member)
+            for worker in list(self._actors.workers.values()):
+                self._actors.remove(worker)
         return self._book.unfinished()
 
     def _saved(self, shard: int) -> int:
@@ -92,26 +92,26 @@ class Pool:
 
     def _resize(self) -> None:
         """As many workers as there is room for, and never more than open shards."""
-        now, members = time.monotonic(), self._crew.members
+        now, workers = time.monotonic(), self._actors.workers
         if now - self._surveyed > self._patience.survey:
             self._machines, self._surveyed = machines(), now
         resident = self._first.resident if self._first else 0
-        wanted = min(room(self._job, self._ask, self._machines, resident), self._book.open)
-        idle = [member for member in members.values() if not self._book.held_by(member.number)]
-        idle.sort(key=lambda member: (member.ready, member.loading, member.home is not None))
-        for member in idle[: max(len(members) - wanted, 0)]:
-            self._crew.dismiss(member)
-        if now >= self._hire_after:
-            for _ in range(wanted - len(members)):
-                self._crew.hire()
+        wanted = min(worker_capacity(self._job, self._ask, self._machines, resident), self._book.open)
+        idle = [worker for worker in workers.values() if not self._book.held_by(worker.number)]
+        idle.sort(key=lambda worker: (worker.ready, worker.loading, worker.location is not None))
+        for worker in idle[: max(len(workers) - wanted, 0)]:
+            self._actors.remove(worker)
+        if now >= self._create_after:
+            for _ in range(wanted - len(workers)):
+                self._actors.create()
         self._check_placing(now)
 
     def _check_placing(self, now: float) -> None:
         """A pool goes on with the workers it has; with none at all it waits only so long."""
-        members = self._crew.members.values()
-        waiting = [member for member in members if not member.home]
-        longest = now - min((member.since for member in waiting), default=now)
-        if longest > self._patience.place and len(waiting) == len(members):
+        workers = self._actors.workers.values()
+        waiting = [worker for worker in workers if not worker.location]
+        longest = now - min((worker.since for worker in waiting), default=now)
+        if longest > self._patience.place and len(waiting) == len(workers):
             raise self._no_room()
         if longest > self._patience.remark:
             self._check_machines(to_come=False)
@@ -130,53 +130,53 @@ class Pool:
     def _load(self) -> None:
         """Placed workers load the model; the first one alone where it settles the micro-batch, or shows how much
         memory the others need."""
-        members = self._crew.members.values()
+        workers = self._actors.workers.values()
         alone = self._first is None and (
             self._micro_batch is None or (self._job.workers == "auto" and not self._ask.gpus)
         )
-        for member in members:
-            if alone and any(other.loading for other in members):
+        for worker in workers:
+            if alone and any(other.loading for other in workers):
                 return
-            if self._may_load(member) and not member.loading:
-                member.loading, member.loading_since = True, self._awake
-                self._crew.call(member, "load", self._micro_batch)
+            if self._may_load(worker) and not worker.loading:
+                worker.loading, worker.loading_since = True, self._awake
+                self._actors.call(worker, "load", self._micro_batch)
 
     def _lease(self) -> None:
-        members = self._crew.members
-        able = [member.number for member in members.values() if member.ready and not member.retiring]
-        coming = sum(self._may_load(member) for member in members.values())
+        workers = self._actors.workers
+        able = [worker.number for worker in workers.values() if worker.ready and not worker.retiring]
+        coming = sum(self._may_load(worker) for worker in workers.values())
         while choice := self._book.choose(able, coming):
             number, shard = choice
-            lease = self._book.fit_out(self._run.lease(shard, self._occurrences))
-            self._book.grant(number, lease)
+            attempt = self._book.fit_out(self._run.new_attempt(shard, self._occurrences))
+            self._book.grant(number, attempt)
             try:
-                record = self._ledger.read(shard, lease.generation)
+                record = self._ledger.read(shard, attempt.generation)
             except TransientError as error:
-                self._failed(lease, str(error))
+                self._failed(attempt, str(error))
                 continue
             if record is None:
-                self._crew.call(members[number], "probe" if lease.probe else "work", lease)
+                self._actors.call(workers[number], "probe" if attempt.probe else "work", attempt)
             else:  # by an attempt whose worker died just afterwards
-                self._book.done(lease)
+                self._book.done(attempt)
                 self._listener.committed(record)
 
     def _ask_for_beats(self) -> None:
         now = time.monotonic()
-        for member in self._crew.members.values():
-            if member.ready and member.asked <= member.heard and now - member.asked > self._patience.beat:
-                member.asked = now
-                self._crew.call(member, "beat")
+        for worker in self._actors.workers.values():
+            if worker.ready and worker.asked <= worker.heard and now - worker.asked > self._patience.beat:
+                worker.asked = now
+                self._actors.call(worker, "beat")
 
     def _leave(self, quiet: bool = False) -> None:
         """Workers in the middle of a shard write its checkpoint; the others have nothing to lose.
 
         `quiet`: an error is on its way already, and further ones neither hide it nor keep the rest from being heard.
         """
-        for member in list(self._crew.members.values()):
-            if self._book.held_by(member.number):
-                self._crew.call(member, "stop")
+        for worker in list(self._actors.workers.values()):
+            if self._book.held_by(worker.number):
+                self._actors.call(worker, "stop")
             else:
-                self._crew.dismiss(member)
+                self._actors.remove(worker)
         deadline = time.monotonic() + self._patience.leave
         while self._book.held and time.monotonic() < deadline:
             try:
@@ -190,53 +190,53 @@ class Pool:
     def _listen(self) -> None:
         now = time.monotonic()
         self._awake, self._ticked = self._awake + min(now - self._ticked, LONGEST_TICK), now
-        for reply in self._crew.replies(TICK):
-            member = reply.call.member
+        for reply in self._actors.replies(TICK):
+            worker = reply.call.worker
             if reply.died is not None:
-                self._lost(member, reply.died)
+                self._lost(worker, reply.died)
             elif reply.raised is not None:
                 self._raised(reply, reply.raised)
             else:
                 self._answered(reply.call, reply.answer)
-            there = member.number in self._crew.members  # it may just have been lost
-            if there and member.retiring and not self._book.held_by(member.number):
-                self._crew.dismiss(member)
+            there = worker.number in self._actors.workers  # it may just have been lost
+            if there and worker.retiring and not self._book.held_by(worker.number):
+                self._actors.remove(worker)
 
     def _answered(self, call: Call, answer: Any) -> None:
-        member = call.member
-        if call.lease and call.lease.probe:
-            self._book.survived(call.lease) if answer else self._book.returned(call.lease)
-        elif call.lease:
-            self._finished(call.lease, answer)
+        worker = call.worker
+        if call.attempt and call.attempt.probe:
+            self._book.survived(call.attempt) if answer else self._book.returned(call.attempt)
+        elif call.attempt:
+            self._finished(call.attempt, answer)
         elif call.method == "hello":
-            self._greet(member, answer)
+            self._greet(worker, answer)
         elif call.method == "load":
-            self._ready(member, answer)
+            self._ready(worker, answer)
         elif call.method == "beat":
-            member.heard = time.monotonic()
+            worker.heard = time.monotonic()
             for progress in answer:
                 self._book.note(progress)
                 self._listener.progress(progress)
 
-    def _finished(self, lease: Lease, record: Any) -> None:
+    def _finished(self, attempt: Attempt, record: Any) -> None:
         if record is None:
-            self._book.returned(lease)
+            self._book.returned(attempt)
             return
-        self._book.done(lease)
+        self._book.done(attempt)
         self._deaths = 0
         self._listener.committed(record)
 
-    def _greet(self, member: Member, home: Home) -> None:
-        if home.version != stylemill.__version__:
+    def _greet(self, worker: WorkerHandle, location: WorkerLocation) -> None:
+        if location.version != stylemill.__version__:
             raise ClusterError(
-                f"{home.host} has stylemill {home.version}, this machine {stylemill.__version__}; install the same "
-                "version on both"
+                f"{location.host} has stylemill {location.version}, this machine {stylemill.__version__}; install the "
+                "same version on both"
             )
-        member.home = home
+        worker.location = location
         self._check_machines()
 
-    def _ready(self, member: Member, loaded: Loaded) -> None:
-        member.loading, member.ready, member.heard = False, True, time.monotonic()
+    def _ready(self, worker: WorkerHandle, loaded: Loaded) -> None:
+        worker.loading, worker.ready, worker.heard = False, True, time.monotonic()
         self._stillborn = 0
         if self._first is None:
             self._first = loaded
@@ -253,77 +253,77 @@ class Pool:
 
     def _raised(self, reply: Reply, error: BaseException) -> None:
         """A method raised and its worker lives. Only our own errors leave a worker that can be trusted."""
-        member, lease, ours = reply.call.member, reply.call.lease, isinstance(error, StylemillError)
-        if isinstance(error, InputError) and not (member.loading and isinstance(error, ModelError)):
-            if lease:
-                self._book.failed(lease, str(error))
+        worker, attempt, ours = reply.call.worker, reply.call.attempt, isinstance(error, StylemillError)
+        if isinstance(error, InputError) and not (worker.loading and isinstance(error, ModelError)):
+            if attempt:
+                self._book.failed(attempt, str(error))
             raise error
-        if not member.ready and isinstance(error, ImportError):
+        if not worker.ready and isinstance(error, ImportError):
             raise _not_installed(str(error))
         why = str(error) if ours else f"{type(error).__name__}: {error}"
-        if member.loading:
-            self._give_up_machine(member, error, why)
+        if worker.loading:
+            self._give_up_machine(worker, error, why)
             return
         if not ours:
             self._tell(reply.trace)
-        if lease is None:
-            self._lost(member, why)
+        if attempt is None:
+            self._lost(worker, why)
             return
         # What else that worker was doing may fail for the same reason: a CUDA error stays until its process ends.
-        self._failed(lease, why, charged=not member.retiring, fatal=not ours)
-        member.retiring |= not ours
+        self._failed(attempt, why, charged=not worker.retiring, fatal=not ours)
+        worker.retiring |= not ours
 
-    def _give_up_machine(self, member: Member, error: BaseException, why: str) -> None:
+    def _give_up_machine(self, worker: WorkerHandle, error: BaseException, why: str) -> None:
         """The model cannot be loaded there: the others go on, if there are any."""
-        assert member.home  # it was greeted before it was to load
-        member.loading = False  # it stays, and keeps the place, so that no other worker comes to it
+        assert worker.location  # it was greeted before it was to load
+        worker.loading = False  # it stays, and keeps the place, so that no other worker comes to it
         ours = isinstance(error, StylemillError)
-        self._unfit[member.home.host] = error if ours else StylemillError(f"the model cannot be loaded: {why}")
+        self._unfit[worker.location.host] = error if ours else StylemillError(f"the model cannot be loaded: {why}")
         self._check_machines()
-        self._tell(f"the model cannot be loaded on {member.home.host}, which is given up; others go on: {why}")
+        self._tell(f"the model cannot be loaded on {worker.location.host}, which is given up; others go on: {why}")
 
     def _check_machines(self, to_come: bool = True) -> None:
         """Raises why the model could not be loaded when no machine is left to try it on, nor, if so, one `to_come`."""
-        members = self._crew.members.values()
-        left = (member.ready or self._may_load(member) or (to_come and not member.home) for member in members)
+        workers = self._actors.workers.values()
+        left = (worker.ready or self._may_load(worker) or (to_come and not worker.location) for worker in workers)
         if self._unfit and not any(left):
             raise list(self._unfit.values())[-1]
 
-    def _may_load(self, member: Member) -> bool:
-        return member.home is not None and not member.ready and member.home.host not in self._unfit
+    def _may_load(self, worker: WorkerHandle) -> bool:
+        return worker.location is not None and not worker.ready and worker.location.host not in self._unfit
 
     def _replace_hanging(self) -> None:
         """Kill the workers that made no progress for longer than they may."""
-        members, longest = self._crew.members, self._job.stage_timeout
+        workers, longest = self._actors.workers, self._job.stage_timeout
         hanging = {
-            member.number: f"no progress for {longest:.0f} s while loading the model"
-            for member in members.values()
-            if member.loading and self._awake - member.loading_since > longest
+            worker.number: f"no progress for {longest:.0f} s while loading the model"
+            for worker in workers.values()
+            if worker.loading and self._awake - worker.loading_since > longest
         }
         for number, why in {**dict(self._book.overdue(longest)), **hanging}.items():
             setting = "cluster.stage_timeout and cluster.step_timeout say how long that may be"
-            self._lost(members[number], f"{why}; {setting}", hangs=True)
+            self._lost(workers[number], f"{why}; {setting}", hangs=True)
 
-    def _failed(self, lease: Lease, why: str, charged: bool = True, fatal: bool = False) -> None:
-        again = self._book.failed(lease, why, charged, fatal)
+    def _failed(self, attempt: Attempt, why: str, charged: bool = True, fatal: bool = False) -> None:
+        again = self._book.failed(attempt, why, charged, fatal)
         then = "it is tried again" if again else "its attempts are used up; the next start tries again"
-        self._listener.warn(f"shard {lease.shard}: {why}; {then}")
+        self._listener.warn(f"shard {attempt.shard}: {why}; {then}")
 
-    def _lost(self, member: Member, why: str, hangs: bool = False) -> None:
+    def _lost(self, worker: WorkerHandle, why: str, hangs: bool = False) -> None:
         """A worker is gone, or `hangs`: its shards go back, and another takes its place after a while."""
-        if not member.home and "ModuleNotFoundError" in why:  # Ray could not even make a Worker there
+        if not worker.location and "ModuleNotFoundError" in why:  # Ray could not even make a Worker there
             raise _not_installed(why)
-        leases = self._book.held_by(member.number)
-        held, expected = [str(lease.shard) for lease in leases], any(lease.probe for lease in leases)
-        self._book.lost(member.number, f"{member} died: {why}")
-        (self._crew.kill if hangs else self._crew.dismiss)(member)
+        attempts = self._book.held_by(worker.number)
+        held, expected = [str(attempt.shard) for attempt in attempts], any(attempt.probe for attempt in attempts)
+        self._book.lost(worker.number, f"{worker} died: {why}")
+        (self._actors.kill if hangs else self._actors.remove)(worker)
         self._deaths += not expected
-        self._hire_after = time.monotonic() + backoff(self._deaths)
-        self._stillborn += not member.ready
-        if self._stillborn >= STARTS and not any(other.ready for other in self._crew.members.values()):
+        self._create_after = time.monotonic() + backoff(self._deaths)
+        self._stillborn += not worker.ready
+        if self._stillborn >= STARTS and not any(other.ready for other in self._actors.workers.values()):
             raise StylemillError(f"{self._stillborn} workers in a row died before they were ready, the last one: {why}")
-        doing = f"with shard {' and '.join(held)} in work" if held else "idle" if member.ready else "while starting"
-        self._listener.warn(f"{member} died {doing}: {why}; another takes its place")
+        doing = f"with shard {' and '.join(held)} in work" if held else "idle" if worker.ready else "while starting"
+        self._listener.warn(f"{worker} died {doing}: {why}; another takes its place")
 
     def _tell(self, message: str) -> None:
         """Warn once."""

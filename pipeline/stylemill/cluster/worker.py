@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from stylemill import __version__
-from stylemill.execution.attempt import Lease, Progress, Run
+from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.store.records import Record
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Home:
+class WorkerLocation:
     """Where a worker runs, and with which stylemill."""
 
     host: str
@@ -53,8 +53,8 @@ class Worker:
         self._progress: dict[str, Progress] = {}
         threading.Thread(target=_warm_up, daemon=True).start()
 
-    def hello(self) -> Home:
-        return Home(socket.gethostname(), os.getpid(), __version__)
+    def hello(self) -> WorkerLocation:
+        return WorkerLocation(socket.gethostname(), os.getpid(), __version__)
 
     def load(self, micro_batch: int | None) -> Loaded:
         """Load the model. Raises ModelError when it cannot be, ImportError where stylemill is not whole."""
@@ -64,27 +64,27 @@ class Worker:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
         return Loaded(numerics(self._engine), peak * 1024)
 
-    def work(self, lease: Lease) -> Record | None:
+    def work(self, attempt: Attempt) -> Record | None:
         """Bring a shard to its record; None once `stop` was called. Raises what `process_shard` raises."""
         from stylemill.execution.shard import process_shard
 
         if self._engine is None:
-            raise RuntimeError("a lease came before the model was loaded")
+            raise RuntimeError("a attempt came before the model was loaded")
         try:
-            return process_shard(self._run, lease, self._engine, self._device, self._watch, self._stopping.is_set)
+            return process_shard(self._run, attempt, self._engine, self._device, self._watch, self._stopping.is_set)
         finally:
-            self._progress.pop(lease.attempt, None)
+            self._progress.pop(attempt.id, None)
 
-    def probe(self, lease: Lease) -> bool:
-        """Try the pairs of `lease.probe`; False when `stop` was called first. Raises what `process_shard` raises."""
+    def probe(self, attempt: Attempt) -> bool:
+        """Try the pairs of `attempt.probe`; False when `stop` was called first. Raises what `process_shard` raises."""
         from stylemill.execution.shard import survives
 
         if self._engine is None:
-            raise RuntimeError("a lease came before the model was loaded")
+            raise RuntimeError("a attempt came before the model was loaded")
         try:
-            return survives(self._run, lease, self._engine, self._device, self._watch, self._stopping.is_set)
+            return survives(self._run, attempt, self._engine, self._device, self._watch, self._stopping.is_set)
         finally:
-            self._progress.pop(lease.attempt, None)
+            self._progress.pop(attempt.id, None)
 
     def beat(self) -> list[Progress]:
         """A sign of life: the latest of each shard in work."""
@@ -95,7 +95,7 @@ class Worker:
         self._stopping.set()
 
     def _watch(self, progress: Progress) -> None:
-        self._progress[progress.attempt] = progress
+        self._progress[progress.attempt_id] = progress
 
 
 def _warm_up() -> None:

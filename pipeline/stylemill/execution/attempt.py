@@ -1,4 +1,4 @@
-"""What travels between the driver and its workers: the run, a lease on a shard, and news of its progress."""
+"""What travels between the driver and its workers: the run, a attempt on a shard, and news of its progress."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ class Run:
     fingerprint: str
     pairs_per_shard: int
     model: str  # the model's name with its commit or digest, as the output's `model` column shows it
-    generations: Mapping[int, int] = field(default_factory=dict)  # of shards whose lease is not on generation 0
+    generations: Mapping[int, int] = field(default_factory=dict)  # of shards whose attempt is not on generation 0
     newest: int = 0  # the latest generation that any shard has
 
     def rows_of(self, shard: int) -> range:
         return self.manifest.shard(shard, self.pairs_per_shard)
 
-    def lease(self, shard: int, occurrences: Mapping[int, int]) -> Lease:
+    def new_attempt(self, shard: int, occurrences: Mapping[int, int]) -> Attempt:
         """A new attempt at `shard`, under a name that no other attempt has."""
-        rows = {image // self.manifest.copies for image in self.rows_of(shard)}
+        rows = {image // self.manifest.images_per_pair for image in self.rows_of(shard)}
         own = {row: occurrences[row] for row in rows if row in occurrences}
-        return Lease(shard, uuid4().hex[:12], own, self.generations.get(shard, 0))
+        return Attempt(shard, uuid4().hex[:12], own, self.generations.get(shard, 0))
 
 
 @dataclass(frozen=True)
-class Lease:
+class Attempt:
     """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest.
 
-    `killers` are left out, by their place in the shard, since they kill whoever takes them up, at the stage given.
+    `poison_pairs` are left out, by their place in the shard, since they kill whoever takes them up, at the stage given.
     With a `probe`, nothing is committed.
     """
 
     shard: int
-    attempt: str
+    id: str
     occurrences: dict[int, int]
     generation: int = 0
-    killers: dict[int, str] = field(default_factory=dict)
+    poison_pairs: dict[int, str] = field(default_factory=dict)
     probe: Probe | None = None
 
 
@@ -66,7 +66,7 @@ class Progress:
     """Where a shard stands; sent after every step."""
 
     shard: int
-    attempt: str
+    attempt_id: str
     stage: str  # read | wait (for the device) | encode | sample | decode | write
     step: int
     steps: int
@@ -80,7 +80,7 @@ class Listener(Protocol):
     micro_batch: int | None  # settled by an earlier start of this run; None: the first worker calibrates
 
     def settle(self, numerics: dict[str, str | int]) -> None:
-        """The numerics of the first worker that is ready; called once, before any lease."""
+        """The numerics of the first worker that is ready; called once, before any attempt."""
 
     def progress(self, progress: Progress) -> None:
         """A shard moved on."""

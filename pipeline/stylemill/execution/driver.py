@@ -232,7 +232,9 @@ class RunListener:
         self.numerics_file = run.paths.numerics
         self.settled = _read_json(self.numerics_file)
         totals = ledger.totals()
-        self.bar = ProgressBar(run.manifest.num_images, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet)
+        self.bar = ProgressBar(
+            run.manifest.num_output_rows, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet
+        )
         self.committed_now = 0
         self.told: set[str] = set()
 

@@ -19,17 +19,17 @@ def run_inline(
     listener.settle(numerics(engine))
     still_open: dict[int, str] = {}
     for shard in shards:
-        for attempt in range(1 + run.job.retries):
+        for number in range(1 + run.job.retries):
             if stopping.is_set():
                 break
-            lease = run.lease(shard, occurrences)
+            attempt = run.new_attempt(shard, occurrences)
             try:
-                record = process_shard(run, lease, engine, nullcontext(), listener.progress, stopping.is_set)
+                record = process_shard(run, attempt, engine, nullcontext(), listener.progress, stopping.is_set)
             except TransientError as error:
                 still_open[shard] = str(error)
-                listener.warn(f"shard {shard}, attempt {attempt + 1} of {1 + run.job.retries}: {error}")
-                if attempt < run.job.retries:
-                    stopping.wait(min(2.0**attempt, 30.0))
+                listener.warn(f"shard {shard}, attempt {number + 1} of {1 + run.job.retries}: {error}")
+                if number < run.job.retries:
+                    stopping.wait(min(2.0**number, 30.0))
                 continue
             if record:
                 still_open.pop(shard, None)

@@ -16,7 +16,7 @@ import pyarrow as pa
 from stylemill.config.job import Job
 from stylemill.engine import InputImage, LabelImage, Pair, Pixels, SampleState
 from stylemill.errors import RowError, SamplingError
-from stylemill.execution.attempt import Lease, Run
+from stylemill.execution.attempt import Attempt, Run
 from stylemill.images.masks import load_labels
 from stylemill.images.read import FittedImage, encode_image, load_image
 from stylemill.manifest import ImageRef, Row
@@ -28,7 +28,7 @@ READERS = 4  # images decoded at a time; Pillow lets go of the GIL
 
 
 @dataclass(frozen=True)
-class Reason:
+class FailureReason:
     """Why a row is lost: at which stage, by which error and in which words."""
 
     stage: str
@@ -37,32 +37,34 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Item:
+class OutputRow:
     """A row on its way through the stages. Each stage adds what it learned; a failure ends the way."""
 
     row: Row
     content_sha256: str | None = None
     style_sha256: tuple[str, ...] = ()
-    failure: Reason | None = None
+    failure: FailureReason | None = None
     wanted: bool = True  # False: it keeps its slot, and another generation of the shard has it
     losses: tuple[tuple[float, float], ...] = ((nan, nan), (nan, nan))  # first and last; AD and content
     image: bytes | None = None
     size: tuple[int, int] = (0, 0)  # of the image, width and height
 
 
-def assigned(items: list[Item], work: GenerationRows) -> list[Item]:
+def assigned(items: list[OutputRow], work: GenerationRows) -> list[OutputRow]:
     """The items of a generation: those of other rows, and those whose failure is known, only keep their slots."""
     return [
         replace(
             item,
-            wanted=item.row.row in work.rows or item.row.row in work.held,
-            failure=Reason(held.stage, held.error, held.message) if (held := work.held.get(item.row.row)) else None,
+            wanted=item.row.output_row in work.rows or item.row.output_row in work.held,
+            failure=FailureReason(held.stage, held.error, held.message)
+            if (held := work.held.get(item.row.output_row))
+            else None,
         )
         for item in items
     ]
 
 
-def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list[Item]]:
+def read_pairs(run: Run, items: list[OutputRow], grid: int) -> tuple[list[Pair], list[OutputRow]]:
     """Read, decode and fit each unique image of the shard once. A bad image fails its rows, and only them.
 
     `grid` is the model's: what image sides are multiples of. What only items that failed before need is not touched.
@@ -71,7 +73,7 @@ def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list
     with ThreadPoolExecutor(READERS) as readers:
         read_now = zip(needs, readers.map(lambda need: _load(run, need, grid), needs), strict=True)
         without = {need: item.failure for item in items if item.failure for need in _needs(run, item.row)}
-        loaded: dict[Need, FittedImage | Reason] = {**without, **dict(read_now)}
+        loaded: dict[Need, FittedImage | FailureReason] = {**without, **dict(read_now)}
     keeps = run.job.image.fit == "keep"
     inputs = {need: _input(need, image, keeps) for need, image in loaded.items()}
     masks = _read_masks(run, items, loaded)
@@ -82,7 +84,7 @@ def read_pairs(run: Run, items: list[Item], grid: int) -> tuple[list[Pair], list
     for item, size in zip(items, sizes, strict=True):
         row = item.row
         content, styles = _content(run, row), _styles(run, row)
-        lost = [problem for need in _needs(run, row) if isinstance(problem := loaded[need], Reason)]
+        lost = [problem for need in _needs(run, row) if isinstance(problem := loaded[need], FailureReason)]
         pairs.append(
             Pair(
                 styles=tuple(inputs[style] for style in styles),
@@ -145,7 +147,7 @@ def _needs(run: Run, row: Row) -> tuple[Need, ...]:
     return (content, *_styles(run, row)) if content else _styles(run, row)
 
 
-def _input(need: Need, image: FittedImage | Reason, keeps: bool) -> InputImage:
+def _input(need: Need, image: FittedImage | FailureReason, keeps: bool) -> InputImage:
     if isinstance(image, FittedImage):
         return InputImage(need.name, image.pixels)
     return InputImage(need.name, None, None if keeps else need.size)
@@ -162,14 +164,14 @@ def _masks(run: Run, row: Row) -> list[Mask]:
 
 
 def _read_masks(
-    run: Run, items: list[Item], images: dict[Need, FittedImage | Reason]
-) -> dict[Mask, tuple[LabelImage, Reason | None]]:
+    run: Run, items: list[OutputRow], images: dict[Need, FittedImage | FailureReason]
+) -> dict[Mask, tuple[LabelImage, FailureReason | None]]:
     """Each unique mask of the shard, and why it cannot be used. One of an image that is lost is not looked at."""
 
-    def read(need: Mask) -> tuple[LabelImage, Reason | None]:
+    def read(need: Mask) -> tuple[LabelImage, FailureReason | None]:
         path, of = need
         name, image = f"{path} of {of.name if of else 'no image'}", images[of] if of else None
-        if isinstance(image, Reason) or need not in wanted:
+        if isinstance(image, FailureReason) or need not in wanted:
             return LabelImage(name, None), None
         size, source = run.job.image.width_height, None
         if image is not None:
@@ -192,12 +194,12 @@ def _controls(run: Run, row: Row, size: tuple[int, int]) -> list[Need]:
 
 
 def _read_controls(
-    run: Run, items: list[Item], sizes: list[tuple[int, int]]
-) -> dict[Need, tuple[InputImage, Reason | None]]:
+    run: Run, items: list[OutputRow], sizes: list[tuple[int, int]]
+) -> dict[Need, tuple[InputImage, FailureReason | None]]:
     """Each unique control image of the shard, fitted as the contents are, and why it cannot be used."""
     fit = "crop" if run.job.image.fit == "keep" else run.job.image.fit  # the size to keep is the content's
 
-    def read(need: Need) -> tuple[InputImage, Reason | None]:
+    def read(need: Need) -> tuple[InputImage, FailureReason | None]:
         if need not in wanted:
             return InputImage(need.name, None, need.size), None
         try:
@@ -213,7 +215,7 @@ def _read_controls(
         return dict(zip(needs, readers.map(read, needs), strict=True))
 
 
-def _load(run: Run, need: Need, grid: int) -> FittedImage | Reason:
+def _load(run: Run, need: Need, grid: int) -> FittedImage | FailureReason:
     ref, fit = need.ref, run.job.image.fit
     failpoint("read-image", name=need.key)
     try:
@@ -222,11 +224,11 @@ def _load(run: Run, need: Need, grid: int) -> FittedImage | Reason:
         return _reason(error)
 
 
-def _reason(error: RowError) -> Reason:
-    return Reason(error.stage, type(error).__name__, str(error))
+def _reason(error: RowError) -> FailureReason:
+    return FailureReason(error.stage, type(error).__name__, str(error))
 
 
-def note_sampled(items: list[Item], state: SampleState) -> list[Item]:
+def note_sampled(items: list[OutputRow], state: SampleState) -> list[OutputRow]:
     """Items with the losses and failures of sampling added; a reason known from reading stands."""
     lost, losses = state.failures, state.losses.tolist()
     return [
@@ -239,7 +241,7 @@ def note_sampled(items: list[Item], state: SampleState) -> list[Item]:
     ]
 
 
-def encoded(run: Run, item: Item, pixels: Pixels | None) -> Item:
+def encoded(run: Run, item: OutputRow, pixels: Pixels | None) -> OutputRow:
     """The item with its image file's bytes."""
     if item.failure or pixels is None:
         return item
@@ -247,24 +249,24 @@ def encoded(run: Run, item: Item, pixels: Pixels | None) -> Item:
     return replace(item, image=encode_image(pixels, shards.image_format, shards.quality), size=(width, height))
 
 
-def write_tables(run: Run, lease: Lease, items: list[Item]) -> tuple[Any, Any]:
+def write_tables(run: Run, attempt: Attempt, items: list[OutputRow]) -> tuple[Any, Any]:
     """Write successful rows and failed rows into tmp/; None for a file that would have no row."""
     good = [place for place, item in enumerate(items) if item.image is not None]
     data = failures = None
     if good:
         table = output_table(run, [items[place] for place in good])
-        rows = run.rows_of(lease.shard)
-        carried = run.manifest.carried_images(rows.start, rows.stop)
+        rows = run.rows_of(attempt.shard)
+        carried = run.manifest.carried_output_rows(rows.start, rows.stop)
         for name in carried.column_names:
             table = table.append_column(carried.schema.field(name), carried[name].take(good))
-        data = write_shard(run.paths, lease.shard, lease.attempt, table.cast(_schema(run)), lease.generation)
+        data = write_shard(run.paths, attempt.shard, attempt.id, table.cast(_schema(run)), attempt.generation)
     lost = [
-        Failure(item.row.row, item.row.pair_id, **asdict(item.failure))
+        Failure(item.row.output_row, item.row.pair_id, **asdict(item.failure))
         for item in items
         if item.failure and item.wanted
     ]
     if lost:
-        failures = write_failures(run.paths, lease.shard, lease.attempt, lost, run.fingerprint, lease.generation)
+        failures = write_failures(run.paths, attempt.shard, attempt.id, lost, run.fingerprint, attempt.generation)
     return data, failures
 
 
@@ -272,13 +274,13 @@ def _schema(run: Run) -> pa.Schema:
     return output_schema(run.manifest.carried, run.manifest.style_is_list, run.fingerprint)
 
 
-def output_table(run: Run, items: list[Item]) -> pa.Table:
+def output_table(run: Run, items: list[OutputRow]) -> pa.Table:
     """The columns that stylemill itself makes, without the carried ones."""
     schema = _schema(run)
     rows = [
         {
             "pair_id": item.row.pair_id,
-            "row": item.row.row,
+            "row": item.row.output_row,
             "image": {"bytes": item.image, "path": f"{item.row.pair_id}.{run.job.shards.image_format}"},
             "content": item.row.content.reference if item.row.content else None,
             "style": _one_or_list(run, [style.reference for style in item.row.styles]),
@@ -298,7 +300,7 @@ def output_table(run: Run, items: list[Item]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=own)
 
 
-def _losses(item: Item) -> dict[str, float | None]:
+def _losses(item: OutputRow) -> dict[str, float | None]:
     first, last = item.losses
     return {
         f"{name}_loss_{when}": None if isnan(losses[place]) else losses[place]

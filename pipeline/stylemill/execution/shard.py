@@ -20,8 +20,8 @@ import pyarrow as pa
 from stylemill.config.job import Job
 from stylemill.engine import Engine, Pair, SampleState
 from stylemill.errors import PoisonPairError
-from stylemill.execution.attempt import Lease, Progress, Run
-from stylemill.execution.rows import Item, Reason, assigned, encoded, note_sampled, read_pairs, write_tables
+from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.rows import FailureReason, OutputRow, assigned, encoded, note_sampled, read_pairs, write_tables
 from stylemill.store.checkpoints import Checkpoint, load, save_inputs, save_progress
 from stylemill.store.commit import commit
 from stylemill.store.decoder_cache import RunDecoders
@@ -57,7 +57,7 @@ def load_engine(run: Run, micro_batch: int | None) -> Engine:
 
 def process_shard(
     run: Run,
-    lease: Lease,
+    attempt: Attempt,
     engine: Engine,
     device: AbstractContextManager[Any],
     watch: Callable[[Progress], None],
@@ -68,61 +68,61 @@ def process_shard(
     `device` is held while sampling, so that another thread may read ahead and a third encode. Raises TransientError
     when the attempt, not a row, failed; InputError when no attempt can succeed.
     """
-    # On an object store, the driver alone publishes records, and looked before this lease.
-    if not run.paths.on_bucket and (record := Ledger(run.paths).read(lease.shard, lease.generation)):
+    # On an object store, the driver alone publishes records, and looked before this attempt.
+    if not run.paths.on_bucket and (record := Ledger(run.paths).read(attempt.shard, attempt.generation)):
         return record  # an earlier attempt died after its commit
-    steps, clock = run.job.sampling.steps, Clock()
-    rows = run.rows_of(lease.shard)
-    tell = Teller(run.job, lease, len(rows), watch)
-    tell("read")
-    failpoint("before-read", shard=lease.shard)
+    steps, clock = run.job.sampling.steps, StageTimer()
+    rows = run.rows_of(attempt.shard)
+    report = ProgressReporter(run.job, attempt, len(rows), watch)
+    report("read")
+    failpoint("before-read", shard=attempt.shard)
     with clock.measure("read"):
-        items = read_rows(run, lease)
-        keeper = CheckpointKeeper(run, lease, items, engine.numerics)
-        items = without_killers(lease, items)
+        items = read_rows(run, attempt)
+        checkpoints = ShardCheckpoints(run, attempt, items, engine.numerics)
+        items = without_poison_pairs(attempt, items)
         pairs: list[Pair] = []
         resumed: SampleState | None = None
-        if checkpoint := keeper.load():
-            resumed, items = keeper.restore(checkpoint, items)
+        if checkpoint := checkpoints.load():
+            resumed, items = checkpoints.restore(checkpoint, items)
         else:
             pairs, items = read_pairs(run, items, engine.model.grid)
             warn_of_long_prompts(engine, items)
-    failpoint("after-read", shard=lease.shard)
+    failpoint("after-read", shard=attempt.shard)
 
-    tell("wait", resumed)
+    report("wait", resumed)
     with device:
         if stopping():  # while it waited for the device: no step, no new checkpoint
             return None
         state = resumed
         with clock.measure("sample"):
-            tell("encode", resumed)
+            report("encode", resumed)
             for state in engine.sample(pairs, run.job.sampling, resumed, left_out=left_out(items)):
-                tell("sample", state)
-                failpoint("mid-sample", shard=lease.shard, step=state.step, row=sampled(items))
+                report("sample", state)
+                failpoint("mid-sample", shard=attempt.shard, step=state.step, row=sampled(items))
                 due = state.step % run.job.checkpoint.every_steps == 0 or state.step == steps
                 if due or stopping():
-                    failpoint("before-checkpoint", shard=lease.shard, step=state.step)
-                    keeper.save(state, items)
-                    failpoint("after-checkpoint", shard=lease.shard, step=state.step)
+                    failpoint("before-checkpoint", shard=attempt.shard, step=state.step)
+                    checkpoints.save(state, items)
+                    failpoint("after-checkpoint", shard=attempt.shard, step=state.step)
                 if stopping() and state.step < steps:
                     return None
         assert state is not None  # it took a step now, or before the checkpoint that it was restored from
-        tell("decode", state)
-        failpoint("before-decode", shard=lease.shard)
+        report("decode", state)
+        failpoint("before-decode", shard=attempt.shard)
         with clock.measure("decode"):
-            images = engine.decode(state, RunDecoders(run.paths, lease.attempt))
+            images = engine.decode(state, RunDecoders(run.paths, attempt.id))
 
-    tell("write", state)
+    report("write", state)
     with clock.measure("write"):
         items = [encoded(run, item, image) for item, image in zip(note_sampled(items, state), images, strict=True)]
-        data, failures = write_tables(run, lease, items)
+        data, failures = write_tables(run, attempt, items)
         draft = Record(
-            shard=lease.shard,
+            shard=attempt.shard,
             fingerprint=run.fingerprint,
             first_row=rows.start,
             stop_row=rows.stop,
-            attempt=lease.attempt,
-            generation=lease.generation,
+            attempt=attempt.id,
+            generation=attempt.generation,
             numerics=numerics(engine),
             timings=clock.seconds,
         )
@@ -131,66 +131,68 @@ def process_shard(
 
 def survives(
     run: Run,
-    lease: Lease,
+    attempt: Attempt,
     engine: Engine,
     device: AbstractContextManager[Any],
     watch: Callable[[Progress], None],
     stopping: Callable[[], bool],
 ) -> bool:
-    """Whether this process lives to say so after it took the pairs of `lease.probe` through a shard's stages alone.
+    """Whether this process lives to say so after it took the pairs of `attempt.probe` through a shard's stages alone.
 
     Nothing is written. False when `stopping()` asked to leave. Raises as `process_shard` does.
     """
-    probe, rows = lease.probe, read_rows(run, lease)
+    probe, rows = attempt.probe, read_rows(run, attempt)
     assert probe is not None
-    tell = Teller(run.job, lease, len(probe.places), watch)
-    tell("read")
+    report = ProgressReporter(run.job, attempt, len(probe.places), watch)
+    report("read")
     pairs, items = read_pairs(run, [rows[place] for place in probe.places], engine.model.grid)
     if probe.stage == "read":
         return True
-    tell("wait")
+    report("wait")
     with device:
-        tell("encode")
+        report("encode")
         for state in engine.sample(pairs, run.job.sampling):
-            tell("sample", state)
-            failpoint("mid-sample", shard=lease.shard, step=state.step, row=sampled(items))
+            report("sample", state)
+            failpoint("mid-sample", shard=attempt.shard, step=state.step, row=sampled(items))
             if stopping():
                 return False
             if probe.until <= state.step < run.job.sampling.steps:
                 return True
-        tell("decode", state)
-        images = engine.decode(state, RunDecoders(run.paths, lease.attempt))
-    tell("write", state)
+        report("decode", state)
+        images = engine.decode(state, RunDecoders(run.paths, attempt.id))
+    report("write", state)
     for item, image in zip(note_sampled(items, state), images, strict=True):
         encoded(run, item, image)
     return True
 
 
-def read_rows(run: Run, lease: Lease) -> list[Item]:
-    rows = run.rows_of(lease.shard)
-    items = [Item(row) for row in run.manifest.images(rows.start, rows.stop, lease.occurrences)]
-    return assigned(items, generation_rows(run.paths, rows, lease.shard, lease.generation, run.newest))
+def read_rows(run: Run, attempt: Attempt) -> list[OutputRow]:
+    rows = run.rows_of(attempt.shard)
+    items = [OutputRow(row) for row in run.manifest.output_rows(rows.start, rows.stop, attempt.occurrences)]
+    return assigned(items, generation_rows(run.paths, rows, attempt.shard, attempt.generation, run.newest))
 
 
-def without_killers(lease: Lease, items: list[Item]) -> list[Item]:
-    """The items, with those that the lease leaves out failed for good."""
+def without_poison_pairs(attempt: Attempt, items: list[OutputRow]) -> list[OutputRow]:
+    """The items, with those that the attempt leaves out failed for good."""
     words = "worker after worker died over this pair, alone too; look at its images, and try it in a run of its own"
-    killed = {place: Reason(stage, PoisonPairError.__name__, words) for place, stage in lease.killers.items()}
+    killed = {
+        place: FailureReason(stage, PoisonPairError.__name__, words) for place, stage in attempt.poison_pairs.items()
+    }
     return [replace(item, failure=item.failure or killed.get(place)) for place, item in enumerate(items)]
 
 
-def left_out(items: list[Item]) -> dict[int, str]:
+def left_out(items: list[OutputRow]) -> dict[int, str]:
     """What the engine must not touch: items that kill. The others that failed, it knows."""
-    killers = {place: item.failure for place, item in enumerate(items) if item.failure}
-    return {place: reason.message for place, reason in killers.items() if reason.error == PoisonPairError.__name__}
+    poison_pairs = {place: item.failure for place, item in enumerate(items) if item.failure}
+    return {place: reason.message for place, reason in poison_pairs.items() if reason.error == PoisonPairError.__name__}
 
 
-def sampled(items: list[Item]) -> list[int]:
-    """The rows that are still being made, as far as reading can tell."""
-    return [item.row.row for item in items if not item.failure]
+def sampled(items: list[OutputRow]) -> list[int]:
+    """The rows that are still being made, as far as reading can report."""
+    return [item.row.output_row for item in items if not item.failure]
 
 
-def warn_of_long_prompts(engine: Engine, items: list[Item]) -> None:
+def warn_of_long_prompts(engine: Engine, items: list[OutputRow]) -> None:
     """Say once a row which end of its prompts the model will not see; the row is made all the same."""
     for item in items:
         for name, text in (("prompt", item.row.prompt), ("negative_prompt", item.row.negative_prompt)):
@@ -205,28 +207,28 @@ def numerics(engine: Engine) -> dict[str, str | int]:
     return engine.numerics | {"pillow": PIL.__version__, "pyarrow": pa.__version__}
 
 
-class CheckpointKeeper:
+class ShardCheckpoints:
     """Saves a shard in flight and brings it back: the engine's state, and what reading taught about each row."""
 
-    def __init__(self, run: Run, lease: Lease, items: list[Item], numerics: dict[str, str | int]) -> None:
+    def __init__(self, run: Run, attempt: Attempt, items: list[OutputRow], numerics: dict[str, str | int]) -> None:
         self.run = run
-        self.lease = lease
+        self.attempt = attempt
         self.numerics = numerics
         ids = "\n".join(item.row.pair_id for item in items)
         idle = [place for place, item in enumerate(items) if item.failure or not item.wanted]
-        if lease.generation or idle:  # of the same shard, but of other rows
-            ids += f"\n{lease.generation} without {idle}"
+        if attempt.generation or idle:  # of the same shard, but of other rows
+            ids += f"\n{attempt.generation} without {idle}"
         self.identity = {
             "fingerprint": run.fingerprint,
-            "shard": lease.shard,
+            "shard": attempt.shard,
             "order": sha256(ids.encode()).hexdigest(),
         }
         self.inputs_name = ""
 
     def load(self) -> Checkpoint | None:
-        return load(self.run.paths, self.lease.shard, self.identity)
+        return load(self.run.paths, self.attempt.shard, self.identity)
 
-    def restore(self, checkpoint: Checkpoint, items: list[Item]) -> tuple[SampleState, list[Item]]:
+    def restore(self, checkpoint: Checkpoint, items: list[OutputRow]) -> tuple[SampleState, list[OutputRow]]:
         self.inputs_name = checkpoint.inputs_name
         facts = checkpoint.inputs_meta["items"]
         state = SampleState.restore(
@@ -237,16 +239,16 @@ class CheckpointKeeper:
                 item,
                 content_sha256=fact["content_sha256"],
                 style_sha256=tuple(fact["style_sha256"]),
-                failure=Reason(**fact["failure"]) if fact["failure"] else None,
+                failure=FailureReason(**fact["failure"]) if fact["failure"] else None,
             )
             for item, fact in zip(items, facts, strict=True)
         ]
-        items = without_killers(self.lease, restored)
+        items = without_poison_pairs(self.attempt, restored)
         if items != restored:  # the next start shall know from the checkpoint alone who is left out
             self.inputs_name = ""
         return state, items
 
-    def save(self, state: SampleState, items: list[Item]) -> None:
+    def save(self, state: SampleState, items: list[OutputRow]) -> None:
         if not self.inputs_name:
             arrays, facts = state.export_inputs()
             learned = [
@@ -258,21 +260,21 @@ class CheckpointKeeper:
                 for item in items
             ]
             meta = self.identity | {"engine": facts, "items": learned}
-            self.inputs_name = save_inputs(self.run.paths, self.lease.shard, self.lease.attempt, arrays, meta)
+            self.inputs_name = save_inputs(self.run.paths, self.attempt.shard, self.attempt.id, arrays, meta)
         arrays, facts = state.export_progress()
         meta = self.identity | {"engine": facts, "numerics": self.numerics}
-        save_progress(self.run.paths, self.lease.shard, state.step, self.lease.attempt, arrays, meta, self.inputs_name)
+        save_progress(self.run.paths, self.attempt.shard, state.step, self.attempt.id, arrays, meta, self.inputs_name)
 
 
-class Teller:
+class ProgressReporter:
     """Tells where a shard stands, and by when there must be news of it, or else its worker hangs.
 
     A step has many times what the slowest one of its kind took; with nothing to compare, what any other stage has.
     """
 
-    def __init__(self, job: Job, lease: Lease, pairs: int, watch: Callable[[Progress], None]) -> None:
+    def __init__(self, job: Job, attempt: Attempt, pairs: int, watch: Callable[[Progress], None]) -> None:
         self.job = job
-        self.lease = lease
+        self.attempt = attempt
         self.pairs = pairs
         self.watch = watch
         self.slowest: dict[bool, float] = {}  # seconds of a step, by whether it is a guided one
@@ -285,7 +287,7 @@ class Teller:
             self.slowest[kind] = max(self.slowest.get(kind, 0.0), now - self.last[2])
         self.last = (stage, step, now)
         steps, limit = self.job.sampling.steps, self._limit(stage, step)
-        self.watch(Progress(self.lease.shard, self.lease.attempt, stage, step, steps, self.pairs, limit))
+        self.watch(Progress(self.attempt.shard, self.attempt.id, stage, step, steps, self.pairs, limit))
 
     def _limit(self, stage: str, step: int) -> float | None:
         cluster = self.job.cluster
@@ -296,18 +298,18 @@ class Teller:
         return cluster.stage_timeout
 
 
-class Clock:
+class StageTimer:
     """Seconds spent in each stage of a shard, for its record."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def measure(self, stage: str) -> _Lap:
-        return _Lap(self, stage)
+    def measure(self, stage: str) -> _Stage:
+        return _Stage(self, stage)
 
 
-class _Lap:
-    def __init__(self, clock: Clock, stage: str) -> None:
+class _Stage:
+    def __init__(self, clock: StageTimer, stage: str) -> None:
         self.clock, self.stage = clock, stage
 
     def __enter__(self) -> None:

@@ -40,37 +40,43 @@ class Manifest:
     style_is_list: bool
     group_starts: tuple[int, ...]  # first row of each row group, then num_rows
     batch_rows: int
-    copies: int = 1  # images made of each row
+    images_per_pair: int = 1  # output rows of each manifest row
 
     @property
-    def num_images(self) -> int:
-        return self.num_rows * self.copies
+    def num_output_rows(self) -> int:
+        return self.num_rows * self.images_per_pair
 
     def shard(self, number: int, size: int) -> range:
-        """The images of shard `number` where shards have `size` images, the last one maybe fewer."""
-        return range(number * size, min((number + 1) * size, self.num_images))
+        """The output rows of shard `number` where shards have `size` of them, the last one maybe fewer."""
+        return range(number * size, min((number + 1) * size, self.num_output_rows))
 
-    def with_copies(self, copies: int) -> Manifest:
-        """This manifest with `copies` images made of each row, which differ in their initial noise."""
-        return replace(self, copies=copies)
+    def with_images_per_pair(self, images_per_pair: int) -> Manifest:
+        """This manifest with several output rows for each manifest row. They differ in their initial noise."""
+        return replace(self, images_per_pair=images_per_pair)
 
-    def images(self, start: int, stop: int, occurrences: Mapping[int, int] | None = None) -> Iterator[Row]:
-        """The rows of images start..stop: image i is number i % copies of row i // copies. Numbers and ids are the
-        images' own: `row` counts images, `pair_id` ends in `.<number>` and a seed grows by it, where copies > 1."""
-        if self.copies == 1:
+    def output_rows(self, start: int, stop: int, occurrences: Mapping[int, int] | None = None) -> Iterator[Row]:
+        """Output rows start..stop: output row i is image i % images_per_pair of manifest row i // images_per_pair.
+
+        With several images a pair, `pair_id` ends in `.<image_number>` and a seed grows by the image number.
+        """
+        count = self.images_per_pair
+        if count == 1:
             yield from self.rows(start, stop, occurrences)
             return
-        for row in self.rows(start // self.copies, -(-stop // self.copies), occurrences):
-            for number in range(self.copies):
-                if start <= (image := row.row * self.copies + number) < stop:
+        for row in self.rows(start // count, -(-stop // count), occurrences):
+            for number in range(count):
+                if start <= (output_row := row.manifest_row * count + number) < stop:
                     seed = None if row.seed is None else (row.seed + number) % 2**63
-                    yield replace(row, row=image, pair_id=f"{row.pair_id}.{number}", seed=seed, image_number=number)
+                    pair_id = f"{row.pair_id}.{number}"
+                    yield replace(row, output_row=output_row, pair_id=pair_id, seed=seed, image_number=number)
 
-    def carried_images(self, start: int, stop: int) -> pa.Table:
-        """The carried columns of images start..stop."""
-        first = start // self.copies
-        rows = self.carried_rows(first, -(-stop // self.copies))
-        return rows.take([image // self.copies - first for image in range(start, stop)]) if self.carried.names else rows
+    def carried_output_rows(self, start: int, stop: int) -> pa.Table:
+        """The carried columns of output rows start..stop."""
+        first = start // self.images_per_pair
+        rows = self.carried_rows(first, -(-stop // self.images_per_pair))
+        if not self.carried.names:
+            return rows
+        return rows.take([output_row // self.images_per_pair - first for output_row in range(start, stop)])
 
     def sha256(self) -> str:
         """Digest of the file, hex."""

@@ -93,7 +93,8 @@ def parse_row(number: int, values: Mapping[str, Any], occurrence: int = 1) -> tu
         return None, problems
 
     row = Row(
-        row=number,
+        manifest_row=number,
+        output_row=number,
         pair_id=pair_id or "",
         content=content,
         styles=tuple(style for style in styles if style is not None),

@@ -38,9 +38,14 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Row:
-    """One pair to stylize. `row` is its place in the manifest, counted from 0."""
+    """One pair to stylize.
 
-    row: int
+    `manifest_row` is its row in the manifest, `output_row` its row in the output, both counted from 0. They differ
+    where a job makes several images of each pair.
+    """
+
+    manifest_row: int
+    output_row: int
     pair_id: str
     content: ImageRef | None
     styles: tuple[ImageRef, ...]
@@ -51,7 +56,7 @@ class Row:
     content_mask: str | None = None
     style_masks: tuple[str, ...] = ()  # none, or one a style
     controls: tuple[ImageRef, ...] = ()  # none, or one a ControlNet of the job
-    image_number: int = 0  # which of several images made of one manifest row
+    image_number: int = 0  # which of the images of one manifest row
 
     def images(self) -> Iterator[tuple[str, ImageRef]]:
         """Every image the row needs, with the column that names it."""

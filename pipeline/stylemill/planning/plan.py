@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        return self.manifest.num_images
+        return self.manifest.num_output_rows
 
     @property
     def shards(self) -> int:
@@ -58,7 +58,7 @@ class Plan:
     def cost(self) -> Cost:
         """Count passes and estimate memory; streams the whole manifest."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
-        rows = (self.manifest.images(rows.start, rows.stop) for rows in ranges)
+        rows = (self.manifest.output_rows(rows.start, rows.stop) for rows in ranges)
         model, shape = self.model, None
         if model.folder:
             shape = read_shape(model.folder, model.checkpoint)
@@ -103,7 +103,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         job = Job.load(job, overrides)
     elif overrides:
         raise TypeError("overrides go with a job file, not with a Job")
-    manifest = open_manifest(job.manifest).with_copies(job.images_per_pair)
+    manifest = open_manifest(job.manifest).with_images_per_pair(job.images_per_pair)
     if is_single_file(job.model.name):
         model = resolve_single_file(job.model.name, job.model.config)
     else:
@@ -116,7 +116,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
     asked = job.shards.pairs_per_shard
     if asked == "auto":
         asked = pairs_per_shard or automatic_shard(
-            [start * manifest.copies for start in manifest.group_starts], _workers(job)
+            [start * manifest.images_per_pair for start in manifest.group_starts], _workers(job)
         )
     made = Plan(
         job=job,

@@ -76,7 +76,7 @@ def _lay_out(manifest: Manifest, records: Iterable[Record], limit: tuple[int, in
         generations = list(one_shard)
         start, stop = generations[0].first_row, generations[0].stop_row
         before = len(grid.cells)
-        for row in islice(manifest.rows(start, stop), left):
+        for row in islice(manifest.output_rows(start, stop), left):
             left -= 1
             content, style = _content_key(row), tuple(image.key for image in row.styles)
             if content not in grid.contents and len(grid.contents) < limit[0]:
@@ -84,7 +84,7 @@ def _lay_out(manifest: Manifest, records: Iterable[Record], limit: tuple[int, in
             if style not in grid.styles and len(grid.styles) < limit[1]:
                 grid.styles[style] = row
             if content in grid.contents and style in grid.styles:
-                grid.cells.setdefault((content, style), row.row)
+                grid.cells.setdefault((content, style), row.output_row)
             if len(grid.cells) == cells:
                 break
         if len(grid.cells) > before:

@@ -208,9 +208,8 @@ paths.create()
 fingerprint, pairs = planned.fingerprint_sha256, planned.pairs_per_shard
 run = Run(planned.job, paths, planned.manifest, fingerprint, pairs, planned.model.label)
 shard = 1
-record = process_shard(
-    run, run.lease(shard, planned.occurrences), load_engine(run, None), nullcontext(), lambda _: None, lambda: False
-)
+attempt, engine = run.new_attempt(shard, planned.occurrences), load_engine(run, None)
+record = process_shard(run, attempt, engine, nullcontext(), lambda _: None, lambda: False)
 print("committed by", record.attempt)
 """
 

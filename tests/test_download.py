@@ -442,7 +442,7 @@ def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("path", ["a.png", "../a.png", "/etc/passwd", "link.png"])
-def test_remote_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) -> None:
+def test_download_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "link.png").symlink_to("a.png")
     strangers = InputSettings(remote_only=True)
