@@ -8,7 +8,8 @@ from contextlib import nullcontext
 
 from stylemill.errors import TransientError
 from stylemill.execution.attempt import Listener, Run
-from stylemill.execution.shard import load_engine, numerics, process_shard
+from stylemill.execution.shard import process_shard
+from stylemill.execution.worker_engine import load_engine, numerics
 
 
 def run_inline(
