@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
-    from stylemill.execution.driver import retry_failed, run
+    from stylemill.execution.driver import run
     from stylemill.execution.repair import repair
+    from stylemill.execution.retry import retry_failed
     from stylemill.planning.plan import plan
     from stylemill.report.status import status
     from stylemill.store.verify import verify
@@ -26,7 +27,7 @@ _HOMES = {
     "Engine": "stylemill.engine",
     "plan": "stylemill.planning.plan",
     "repair": "stylemill.execution.repair",
-    "retry_failed": "stylemill.execution.driver",
+    "retry_failed": "stylemill.execution.retry",
     "run": "stylemill.execution.driver",
     "status": "stylemill.report.status",
     "verify": "stylemill.store.verify",

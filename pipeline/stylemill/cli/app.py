@@ -68,7 +68,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _retry_failed(options: argparse.Namespace) -> int:
-    from stylemill.execution.driver import retry_failed
+    from stylemill.execution.retry import retry_failed
 
     result = retry_failed(options.run, _overrides(options), inline=options.inline)
     print(result.describe())
