@@ -15,6 +15,7 @@ import shlex
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,16 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.core import TyperCommand
 
 import stylemill.execution.local
+from cli_commands import COMMANDS, words_of
 from stylemill import __version__
-from stylemill.cli.app import _parser, main
+from stylemill.cli.app import main
 
 SIZE = 64  # pixels
-VERBS = [
-    *(["manifest", "build"], ["manifest", "validate"], ["manifest", "show"], ["manifest"], []),
-    *(["plan"], ["run"], ["status"], ["verify"], ["demo-model"]),
-]
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,7 @@ class Said:
 def stylemill_says(capsys) -> Callable[..., Said]:
     def say(*argv: object) -> Said:
         capsys.readouterr()
-        try:
-            code = main([str(word) for word in argv])
-        except SystemExit as end:  # argparse's way
-            code = int(end.code or 0)
+        code = main([str(word) for word in argv])
         return Said(code, *capsys.readouterr())
 
     return say
@@ -137,37 +133,85 @@ def refused(said: Said, folder: Path, *words: str) -> str:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_every_help_shows_an_example_that_parses(stylemill_says, verb):
-    said = stylemill_says(*verb, "--help")
+@pytest.mark.parametrize("command", COMMANDS, ids=words_of)
+def test_every_help_ends_with_an_example_that_parses(stylemill_says, monkeypatch, command):
+    said = stylemill_says(*command, "--help")
     assert said.code == 0
     _, example = said.out.split("example: stylemill ")
     words = shlex.split(example)
-    assert words[: len(verb)] == verb
-    assert _parser().parse_args(words).call
+    assert tuple(words[: len(command)]) == command
+    called = []
+    monkeypatch.setattr(TyperCommand, "invoke", lambda self, context: called.append(self.name) or 0)
+    assert stylemill_says(*words).code == 0
+    assert len(called) == 1
+    assert called[0] in words[:2]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=words_of)
+def test_every_help_is_plain_text_of_80_columns(stylemill_says, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = stylemill_says(*command, "--help").out.splitlines()
+    assert lines[0].startswith(" ".join(["Usage: stylemill", *command]))
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("  example: "), "a command is copied from one line"
+    assert not [line for line in lines if line.endswith("...") and not line.startswith("Usage:")], "a text is cut short"
+
+
+@pytest.mark.parametrize("command", [(), ("manifest", "build")], ids=words_of)
+def test_help_needs_no_utf_8(command):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    program = [sys.executable, "-m", "stylemill", *command, "--help"]
+    done = subprocess.run(program, capture_output=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"example: stylemill " in done.stdout
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["manifest"], "the following arguments are required: COMMAND"),
-        (["rum"], "invalid choice: 'rum'"),
-        (["run"], "the following arguments are required: job"),
-        (["run", "job.yaml", "--worker-count", "2"], "unrecognized arguments: --worker-count 2"),
-        (["manifest", "build", "p.parquet", "--style", ".", "--tile", "16"], "--tile: '16': write contents x styles"),
-        (["manifest", "build", "p.parquet", "--style", ".", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        ([], "Missing command"),
+        (["manifest"], "Missing command"),
+        (["rum"], "No such command 'rum'"),
+        (["run"], "Missing argument 'JOB'"),
+        (["run", "job.yaml", "other.yaml"], "unexpected extra argument(s) (other.yaml)"),
+        (["run", "job.yaml", "--worker-count", "2"], "No such option: --worker-count"),
+        (["run", "job.yaml", "--work", "2"], "No such option: --work"),  # no abbreviations
+        (["manifest", "build", "p.parquet", "--style", ".", "--tile", "16"], "'--tile': '16': write contents x styles"),
+        (
+            ["manifest", "build", "p.parquet", "--style", ".", "--seed", "x"],
+            "'--seed': Input should be a valid integer",
+        ),
+        (["manifest", "build", "p.parquet", "--pairing", "all"], "'--pairing': Value error, 'all' is not one of"),
     ],
 )
-def test_commands_that_are_not_there(stylemill_says, argv, words):
+def test_command_lines_that_do_not_parse(stylemill_says, argv, words):
     said = stylemill_says(*argv)
     assert said.code == 2
     assert words in said.error
-    assert said.err.startswith("usage: stylemill")
+    assert said.err.startswith("Usage: stylemill")
+    assert said.out == ""
 
 
 def test_version(stylemill_says):
     assert stylemill_says("--version") == Said(0, f"stylemill {__version__}\n", "")
+
+
+def test_an_interrupted_command_exits_with_130(stylemill_says, monkeypatch):
+    monkeypatch.setattr("stylemill.report.status.status", _raise(KeyboardInterrupt()))
+    assert stylemill_says("status", "run") == Said(130, "", "interrupted; the same command resumes\n")
+
+
+def test_a_bug_is_not_reported_as_bad_input(stylemill_says, monkeypatch):
+    monkeypatch.setattr("stylemill.report.status.status", _raise(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        stylemill_says("status", "run")
+
+
+def _raise(error: BaseException) -> Callable[..., object]:
+    def call(*_: object) -> object:
+        raise error
+
+    return call
 
 
 @pytest.mark.parametrize("verb", ["status", "verify"])
