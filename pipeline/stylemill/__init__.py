@@ -1,9 +1,9 @@
-"""stylemill: a Parquet manifest of content × style pairs in, a dataset of stylized images out.
+"""stylemill turns a Parquet manifest of content × style pairs into a dataset of stylized images.
 
 >>> import stylemill
 >>> stylemill.run("jobs/quickstart.yaml")          # doctest: +SKIP
 
-Importing this package loads neither torch nor ray; the first call that needs them does.
+Importing this package loads neither torch nor Ray. The first call that needs them loads them.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ app = typer.Typer(
     help="Build, validate or show a manifest of pairs.", epilog="example: stylemill manifest show pairs.parquet"
 )
 
-Manifest = Annotated[str, typer.Argument(metavar="MANIFEST", help="Parquet file of the manifest.")]
+ManifestArgument = Annotated[str, typer.Argument(metavar="MANIFEST", help="Parquet file of the manifest.")]
 
 
 class Tile(NamedTuple):
@@ -96,7 +96,7 @@ def build(
 
 @app.command("validate", epilog="example: stylemill manifest validate pairs.parquet --decode")
 def validate(
-    manifest: Manifest,
+    manifest: ManifestArgument,
     decode: Annotated[bool, typer.Option("--decode", help="Also decode every image.")] = False,
     limit: Annotated[int, typer.Option(metavar="N", help="List at most N problems. All are counted.")] = 100,
 ) -> int:
@@ -109,7 +109,9 @@ def validate(
 
 
 @app.command("show", epilog="example: stylemill manifest show pairs.parquet")
-def show(manifest: Manifest, limit: Annotated[int, typer.Option(metavar="N", help="Show at most N rows.")] = 5) -> int:
+def show(
+    manifest: ManifestArgument, limit: Annotated[int, typer.Option(metavar="N", help="Show at most N rows.")] = 5
+) -> int:
     """Print the size, the columns and the first rows of a manifest."""
     from stylemill.manifest import show_manifest
 

@@ -18,7 +18,7 @@ Output = Annotated[
 ManifestFile = Annotated[
     str | None, typer.Option("--manifest", metavar="FILE", help="Manifest, instead of the job's (manifest).")
 ]
-Model = Annotated[
+ModelName = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="Model folder or hub id, instead of the job's (model.name)."),
 ]
@@ -52,8 +52,8 @@ def job_overrides(
 ) -> dict[str, Any]:
     """Dotted keys of the job and the values that the command line gives them.
 
-    `settings` are the arguments of --set. Their values are YAML, so that `sampling.adain=true` is a Boolean. An option
-    of its own wins over --set. Raises JobError for an argument that is not key=value or not valid YAML.
+    `settings` are the arguments of --set. Their values are YAML, so that `sampling.adain=true` is a Boolean. The other
+    options win over --set. Raises JobError for an argument that is not key=value or not valid YAML.
     """
     from stylemill.config.yaml import load_yaml
 
