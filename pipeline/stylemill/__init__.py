@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Engine", "plan", "repair", "retry_failed", "run", "status", "verify"]
 
-_HOMES = {
+_MODULE_OF = {
     "Engine": "stylemill.engine",
     "plan": "stylemill.planning.plan",
     "repair": "stylemill.execution.repair",
@@ -34,6 +34,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'stylemill' has no attribute {name!r}")
