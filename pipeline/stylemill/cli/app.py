@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = typer.main.get_command(app)
     try:
-        # Not app(...): that prints errors in another form and hides a KeyboardInterrupt behind its exit code.
+        # Not app(argv): it prints errors in another form and turns KeyboardInterrupt into an exit code.
         with command.make_context("stylemill", list(sys.argv[1:] if argv is None else argv)) as context:
             return int(command.invoke(context))
     except typer.Exit as end:  # --help or --version
