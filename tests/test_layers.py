@@ -104,8 +104,8 @@ def imports_of(source: str, module: str, is_package: bool = False) -> Iterator[t
 def resolve(name: str) -> str:
     """Where `from a.b import c` leads: to a module of ours, to the home of a lazy public name, else to a.b."""
     origin, _, last = name.rpartition(".")
-    if origin == "stylemill" and last in stylemill._HOMES:
-        return stylemill._HOMES[last]
+    if origin == "stylemill" and last in stylemill._MODULE_OF:
+        return stylemill._MODULE_OF[last]
     return name if name in NAMES else origin
 
 
