@@ -17,7 +17,7 @@ from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
 from stylemill.manifest import ImageRef, Row
 from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
-from stylemill.planning.plan import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
+from stylemill.planning.plan import Plan, choose_pairs_per_shard, fingerprint_differences, fingerprint_sha256, plan
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
 SD15 = {
@@ -145,12 +145,12 @@ def test_an_automatic_size_is_settled_by_the_first_start(job):
 )
 def test_automatic_shards(rows, group, workers, expected):
     starts = [*range(0, rows, group or rows), rows]
-    assert automatic_shard(starts, workers) == expected
+    assert choose_pairs_per_shard(starts, workers) == expected
 
 
 @given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 64))
 def test_automatic_shards_always_leave_enough_for_each_worker(rows, group, workers):
-    size = automatic_shard([*range(0, rows, max(group, rows // 1000)), rows], workers)
+    size = choose_pairs_per_shard([*range(0, rows, max(group, rows // 1000)), rows], workers)
     assert 1 <= size <= 256
     assert -(-rows // size) >= min(rows, 4 * workers)
 

@@ -16,8 +16,8 @@ from stylemill.config.job import Job
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.errors import JobError, ModelError
-from stylemill.models.safetensors_file import SD_CONFIG, SDXL_CONFIG, usual_config
-from stylemill.models.single_file import fetch_config, resolve_single_file
+from stylemill.models.safetensors_file import SD_CONFIG, SDXL_CONFIG, infer_config_id
+from stylemill.models.single_file import fetch_config_folder, resolve_single_file
 
 Kind = Literal["sd", "sdxl"]
 Tensors = dict[str, Tensor]
@@ -164,7 +164,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_the_same_model_to_the_bit(folder: Path, checkpoint: Path) -> None:
-    ours = DiffusionModel.load(fetch_config(str(checkpoint), str(folder)), "float32", "cpu", checkpoint)
+    ours = DiffusionModel.load(fetch_config_folder(str(checkpoint), str(folder)), "float32", "cpu", checkpoint)
     theirs = DiffusionModel.load(folder, "float32", "cpu")
     for one, other in zip(
         (ours.unet, ours.vae, *ours.text_encoders), (theirs.unet, theirs.vae, *theirs.text_encoders), strict=True
@@ -196,7 +196,7 @@ def test_its_identity_is_content_and_configuration(folder: Path, checkpoint: Pat
 
 
 def test_without_a_configuration_its_tensors_name_the_family(checkpoint: Path, kind: Kind) -> None:
-    assert usual_config(checkpoint) == {"sd": SD_CONFIG, "sdxl": SDXL_CONFIG}[kind]
+    assert infer_config_id(checkpoint) == {"sd": SD_CONFIG, "sdxl": SDXL_CONFIG}[kind]
 
 
 def test_the_configuration_of_the_hub_is_pinned(checkpoint: Path, folder: Path, monkeypatch) -> None:
@@ -216,10 +216,10 @@ def test_the_configuration_of_the_hub_is_pinned(checkpoint: Path, folder: Path, 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     resolved = resolve_single_file(str(checkpoint))
-    assert resolved.config == f"{usual_config(checkpoint)}@{'c' * 40}"
+    assert resolved.config == f"{infer_config_id(checkpoint)}@{'c' * 40}"
     assert set(asked) == {"c" * 40}
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("asked the hub again"))
-    assert fetch_config(str(checkpoint), resolved.config) == folder
+    assert fetch_config_folder(str(checkpoint), resolved.config) == folder
 
 
 def test_offline_it_says_what_to_do(checkpoint: Path, monkeypatch) -> None:

@@ -16,7 +16,7 @@ from stylemill.errors import ModelError
 FITTING = "name a Stable Diffusion 1.x, 2.x or SDXL model"
 
 
-def other_kind(paths: Collection[str]) -> str | None:
+def explain_unsupported_layout(paths: Collection[str]) -> str | None:
     """Why an incomplete model that consists of these files is none that fits; None when it seems to be a torn one."""
     parts = {path.split("/")[0] for path in paths if "/" in path}
     if "unet" not in parts and "transformer" in parts:
@@ -44,7 +44,7 @@ def is_sdxl(unet: Mapping[str, Any]) -> bool:
     return unet.get("addition_embed_type") == "text_time"
 
 
-def refuse_misfits(folder: Path) -> None:
+def check_architecture(folder: Path) -> None:
     """Raise ModelError with the reason when the configurations in a whole model folder are those of another kind."""
     unet, vae = read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json")
     encoders = ["text_encoder", "text_encoder_2"] if is_sdxl(unet) else ["text_encoder"]
@@ -110,7 +110,7 @@ def _texts(texts: list[dict[str, Any]]) -> Iterable[str]:
 _COPIED = ("cross_attention_dim", "block_out_channels", "down_block_types", "layers_per_block", "in_channels")
 
 
-def refuse_other_controlnet(name: str, controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+def check_controlnet_architecture(name: str, controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
     """Raise ModelError unless a ControlNet of this configuration was trained for a UNet shaped like this one."""
     kind = controlnet.get("_class_name")
     if kind != "ControlNetModel":

@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from stylemill.config.model import EMBEDDED
 from stylemill.errors import ModelError
-from stylemill.models.architecture import is_sdxl, other_kind, read_config, refuse_misfits
-from stylemill.models.safetensors_file import tensors_of
+from stylemill.models.architecture import check_architecture, explain_unsupported_layout, is_sdxl, read_config
+from stylemill.models.safetensors_file import read_tensor_shapes
 
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _WEIGHTS_OF_SDXL = {"text_encoder_2": "model"}  # besides those
@@ -94,7 +94,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class ResolvedModel:
     """A model pinned to its content.
 
     `folder` is None while a hub model is not on this machine. A folder is pinned by `digests` (relative path ->
@@ -131,7 +131,7 @@ class ModelFiles:
         return f"{Path(self.name).name}@{content[:12]}"
 
 
-def resolve_model(name: str, revision: str | None = None, kind: ModelFileSet = MODEL) -> ModelFiles:
+def resolve_model(name: str, revision: str | None = None, kind: ModelFileSet = MODEL) -> ResolvedModel:
     """Pin a folder by digests or a hub id by its commit, without downloading weights.
 
     Raises ModelError: the folder lacks a part or holds only pickled weights; the hub knows no such model, or cannot be
@@ -140,14 +140,16 @@ def resolve_model(name: str, revision: str | None = None, kind: ModelFileSet = M
     folder = _local(name, kind)
     if folder.is_dir():
         _check_folder(folder, None, kind)
-        return ModelFiles(name, folder, None, {path: file_digest(folder / path) for path in model_paths(folder, kind)})
+        return ResolvedModel(
+            name, folder, None, {path: file_digest(folder / path) for path in model_paths(folder, kind)}
+        )
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"{kind.name} {name!r}: no such folder; name a hub id, or {EMBEDDED!r}, the embedded model")
     commit = _hub_commit(name, revision, kind)
-    return ModelFiles(name, _cached(name, commit, kind), commit, {})
+    return ResolvedModel(name, _cached(name, commit, kind), commit, {})
 
 
-def fetch_model(name: str, revision: str | None = None, kind: ModelFileSet = MODEL) -> Path:
+def fetch_model_folder(name: str, revision: str | None = None, kind: ModelFileSet = MODEL) -> Path:
     """The local folder of a model, downloaded when it is a hub id that this machine has not yet.
 
     Give the resolved commit as `revision`: then what is cached is used with no network. Raises ModelError.
@@ -211,10 +213,10 @@ def _check_folder(folder: Path, name: str | None, kind: ModelFileSet) -> None:
         if missing:
             raise ModelError(f"{kind.name} {name or str(folder)!r}: {_advice(folder, missing)}")
         if kind in (MODEL, CONFIGURATION):
-            refuse_misfits(folder)
+            check_architecture(folder)
         for path in model_paths(folder, kind):
             if path.endswith(".safetensors"):
-                tensors_of(folder / path)  # a truncated file is better found now than by every worker
+                read_tensor_shapes(folder / path)  # a truncated file is better found now than by every worker
     except OSError as error:
         raise ModelError(f"{kind.name} {name or str(folder)!r}: cannot be read: {error}") from error
 
@@ -222,7 +224,7 @@ def _check_folder(folder: Path, name: str | None, kind: ModelFileSet) -> None:
 def _advice(folder: Path, missing: list[str]) -> str:
     """What is wrong with an incomplete model folder, and the way out."""
     files = list(_files(folder))
-    if reason := other_kind([path.relative_to(folder).as_posix() for path in files]):
+    if reason := explain_unsupported_layout([path.relative_to(folder).as_posix() for path in files]):
         return reason
     parts = {item.split("/")[0] for item in missing if item.endswith(".safetensors")}
     pickled = [path for path in files if path.suffix in _PICKLES and path.parent.name in parts]
@@ -303,7 +305,7 @@ def _hub_commit(name: str, revision: str | None, kind: ModelFileSet) -> str:
                 return cached.name  # snapshots lie in folders named by their commit
         _refuse(name, revision, error, kind)
     files = [file.rfilename for file in getattr(info, "siblings", None) or []]
-    if kind is MODEL and (reason := other_kind(files)):  # known before gigabytes are downloaded
+    if kind is MODEL and (reason := explain_unsupported_layout(files)):  # known before gigabytes are downloaded
         raise ModelError(f"{kind.name} {name!r}: {reason}")
     if not info.sha:
         raise ModelError(f"{kind.name} {name!r}: the hub names no commit for it; give one as model.revision")

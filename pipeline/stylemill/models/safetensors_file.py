@@ -29,7 +29,7 @@ _OTHERS = (  # part of a tensor's name -> what has such tensors
 )
 
 
-def tensors_of(path: Path) -> dict[str, tuple[int, ...]]:
+def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a safetensors file. Raises ModelError when the file is cut short."""
     try:
         with path.open("rb") as file:
@@ -49,15 +49,15 @@ def tensors_of(path: Path) -> dict[str, tuple[int, ...]]:
 
 def count_parameters(path: Path) -> int:
     """Number of scalars in a safetensors file, from its header alone."""
-    return sum(math.prod(shape) for shape in tensors_of(path).values())
+    return sum(math.prod(shape) for shape in read_tensor_shapes(path).values())
 
 
-def usual_config(path: Path) -> str | None:
+def infer_config_id(path: Path) -> str | None:
     """The hub id whose configuration a single-file checkpoint usually goes with, by the names of its tensors.
 
     None when they leave it open. Raises ModelError for what is no checkpoint that fits.
     """
-    tensors = tensors_of(path)
+    tensors = read_tensor_shapes(path)
     for part, reason in _OTHERS:
         if any(part in name for name in tensors):
             raise ModelError(f"{path}: {reason}")

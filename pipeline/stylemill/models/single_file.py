@@ -6,8 +6,15 @@ from pathlib import Path
 
 from stylemill.config.model import CHECKPOINT_SUFFIXES
 from stylemill.errors import ModelError
-from stylemill.models.hub import CONFIGURATION, ModelFiles, fetch_model, file_digest, model_paths, resolve_model
-from stylemill.models.safetensors_file import usual_config
+from stylemill.models.hub import (
+    CONFIGURATION,
+    ResolvedModel,
+    fetch_model_folder,
+    file_digest,
+    model_paths,
+    resolve_model,
+)
+from stylemill.models.safetensors_file import infer_config_id
 
 
 def is_single_file(name: str) -> bool:
@@ -15,7 +22,7 @@ def is_single_file(name: str) -> bool:
     return name.endswith(CHECKPOINT_SUFFIXES)
 
 
-def resolve_single_file(name: str, config: str | None = None) -> ModelFiles:
+def resolve_single_file(name: str, config: str | None = None) -> ResolvedModel:
     """Pin a checkpoint file by the digests of its bytes and of its configuration, which is small and fetched at once.
 
     `config` is a diffusers folder (weights are not needed there), a hub id, or a hub id with its commit, "id@commit".
@@ -24,15 +31,15 @@ def resolve_single_file(name: str, config: str | None = None) -> ModelFiles:
     """
     path = Path(name).expanduser()
     pinned = _pinned_config(path, config)
-    folder = fetch_config(name, pinned)
+    folder = fetch_config_folder(name, pinned)
     digests = {part: file_digest(folder / part) for part in model_paths(folder, CONFIGURATION)}
-    return ModelFiles(name, folder, None, {"checkpoint": file_digest(path), **digests}, path, pinned)
+    return ResolvedModel(name, folder, None, {"checkpoint": file_digest(path), **digests}, path, pinned)
 
 
-def fetch_config(name: str, config: str | None = None) -> Path:
+def fetch_config_folder(name: str, config: str | None = None) -> Path:
     """The local folder with the configuration of a checkpoint file. With a pinned one no network when it is cached."""
     source, _, commit = _pinned_config(Path(name).expanduser(), config).partition("@")
-    return fetch_model(source, commit or None, CONFIGURATION)
+    return fetch_model_folder(source, commit or None, CONFIGURATION)
 
 
 def _pinned_config(path: Path, config: str | None) -> str:
@@ -45,7 +52,7 @@ def _pinned_config(path: Path, config: str | None) -> str:
             '"from diffusers import StableDiffusionPipeline as P; '
             f"P.from_single_file('{path}').save_pretrained('NEW_FOLDER')\""
         )
-    usual = usual_config(path)  # also refuses what does not fit
+    usual = infer_config_id(path)  # also refuses what does not fit
     source = config or usual
     if source is None:
         raise ModelError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from stylemill.config.job import Job
 from stylemill.errors import JobError
 from stylemill.manifest import Manifest
-from stylemill.models.architecture import read_config, refuse_other_controlnet
-from stylemill.models.hub import CONTROLNET, ModelFiles, model_paths, resolve_model
+from stylemill.models.architecture import check_controlnet_architecture, read_config
+from stylemill.models.hub import CONTROLNET, ResolvedModel, model_paths, resolve_model
 from stylemill.models.safetensors_file import count_parameters
 
 
-def plan_controlnets(job: Job, model: ModelFiles, manifest: Manifest) -> tuple[Job, list[ModelFiles]]:
+def pin_controlnets(job: Job, model: ResolvedModel, manifest: Manifest) -> tuple[Job, list[ResolvedModel]]:
     """The job with each ControlNet's revision pinned to a commit, and their files. Weights are not loaded.
 
     Raises ModelError for one that is absent or of another architecture, JobError where no row could have its image.
@@ -25,7 +25,7 @@ def plan_controlnets(job: Job, model: ModelFiles, manifest: Manifest) -> tuple[J
     for found in files:
         if found.folder and model.folder:
             controlnet = read_config(found.folder / "config.json")
-            refuse_other_controlnet(found.name, controlnet, read_config(model.folder / "unet" / "config.json"))
+            check_controlnet_architecture(found.name, controlnet, read_config(model.folder / "unet" / "config.json"))
     pinned = tuple(
         net.model_copy(update={"revision": found.commit}) if found.commit else net
         for net, found in zip(nets, files, strict=True)
@@ -33,7 +33,7 @@ def plan_controlnets(job: Job, model: ModelFiles, manifest: Manifest) -> tuple[J
     return job.model_copy(update={"model": job.model.model_copy(update={"controlnet": pinned})}), files
 
 
-def controlnet_parameters(files: ModelFiles) -> int:
+def count_controlnet_parameters(files: ResolvedModel) -> int:
     """Its number of weights; 0 while it is not on this machine."""
     if files.folder is None:
         return 0

@@ -7,19 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 
 from stylemill.config.job import Job
-from stylemill.models.hub import ModelFiles
+from stylemill.models.hub import ResolvedModel
 
 Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]
 
 
-def fingerprint(
+def compute_fingerprint(
     job: Job,
-    model: ModelFiles,
+    model: ResolvedModel,
     manifest_sha256: str,
     pairs_per_shard: int,
-    controlnets: Sequence[ModelFiles] = (),
-    loras: Sequence[ModelFiles] = (),
+    controlnets: Sequence[ResolvedModel] = (),
+    loras: Sequence[ResolvedModel] = (),
 ) -> Fingerprint:
     """What must not change between two starts of a run.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from stylemill.config.job import Job
-from stylemill.models.hub import ModelFiles
+from stylemill.models.hub import ResolvedModel
 from stylemill.models.lora import resolve_lora
 
 
-def plan_loras(job: Job) -> tuple[Job, list[ModelFiles]]:
+def pin_loras(job: Job) -> tuple[Job, list[ResolvedModel]]:
     """The job with each LoRA's revision pinned to a commit, and their files. Raises ModelError for an absent one."""
     files = [resolve_lora(lora) for lora in job.model.loras]
     pinned = tuple(

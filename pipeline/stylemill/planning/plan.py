@@ -10,18 +10,18 @@ from typing import Any
 
 from stylemill.config.job import Job
 from stylemill.manifest import Manifest, open_manifest
-from stylemill.models.hub import ModelFiles, resolve_model
+from stylemill.models.hub import ResolvedModel, resolve_model
 from stylemill.models.single_file import is_single_file, resolve_single_file
-from stylemill.planning.controlnets import controlnet_parameters, plan_controlnets
+from stylemill.planning.controlnets import count_controlnet_parameters, pin_controlnets
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
-from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
-from stylemill.planning.loras import plan_loras
+from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fingerprint_differences, fingerprint_sha256
+from stylemill.planning.loras import pin_loras
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_foreign_files
 
 __all__ = ["Plan", "fingerprint_differences", "fingerprint_sha256", "plan"]
 
-LARGEST_SHARD = 256  # pairs: a 16 × 16 tile
+MAX_PAIRS_PER_SHARD = 256  # pairs: a 16 × 16 tile
 SHARDS_PER_WORKER = 4  # so that the last shards of a run leave no worker idle for long
 
 
@@ -31,11 +31,11 @@ class Plan:
 
     job: Job
     manifest: Manifest
-    model: ModelFiles
+    model: ResolvedModel
     pairs_per_shard: int
     fingerprint: Fingerprint
     occurrences: dict[int, int]  # rows that repeat an earlier row -> which repetition; tells their ids apart
-    controlnets: tuple[ModelFiles, ...] = ()
+    controlnets: tuple[ResolvedModel, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -62,7 +62,9 @@ class Plan:
         model, shape = self.model, None
         if model.folder:
             shape = read_shape(model.folder, model.checkpoint)
-            shape = replace(shape, parameters=shape.parameters + sum(map(controlnet_parameters, self.controlnets)))
+            shape = replace(
+                shape, parameters=shape.parameters + sum(map(count_controlnet_parameters, self.controlnets))
+            )
         return count_cost(self.job, rows, shape)
 
     def describe(self) -> str:
@@ -111,11 +113,11 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
     job = job.model_copy(update={"model": job.model.model_copy(update=model.pins)})
     if model.folder:
         check_against_model(job, read_shape(model.folder, model.checkpoint))
-    job, controlnets = plan_controlnets(job, model, manifest)
-    job, loras = plan_loras(job)
+    job, controlnets = pin_controlnets(job, model, manifest)
+    job, loras = pin_loras(job)
     asked = job.shards.pairs_per_shard
     if asked == "auto":
-        asked = pairs_per_shard or automatic_shard(
+        asked = pairs_per_shard or choose_pairs_per_shard(
             [start * manifest.images_per_pair for start in manifest.group_starts], _workers(job)
         )
     made = Plan(
@@ -123,7 +125,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         manifest=manifest,
         model=model,
         pairs_per_shard=asked,
-        fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets, loras),
+        fingerprint=compute_fingerprint(job, model, manifest.sha256(), asked, controlnets, loras),
         occurrences=manifest.repeated_rows(),
         controlnets=tuple(controlnets),
     )
@@ -131,14 +133,14 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
     return made
 
 
-def automatic_shard(group_starts: Sequence[int], workers: int) -> int:
+def choose_pairs_per_shard(group_starts: Sequence[int], workers: int) -> int:
     """Pairs in a shard: the largest tile, of at most 256 pairs, that still gives four shards a worker.
 
     `group_starts` is the first row of each row group, then the number of rows. `manifest build` writes a tile as a row
     group, so whole groups, or an even part of one, keep the images of a shard few; else the tile is a square.
     """
     rows, wanted = group_starts[-1], SHARDS_PER_WORKER * workers
-    most = max(1, min(LARGEST_SHARD, (rows - 1) // (wanted - 1)))  # ceil(rows / most) >= wanted
+    most = max(1, min(MAX_PAIRS_PER_SHARD, (rows - 1) // (wanted - 1)))  # ceil(rows / most) >= wanted
     group = group_starts[1] if len(group_starts) > 2 else 0
     if 0 < group <= most:
         return most // group * group

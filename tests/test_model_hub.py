@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stylemill.errors import ModelError
-from stylemill.models.hub import PATTERNS, fetch_model, model_paths, resolve_model
+from stylemill.models.hub import PATTERNS, fetch_model_folder, model_paths, resolve_model
 from stylemill.models.safetensors_file import count_parameters
 
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
@@ -86,7 +86,7 @@ def test_a_folder_is_pinned_by_the_files_that_are_loaded(model):
         "vae/diffusion_pytorch_model.safetensors",
     ]
     assert resolved.identity()["model.vae/config.json"] == resolved.digests["vae/config.json"]
-    assert fetch_model(str(model)) == model
+    assert fetch_model_folder(str(model)) == model
 
 
 def test_identity_follows_content_not_place(model, tmp_path):
@@ -221,30 +221,30 @@ def test_a_hub_id_is_pinned_by_its_commit_and_downloaded_only_when_fetched(hub):
     assert resolved.label == f"org/model@{COMMIT}"
     assert resolved.pins == {"revision": COMMIT}
     assert hub.downloads == []
-    folder = fetch_model("org/model", COMMIT)
+    folder = fetch_model_folder("org/model", COMMIT)
     assert folder.name == COMMIT
-    assert fetch_model("org/model", COMMIT) == folder
+    assert fetch_model_folder("org/model", COMMIT) == folder
     assert hub.downloads == [("org/model", COMMIT)]  # once: the second time it was cached
     assert resolve_model("org/model").folder == folder
 
 
 def test_offline_the_cached_commit_counts(hub):
-    fetch_model("org/model")
+    fetch_model_folder("org/model")
     hub.error = OfflineModeIsEnabled("Cannot reach the hub: offline mode is enabled")
     assert resolve_model("org/model").commit == COMMIT
-    assert fetch_model("org/model", COMMIT).name == COMMIT
+    assert fetch_model_folder("org/model", COMMIT).name == COMMIT
     assert len(hub.downloads) == 1
 
 
 def test_an_interrupted_download_is_not_taken_for_the_model(hub):
-    folder = fetch_model("org/model", COMMIT)
+    folder = fetch_model_folder("org/model", COMMIT)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert resolve_model("org/model").folder is None
-    fetch_model("org/model", COMMIT)
+    fetch_model_folder("org/model", COMMIT)
     assert len(hub.downloads) == 2
 
 
-@pytest.mark.parametrize("ask", [resolve_model, fetch_model])
+@pytest.mark.parametrize("ask", [resolve_model, fetch_model_folder])
 def test_neither_hub_nor_cache(hub, ask):
     hub.error = OfflineModeIsEnabled("offline mode is enabled")
     with pytest.raises(ModelError, match=r"'org/model': no folder.*cannot be reached.*HF_HUB_OFFLINE.*local folder"):
@@ -257,7 +257,7 @@ def test_the_hub_says_no(hub, monkeypatch):
     def refusal(kind: type[Exception]) -> Exception:
         return kind.__new__(kind)  # their constructors want an HTTP response, of which client depends on the version
 
-    fetch_model("org/model")  # what is cached does not stand in for a final answer
+    fetch_model_folder("org/model")  # what is cached does not stand in for a final answer
     for kind, message in [
         (errors.RepositoryNotFoundError, "neither a folder here nor a model"),
         (errors.RevisionNotFoundError, "has no revision 'v9'"),
