@@ -11,6 +11,15 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the demo models by family, "sd" and "sdxl". Tests must not change files in them."""
+    from stylemill.demo.untrained import write_demo_model
+
+    folder = tmp_path_factory.mktemp("demo-models")
+    return {"sd": write_demo_model(folder / "sd"), "sdxl": write_demo_model(folder / "sdxl", kind="sdxl")}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's folder."""

@@ -17,7 +17,8 @@ from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
 from stylemill.manifest import ImageRef, Row
 from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
-from stylemill.planning.plan import Plan, choose_pairs_per_shard, fingerprint_differences, fingerprint_sha256, plan
+from stylemill.planning.fingerprint import fingerprint_differences, fingerprint_sha256
+from stylemill.planning.plan import Plan, choose_pairs_per_shard, plan
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
 SD15 = {
@@ -40,14 +41,17 @@ def _shape(unet: dict, parameters: int = 0) -> ModelShape:
     return ModelShape(tuple(_self_attention(unet)), channels[0], len(channels), 4, 8, parameters)
 
 
-def _weights(path: Path) -> None:
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+def _write_weights(path: Path) -> None:
+    """A million parameters. The tensor's values are a hole in the file, which takes no space."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1000, 1000], "data_offsets": [0, 1_000_000]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 1_000_000)
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch) -> Path:
-    """A model folder of SD 1.5's shape; only its headers are real."""
+    """A model folder with the shape of SD 1.5; its weights are too few and all zero."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -58,7 +62,7 @@ def model(tmp_path, monkeypatch) -> Path:
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
         (folder / name).write_text("{}")
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        _weights(folder / f"{name}.safetensors")
+        _write_weights(folder / f"{name}.safetensors")
     return folder
 
 

@@ -36,8 +36,9 @@ from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
 from stylemill.errors import DeviceMemoryError
-from stylemill.models.hub import CONTROLNET, fetch_model_folder
+from stylemill.models.file_sets import CONTROLNET
 from stylemill.models.lora import fetch_lora_file
+from stylemill.models.resolve import fetch_model_folder
 from stylemill.models.single_file import fetch_config_folder, is_single_file
 
 LARGEST_MICRO_BATCH = 64

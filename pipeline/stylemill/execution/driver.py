@@ -17,7 +17,8 @@ from stylemill.config.job import Job, set_dotted
 from stylemill.errors import DamagedError, IncompleteError, OutputError
 from stylemill.execution.attempt import Progress, Run
 from stylemill.execution.progress import ProgressBar
-from stylemill.planning.plan import Plan, fingerprint_differences, plan
+from stylemill.planning.fingerprint import fingerprint_differences
+from stylemill.planning.plan import Plan, plan
 from stylemill.report.contact_sheet import write_contact_sheet
 from stylemill.report.summary import Summary, summarize
 from stylemill.store.atomic import publish_bytes

@@ -12,7 +12,7 @@ from stylemill.config.sampling import cpu_micro_batch
 from stylemill.errors import JobError, ModelError
 from stylemill.manifest import Row
 from stylemill.models.architecture import check_architecture, is_sdxl, read_config
-from stylemill.models.hub import model_paths
+from stylemill.models.folder import model_paths
 from stylemill.models.layer_names import choose
 from stylemill.models.safetensors_file import count_parameters
 
