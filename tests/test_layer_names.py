@@ -21,7 +21,7 @@ def folder(request: pytest.FixtureRequest, demo_models: dict[str, Path]) -> Path
 
 
 @pytest.fixture(scope="module")
-def unet(folder: Path) -> Any:
+def unet(folder: Path, one_torch_thread: None) -> Any:
     return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 

@@ -162,7 +162,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, folder: Path, family: M
 
 
 @pytest.fixture(scope="module")
-def from_folder(folder: Path) -> DiffusionModel:
+def from_folder(folder: Path, one_torch_thread: None) -> DiffusionModel:
     """The model in float32, loaded from its folder. Tests must not change it."""
     return DiffusionModel.load(folder, "float32", "cpu")
 
