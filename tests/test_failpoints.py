@@ -72,7 +72,7 @@ def test_every_point_is_passed_somewhere_and_no_other_is_named() -> None:
     import stylemill
 
     sources = [path.read_text() for path in Path(stylemill.__file__).parent.rglob("*.py")]
-    passed = {point for source in sources for point in re.findall(r'\bfault\("([a-z-]+)"', source)}
+    passed = {point for source in sources for point in re.findall(r'\bfailpoint\("([a-z-]+)"', source)}
     assert passed == set(POINTS)
 
 
