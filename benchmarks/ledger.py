@@ -20,7 +20,7 @@ from pathlib import Path
 from stylemill.store.compaction import pack
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
-from stylemill.store.run_file import RunFile
+from stylemill.store.run_file import RunFile, create_run_folder
 from stylemill.store.segments import ROWS
 
 PAIRS = 256
@@ -48,7 +48,7 @@ found = f"{status(sys.argv[1]).summary.rows_ok:,} images"
 def make(output: Path, shards: int) -> None:
     """A finished run: `shards` shards, one in a hundred with a failed row."""
     paths = RunPaths(output, shards)
-    paths.create()
+    create_run_folder(paths)
     numerics = {"device": "cpu", "dtype": "float32", "threads": 1, "micro_batch": 4, "torch": "2.6.0"}
     paths.job.write_bytes(RunFile({}, "f" * 64, shards * PAIRS, shards, PAIRS, {"manifest": "m"}, {}).to_bytes())
     records: list[Record] = []

@@ -15,7 +15,7 @@ from PIL import Image
 from stylemill.store.parquet import Failure, output_schema, write_failures, write_shard
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.run_file import RunFile
+from stylemill.store.run_file import RunFile, create_run_folder
 
 ROWS = 4
 FINGERPRINT = "f" * 64
@@ -24,7 +24,7 @@ Attempt = tuple[Record, Path | None, Path | None]
 
 def run_folder(folder: Path, shards: int = 1) -> RunPaths:
     paths = RunPaths(folder / "run", shards)
-    paths.create()
+    create_run_folder(paths)
     file = RunFile({}, FINGERPRINT, shards * ROWS, shards, ROWS, {"manifest": "pairs.parquet"}, {})
     paths.job.write_bytes(file.to_bytes())
     return paths

@@ -202,9 +202,10 @@ from stylemill.execution.attempt import Run
 from stylemill.planning.plan import plan
 from stylemill.execution.shard import load_engine, process_shard
 from stylemill.store.paths import RunPaths
+from stylemill.store.run_file import create_run_folder
 planned = plan(Job.load(sys.argv[1], {"output": sys.argv[2]}))
 paths = RunPaths(Path(sys.argv[2]), planned.shards)
-paths.create()
+create_run_folder(paths)
 fingerprint, pairs = planned.fingerprint_sha256, planned.pairs_per_shard
 run = Run(planned.job, paths, planned.manifest, fingerprint, pairs, planned.model.label)
 shard = 1

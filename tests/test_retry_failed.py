@@ -21,7 +21,7 @@ from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.run_file import RunFile
+from stylemill.store.run_file import RunFile, create_run_folder
 from stylemill.store.verify import verify
 
 RETRIED = "data/train-00001-of-00003-r1.parquet"
@@ -203,7 +203,7 @@ def test_compacted_records_are_retried_and_a_damaged_segment_costs_no_sampling(
 
 def compact_all(run: Path) -> None:
     paths = paths_of(run)
-    paths.create()
+    create_run_folder(paths)
     ledger = Ledger(paths)
     ledger.refresh()
     assert compact(paths, ledger, least=1)

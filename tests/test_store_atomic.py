@@ -16,6 +16,7 @@ from stylemill.errors import OutputError, StorageError
 from stylemill.store.atomic import publish, publish_bytes, quarantine
 from stylemill.store.parquet import write_shard
 from stylemill.store.paths import RunPaths
+from stylemill.store.run_file import create_run_folder
 
 
 def test_a_name_is_given_once(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_a_filesystem_without_hard_links_is_refused_at_the_start(
     monkeypatch.setattr(os, "link", no_link)
     paths = RunPaths(tmp_path / "run", 1)
     with pytest.raises(OutputError, match=r"no hard links .*--output"):
-        paths.create()
+        create_run_folder(paths)
     assert files(tmp_path) == {}
 
 
@@ -90,7 +91,7 @@ def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
         write_shard(paths, 0, "attempt", table(range(4)))
     assert not files(paths.tmp)
     with pytest.raises(OutputError, match="No space left"):
-        RunPaths(tiny_disk / "other", 1).create()
+        create_run_folder(RunPaths(tiny_disk / "other", 1))
     ballast.unlink()
     assert attempt(paths, "attempt")[1] is not None
 
@@ -98,7 +99,7 @@ def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
 def test_output_that_cannot_be_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"file.*cannot be written.*--output"):
-        RunPaths(tmp_path / "file", 1).create()
+        create_run_folder(RunPaths(tmp_path / "file", 1))
     with pytest.raises(OutputError, match=r"gs://bucket/run: only local folders and s3:// can be written"):
         RunPaths(Path("gs://bucket/run"), 1)
 

@@ -26,7 +26,7 @@ from stylemill.store.object_store import lock as bucket_lock
 from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.run_file import RunFile, refuse_foreign_files
+from stylemill.store.run_file import RunFile, create_run_folder, refuse_foreign_files
 from stylemill.store.verify import verify
 
 
@@ -56,7 +56,7 @@ def paths(store: Store, tmp_path: Path, enter: object) -> RunPaths:
 
 def run_folder(store: Store, name: str, shards: int = 2) -> RunPaths:
     paths = RunPaths(Path(f"s3://{BUCKET}/{name}"), shards)
-    paths.create()
+    create_run_folder(paths)
     file = RunFile({}, FINGERPRINT, shards * ROWS, shards, ROWS, {"manifest": "pairs.parquet"}, {})
     store.put(f"{name}/job.json", file.to_bytes())
     return paths

@@ -29,7 +29,7 @@ from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 from stylemill.store.recover import recover_records
 from stylemill.store.retries import begin_retry, end_retry, failed_before, pending_retry
-from stylemill.store.run_file import RunFile, installed_versions
+from stylemill.store.run_file import RunFile, create_run_folder, installed_versions
 
 NOT_REACHED = "not reached"
 
@@ -147,7 +147,7 @@ def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool,
             + "\n  ".join(differences)
             + "\nUndo the change, or choose another folder with --output"
         )
-    paths.create()
+    create_run_folder(paths)
     with RunLock(paths), _interruptible() as interruption:
         file = existing or _claim(planned, paths)
         ledger = Ledger(paths)

@@ -11,15 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
 from stylemill.store.object_store.path import BucketPath
+from stylemill.store.paths import RunPaths
 from stylemill.testing.failpoints import failpoint
-
-if TYPE_CHECKING:
-    from stylemill.store.paths import RunPaths
 
 _log = logging.getLogger(__name__)
 # Nothing else that is portable gives a file a name only if that name is free, so these disks are refused.

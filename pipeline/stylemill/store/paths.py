@@ -24,10 +24,7 @@ import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
-from stylemill.errors import OutputError, StorageError
-from stylemill.store.atomic import discard, publish, storage_errors, sync
 from stylemill.store.object_store.path import BucketPath, output_path
 
 LAST_GENERATION = 10_000  # what has a higher number in its name is no file of ours
@@ -177,36 +174,6 @@ class RunPaths:
     @property
     def contact_sheet(self) -> Path:
         return self.output / "contact-sheet.jpg"
-
-    def create(self) -> None:
-        """Make the folders and try out what a commit does, so that a run fails now and not after hours of sampling.
-
-        Raises OutputError where the folder cannot be written or its filesystem has no hard links.
-        """
-        if self.on_bucket:  # which the RunLock tries out
-            with storage_errors(self.tmp):
-                self.tmp.mkdir(parents=True, exist_ok=True)
-            return
-        folders = (self.data_folder, self.failures_folder, self.records_folder, self.checkpoints_folder, self.tmp)
-        grown = {self.output, *(folder.parent for folder in (self.output, *self.output.parents) if not folder.exists())}
-        unique = uuid4().hex[:12]
-        probe, linked = (self.tmp / f"probe.{unique}.{name}" for name in ("tmp", "final"))
-        try:
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-            for folder in grown:
-                sync(folder)
-            probe.write_bytes(b"stylemill")
-            publish(probe, linked)
-        except (OSError, StorageError) as error:
-            cause = error.__cause__ or error
-            raise OutputError(
-                f"{self.output}: cannot be written ({getattr(cause, 'strerror', None) or cause}); make room or rights "
-                "there, or choose another folder with --output"
-            ) from error
-        finally:
-            discard(probe)
-            discard(linked)
 
 
 def _suffix(mark: str, generation: int) -> str:

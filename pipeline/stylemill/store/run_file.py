@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from stylemill.errors import OutputError
-from stylemill.store.atomic import storage_errors
+from stylemill.errors import OutputError, StorageError
+from stylemill.store.atomic import discard, publish, storage_errors, sync
 from stylemill.store.paths import RunPaths
 
 _NAMED = 3  # files in one message
@@ -67,6 +68,39 @@ class RunFile:
         if file is None:
             raise OutputError(f"{output}: is not a run folder (it has no job.json); name the folder a run writes to")
         return file, RunPaths(Path(output), file.shards)
+
+
+def create_run_folder(paths: RunPaths) -> None:
+    """Create the folders of a run, and publish a probe file as a commit would.
+
+    Raises OutputError where the folder cannot be written or its filesystem has no hard links: before the run, not after
+    hours of sampling. On an object store, RunLock makes the probe.
+    """
+    if paths.on_bucket:
+        with storage_errors(paths.tmp):
+            paths.tmp.mkdir(parents=True, exist_ok=True)
+        return
+    output = paths.output
+    folders = (paths.data_folder, paths.failures_folder, paths.records_folder, paths.checkpoints_folder, paths.tmp)
+    changed = {output, *(folder.parent for folder in (output, *output.parents) if not folder.exists())}
+    unique = uuid4().hex[:12]
+    probe, published = (paths.tmp / f"probe.{unique}.{name}" for name in ("tmp", "final"))
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in changed:
+            sync(folder)
+        probe.write_bytes(b"stylemill")
+        publish(probe, published)
+    except (OSError, StorageError) as error:
+        cause = error.__cause__ or error
+        raise OutputError(
+            f"{output}: cannot be written ({getattr(cause, 'strerror', None) or cause}); make room or rights "
+            "there, or choose another folder with --output"
+        ) from error
+    finally:
+        discard(probe)
+        discard(published)
 
 
 def refuse_foreign_files(paths: RunPaths) -> None:
