@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import persist, storage_errors
-from stylemill.store.fs import prefetched
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
 from stylemill.store.object_store.path import BucketPath
+from stylemill.store.object_store.reads import prefetched
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, checked
 from stylemill.store.segments import ROWS, publish_segment

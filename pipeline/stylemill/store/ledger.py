@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import quarantine
-from stylemill.store.fs import Sizes, names, prefetched
 from stylemill.store.lock import exclusive
 from stylemill.store.object_store.path import output_path
+from stylemill.store.object_store.reads import Sizes, names, prefetched
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, checked, find
 from stylemill.store.segments import in_order, read_segment, record_in

@@ -11,9 +11,9 @@ from uuid import uuid4
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import digest, discard, storage_errors
 from stylemill.store.commit import complete_record, publish_record
-from stylemill.store.fs import local_copy, names
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import exclusive
+from stylemill.store.object_store.reads import local_copy, names
 from stylemill.store.parquet import check_file, write_again
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import replace_bytes, storage_errors
-from stylemill.store.fs import local_copy
 from stylemill.store.ledger import Ledger
+from stylemill.store.object_store.reads import local_copy
 from stylemill.store.parquet import FAILURE_SCHEMA, Failure
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, OutputError
 from stylemill.store.atomic import digest, storage_errors
-from stylemill.store.fs import local_copy
 from stylemill.store.ledger import Ledger
+from stylemill.store.object_store.reads import local_copy
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record, valid_record
