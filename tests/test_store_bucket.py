@@ -20,7 +20,7 @@ from stylemill.store import checkpoints
 from stylemill.store.commit import clean, commit, confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
-from stylemill.store.lock import RunLock, holder
+from stylemill.store.lock import RunLock, lock_holder
 from stylemill.store.object_store import bucket
 from stylemill.store.object_store import lock as bucket_lock
 from stylemill.store.object_store.path import BucketPath
@@ -111,7 +111,7 @@ def test_a_silent_store_is_asked_again(
         enter("first", slow)
         done(paths, "a0")
         assert [method for method, _ in slow.asked].count("PUT") == 3, "data twice, the record"
-    assert settled(paths).stands(0, 0)
+    assert settled(paths).has_record(0, 0)
 
 
 def test_pauses_grow_are_bounded_and_differ() -> None:
@@ -259,7 +259,7 @@ def test_a_store_without_conditional_puts_serves_as_well(
                     with pytest.raises(LockedError):
                         refused_or_taken(paths)
             enter("first", simple)
-            assert holder(paths) is None
+            assert lock_holder(paths) is None
 
 
 def plain(method: str, path: str) -> str:
@@ -287,16 +287,16 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("brisk")
 def test_a_second_driver_is_refused_while_the_first_one_lives(paths: RunPaths, enter: Callable[..., None]) -> None:
     me = f"pid {os.getpid()} on host {socket.gethostname()}"
-    assert holder(paths) is None
+    assert lock_holder(paths) is None
     with RunLock(paths):
-        assert holder(paths) == me
+        assert lock_holder(paths) == me
         with pytest.raises(LockedError, match=rf"s3://{BUCKET}/.*another run works in this folder: {me}"):
             refused_or_taken(paths)  # on this machine
         enter("second")
         with pytest.raises(LockedError, match=me):
             refused_or_taken(paths)
         enter("first")
-    assert holder(paths) is None
+    assert lock_holder(paths) is None
     assert not paths.lock.exists()
 
 
@@ -321,11 +321,11 @@ def test_and_elsewhere_when_it_has_not_been_renewed_for_long(
     paths: RunPaths, enter: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed_with_the_lock(paths)
-    assert holder(paths), "nobody can tell yet"
+    assert lock_holder(paths), "nobody can tell yet"
     monkeypatch.setattr(bucket_lock, "STALE", 1.0)
     enter("second")
     with RunLock(paths):
-        assert holder(paths)
+        assert lock_holder(paths)
     assert not paths.lock.exists()
 
 

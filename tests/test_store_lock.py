@@ -13,7 +13,7 @@ import pytest
 
 from store_shards import in_child, run_folder
 from stylemill.errors import LockedError
-from stylemill.store.lock import RunLock, exclusive, holder
+from stylemill.store.lock import RunLock, exclusive, lock_holder
 from stylemill.store.paths import RunPaths
 
 HOLD = r"""
@@ -51,18 +51,18 @@ def test_refused_while_the_holder_lives_and_taken_over_when_it_is_killed(tmp_pat
     with hold(paths, *how) as other:
         child = [int(line.split()[1]) for line in lines(other, 1 + len(how)) if line.startswith("child")]
         named = f"pid {other.pid} on host {socket.gethostname()}"
-        assert holder(paths) == named
+        assert lock_holder(paths) == named
         with pytest.raises(LockedError, match=named), RunLock(paths):
             pass
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
         for pid in child:
             os.kill(pid, 0)  # the forked child lives, and keeps nothing
-        assert holder(paths) is None
+        assert lock_holder(paths) is None
         with RunLock(paths):
-            assert holder(paths) == f"pid {os.getpid()} on host {socket.gethostname()}"
+            assert lock_holder(paths) == f"pid {os.getpid()} on host {socket.gethostname()}"
     assert not paths.lock.exists()
-    assert holder(paths) is None
+    assert lock_holder(paths) is None
 
 
 def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
         with pytest.raises(LockedError), RunLock(paths):
             pass
         assert in_child(lambda: RunLock(paths).__enter__() and None) == 1  # a forked child is no holder either
-        assert holder(paths) is not None
+        assert lock_holder(paths) is not None
     with RunLock(paths):
         pass
 

@@ -23,11 +23,11 @@ from stylemill.store import checkpoints
 from stylemill.store.commit import commit
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
-from stylemill.store.lock import RunLock, holder
+from stylemill.store.lock import RunLock, lock_holder
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record
-from stylemill.store.retries import begin_retry, failed_before, generation_rows, noted_retry, pending_retry
+from stylemill.store.retries import begin_retry, failed_rows_before, generation_rows, pending_retry, read_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import read_segment, segments
 from stylemill.store.verify import verify
@@ -89,7 +89,7 @@ def test_the_reader_of_each_file_takes_no_shortened_one(run: RunPaths) -> None:
         run.record(0, 1): lambda: valid_record(run, 0, 1),
         run.data(1): lambda: check_file(run.data(1)),
         run.data(0, 1): lambda: valid_record(run, 0, 1),
-        run.failures(2): lambda: failed_before(run, 2, 1),
+        run.failures(2): lambda: failed_rows_before(run, 2, 1),
         run.failures(0, 1): lambda: valid_record(run, 0, 1),
         segment: lambda: read_segment(segment),
         run.numerics: lambda: _read_json(run.numerics),
@@ -122,8 +122,8 @@ def test_a_shortened_file_opens_its_shard_and_no_other(run: RunPaths) -> None:
         for _ in cut(path, sample=True):
             ledger = Ledger(run, read_only=True)
             assert set(ledger.open_shards(5)) == shards | {4}
-            assert (ledger.latest(2) >= 0) == (2 not in shards)
-            assert ledger.stands(0, 1) == (path not in (run.record(0, 1), run.data(0, 1)))
+            assert (ledger.latest_generation_of(2) >= 0) == (2 not in shards)
+            assert ledger.has_record(0, 1) == (path not in (run.record(0, 1), run.data(0, 1)))
             totals = ledger.totals()
             assert totals.rows_ok + totals.rows_failed == 4 * totals.shards
             assert totals.shards == 4 - len(shards)
@@ -162,16 +162,16 @@ def test_a_shortened_note_of_a_retry_is_no_note_and_harms_nothing(run: RunPaths)
     ledger.refresh()
     assert pending_retry(run, ledger) == {0: 2, 2: 1}
     for _ in cut(run.retry):
-        assert noted_retry(run) == {}
+        assert read_retry(run) == {}
         assert "retry.json: is truncated or damaged" in verify(run.output).problems
         assert status(run.output).retrying == 0
 
 
 def test_a_shortened_lock_file_locks_nothing_and_hides_no_holder(run: RunPaths) -> None:
     for _ in cut(run.lock):
-        assert holder(run) is None
+        assert lock_holder(run) is None
         with RunLock(run):
-            assert holder(run) is not None
+            assert lock_holder(run) is not None
 
 
 def test_after_any_cut_what_is_whole_stays_and_only_the_rest_is_open(run: RunPaths, whole: Path) -> None:
@@ -190,8 +190,8 @@ def test_after_any_cut_what_is_whole_stays_and_only_the_rest_is_open(run: RunPat
             lost = set(ledger.open_shards(5)) - {4}
             assert lost == ({2} if name == run.relative(run.data(2)) else {0} if path == run.failures(0) else set())
             if lost == {0}:  # the rows that were tried again since are known from that
-                work = generation_rows(run, run_file.rows_of(0), 0, 0, ledger.newest)
-                assert (work.rows, set(work.held)) == ({2, 3}, {0, 1})
+                work = generation_rows(run, run_file.rows_of(0), 0, 0, ledger.latest_generation)
+                assert (work.rows, set(work.known_failures)) == ({2, 3}, {0, 1})
             if path == run.data(0, 1):
                 assert pending_retry(run, ledger)[0] == 1
             kept = files(run.output)

@@ -28,7 +28,7 @@ from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 from stylemill.store.recover import recover_records
-from stylemill.store.retries import begin_retry, end_retry, failed_before, pending_retry
+from stylemill.store.retries import begin_retry, end_retry, failed_rows_before, pending_retry
 from stylemill.store.run_file import RunFile, create_run_folder, installed_versions
 
 NOT_REACHED = "not reached"
@@ -121,10 +121,10 @@ def _open_generations(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
 def _failed_generations(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
     """Those of the retry that was begun, else of a new one."""
     if not (wanted := pending_retry(paths, ledger)):
-        wanted = {shard: ledger.latest(shard) + 1 for shard in ledger.failed_shards()}
+        wanted = {shard: ledger.latest_generation_of(shard) + 1 for shard in ledger.failed_shards()}
         begin_retry(paths, wanted)
     for shard, generation in wanted.items():
-        failed_before(paths, shard, generation)  # a damaged file is found now, not by a worker
+        failed_rows_before(paths, shard, generation)  # a damaged file is found now, not by a worker
     return wanted
 
 
@@ -164,7 +164,7 @@ def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool,
             pairs_per_shard=planned.pairs_per_shard,
             model=planned.model.label,
             generations={shard: generation for shard, generation in wanted.items() if generation},
-            newest=ledger.newest,
+            newest=ledger.latest_generation,
         )
         listener = RunListener(this, ledger, quiet, limited=choose is _open_generations)
         reasons: dict[int, str] = {}
@@ -182,7 +182,7 @@ def _work(planned: Plan, existing: RunFile | None, choose: Choice, inline: bool,
             write_contact_sheet(paths, planned.manifest, ledger.records(), inputs=planned.job.inputs)
         if not still_open:
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
-        left = [shard for shard, generation in wanted.items() if not ledger.stands(shard, generation)]
+        left = [shard for shard, generation in wanted.items() if not ledger.has_record(shard, generation)]
         if not still_open and not pending_retry(paths, ledger):
             end_retry(paths)
         clean(paths, ledger)

@@ -14,7 +14,7 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
 from stylemill.store.recover import files_without_record, recover_records, shard_of
-from stylemill.store.retries import begin_retry, end_retry, noted_retry, pending_retry
+from stylemill.store.retries import begin_retry, end_retry, pending_retry, read_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.verify import VerifyReport, verify
 
@@ -59,7 +59,7 @@ def repair(
     run, paths = RunFile.open(output)
     found = verify(output, deep)
     adopted, result, left = 0, None, found
-    if not found.ok or noted_retry(paths):  # a retry may be what a killed repair left to do
+    if not found.ok or read_retry(paths):  # a retry may be what a killed repair left to do
         with RunLock(paths):
             ledger, adopted = _set_aside(paths, run, found)
         if ledger.open_shards(paths.shards) or pending_retry(paths, ledger):
@@ -78,7 +78,7 @@ def _set_aside(paths: RunPaths, run: RunFile, found: VerifyReport) -> tuple[Ledg
     damaged = {path: why for path, why in found.damaged.items() if path.exists()}
     if paths.retry in damaged:
         quarantine(paths, paths.retry, damaged.pop(paths.retry))
-    wanted = noted_retry(paths)
+    wanted = read_retry(paths)
     unsure = [*damaged, *before.damaged, *(path for path, _, _ in files_without_record(paths, before))]
     for shard, generation in filter(None, (shard_of(paths, path) for path in unsure)):
         if generation:

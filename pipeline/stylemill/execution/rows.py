@@ -55,9 +55,9 @@ def assigned(items: list[OutputRow], work: GenerationRows) -> list[OutputRow]:
     return [
         replace(
             item,
-            wanted=item.row.output_row in work.rows or item.row.output_row in work.held,
+            wanted=item.row.output_row in work.rows or item.row.output_row in work.known_failures,
             failure=FailureReason(held.stage, held.error, held.message)
-            if (held := work.held.get(item.row.output_row))
+            if (held := work.known_failures.get(item.row.output_row))
             else None,
         )
         for item in items

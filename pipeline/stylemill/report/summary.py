@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stylemill.errors import DamagedError
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.retries import failed_before
+from stylemill.store.retries import failed_rows_before
 
 EXAMPLES = 3  # messages shown of each error class
 _LOOKS = 100  # shards looked at for them
@@ -70,13 +70,13 @@ def _examples(paths: RunPaths, ledger: Ledger, classes: set[str]) -> dict[str, l
         wanted = {name for name in classes if len(found.get(name, [])) < EXAMPLES}
         if not wanted:
             break
-        if not wanted & ledger.classes(shard):
+        if not wanted & ledger.error_classes(shard):
             continue
         looks += 1
         if looks > _LOOKS:
             break
         try:
-            failures = failed_before(paths, shard, ledger.latest(shard) + 1).values()
+            failures = failed_rows_before(paths, shard, ledger.latest_generation_of(shard) + 1).values()
         except DamagedError:
             continue  # a summary shows what it can; `verify` says what is wrong
         for failure in failures:

@@ -33,7 +33,7 @@ from stylemill.store.object_store.uploads import remove_unnamed, upload
 from stylemill.store.parquet import check_file, write_again
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record, valid_record
-from stylemill.store.retries import failed_before, pending_retry
+from stylemill.store.retries import failed_rows_before, pending_retry
 from stylemill.testing.failpoints import failpoint
 
 
@@ -49,7 +49,7 @@ def commit(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     """
     try:
         if record.generation:
-            before = failed_before(paths, record.shard, record.generation)
+            before = failed_rows_before(paths, record.shard, record.generation)
             classes = Counter(failure.error for failure in before.values())
             record = replace(record, retried_by_class=dict(classes))
             _check_complete(record, before, data_tmp, failures_tmp)

@@ -92,7 +92,7 @@ class Ledger:
         self._loaded: set[Path] = set()  # those that were read whole
 
     @property
-    def newest(self) -> int:
+    def latest_generation(self) -> int:
         """The latest generation that any shard has."""
         return max(len(self._generations) - 1, 0)
 
@@ -151,12 +151,12 @@ class Ledger:
         """Shard and generation of the records in files of their own, as read so far."""
         return self._own
 
-    def stands(self, shard: int, generation: int) -> bool:
+    def has_record(self, shard: int, generation: int) -> bool:
         return generation < len(self._generations) and bool(self._generations[generation].stands[shard])
 
     def files(self, shard: int, generation: int) -> tuple[bool, bool]:
         """Whether a record stands that names a data file, and one that names a failures file."""
-        if not self.stands(shard, generation):
+        if not self.has_record(shard, generation):
             return False, False
         noted = self._generations[generation]
         return bool(noted.ok[shard]), bool(noted.failed[shard])
@@ -165,7 +165,7 @@ class Ledger:
         """The generation that an open shard lacks."""
         return int(self._missing()[shard])
 
-    def latest(self, shard: int) -> int:
+    def latest_generation_of(self, shard: int) -> int:
         """The latest generation of a shard; −1: it has none."""
         return max((g for g, noted in enumerate(self._generations) if noted.where[shard] != _NOWHERE), default=-1)
 
@@ -174,7 +174,7 @@ class Ledger:
         failed = sum((noted.failed - noted.retried for noted in self._generations), start=self._zeros())
         return np.flatnonzero((failed > 0) & (self._missing() < 0)).tolist()
 
-    def classes(self, shard: int) -> set[str]:
+    def error_classes(self, shard: int) -> set[str]:
         """The classes that failed rows of a shard have, or had."""
         return {name for noted in self._generations for name, counts in noted.failed_by_class.items() if counts[shard]}
 

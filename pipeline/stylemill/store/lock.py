@@ -135,7 +135,7 @@ class RunLock:
         self._locks.close()
 
 
-def holder(paths: RunPaths) -> str | None:
+def lock_holder(paths: RunPaths) -> str | None:
     """Who works in the run folder now, as pid and host; None: nobody. Changes nothing."""
     if isinstance(paths.lock, BucketPath):
         return signed(paths.lock)

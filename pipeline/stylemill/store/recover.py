@@ -17,7 +17,7 @@ from stylemill.store.object_store.reads import local_copy, names
 from stylemill.store.parquet import check_file, write_again
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record
-from stylemill.store.retries import failed_before
+from stylemill.store.retries import failed_rows_before
 from stylemill.store.run_file import RunFile
 
 
@@ -43,7 +43,7 @@ def files_without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path
     """Files that are named as those of a shard and a generation are, while no record of that one stands."""
     for folder in (paths.data_folder, paths.failures_folder):
         for path in [folder / name for name in names(folder)]:
-            if (key := shard_of(paths, path)) and not ledger.stands(*key):
+            if (key := shard_of(paths, path)) and not ledger.has_record(*key):
                 yield path, *key
 
 
@@ -67,7 +67,7 @@ def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int, files: 
         try:
             if valid_record(paths, shard, generation) is not None:
                 return None
-            retried = failed_before(paths, shard, generation)
+            retried = failed_rows_before(paths, shard, generation)
             found = [row for path, copy in local.items() for row in _whole_rows(paths, run, path, copy, attempt)]
             if sorted(found) != (sorted(retried) if generation else list(rows)):
                 return None

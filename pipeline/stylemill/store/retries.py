@@ -27,10 +27,10 @@ LOST_WORDS = "this row failed, and was tried again since; why it failed is lost 
 
 @dataclass(frozen=True)
 class GenerationRows:
-    """What one generation of a shard has to hold: `rows` are to be made, `held` failed then and are known since."""
+    """The rows of one generation of a shard: `rows` are still to be made, `known_failures` are known to have failed."""
 
     rows: frozenset[int]
-    held: dict[int, Failure]
+    known_failures: dict[int, Failure]
 
 
 def generation_rows(paths: RunPaths, rows: range, shard: int, generation: int, newest: int) -> GenerationRows:
@@ -39,7 +39,7 @@ def generation_rows(paths: RunPaths, rows: range, shard: int, generation: int, n
     Where a later generation stands, what it is about failed in this one: it is not tried here once more, or a row could
     succeed twice. Raises DamagedError where the generation before is not whole.
     """
-    before = frozenset(failed_before(paths, shard, generation) if generation else rows)
+    before = frozenset(failed_rows_before(paths, shard, generation) if generation else rows)
     later = [valid_record(paths, shard, number) for number in range(generation + 1, newest + 1)]
     held: dict[int, Failure] = {}
     for record in later:
@@ -47,7 +47,7 @@ def generation_rows(paths: RunPaths, rows: range, shard: int, generation: int, n
     return GenerationRows(before - held.keys(), held)
 
 
-def failed_before(paths: RunPaths, shard: int, generation: int) -> dict[int, Failure]:
+def failed_rows_before(paths: RunPaths, shard: int, generation: int) -> dict[int, Failure]:
     """The rows of a shard that were failed when every generation before `generation` was done, by row."""
     failed: dict[int, Failure] = {}
     for number in range(generation):
@@ -75,7 +75,7 @@ def begin_retry(paths: RunPaths, wanted: Mapping[int, int]) -> None:
     replace_bytes(paths, paths.retry, json.dumps(wanted).encode())  # a plan, not data: the newest is the right one
 
 
-def noted_retry(paths: RunPaths) -> dict[int, int]:
+def read_retry(paths: RunPaths) -> dict[int, int]:
     """What `begin_retry` noted; nothing where there is no note, or a damaged one."""
     with storage_errors(paths.retry):
         try:
@@ -90,13 +90,13 @@ def noted_retry(paths: RunPaths) -> dict[int, int]:
 
 def pending_retry(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
     """The shards of a retry that was begun and not ended, which are not done yet: shard -> generation that is next."""
-    if not (wanted := noted_retry(paths)):
+    if not (wanted := read_retry(paths)):
         return {}
     failed = set(ledger.failed_shards())
     return {
-        shard: ledger.latest(shard) + 1
+        shard: ledger.latest_generation_of(shard) + 1
         for shard, generation in sorted(wanted.items())
-        if shard in failed and ledger.latest(shard) < generation
+        if shard in failed and ledger.latest_generation_of(shard) < generation
     }
 
 
