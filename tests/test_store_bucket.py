@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,13 +115,19 @@ def test_a_silent_store_is_asked_again(
     assert settled(paths).has_record(0, 0)
 
 
-def test_pauses_grow_are_bounded_and_differ() -> None:
-    first, second = (list(bucket.Bucket._pauses(bucket.TRIES)) for _ in range(2))
+def test_pauses_grow_are_bounded_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise ConnectionError("refused")
+
+    first, second = list[float](), list[float]()
+    for pauses in (first, second):
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        with pytest.raises(StorageError, match="refused"):
+            bucket.Bucket(BUCKET)._retried(refuse, "key")
     assert first != second
-    assert first[-1] is None
-    for number, pause in enumerate(first[:-1]):
+    assert len(first) == bucket.TRIES - 1, "none after the last try"
+    for number, pause in enumerate(first):
         most = min(bucket.PAUSE * 2**number, bucket.LONGEST_PAUSE)
-        assert pause is not None
         assert most / 2 <= pause <= most
 
 

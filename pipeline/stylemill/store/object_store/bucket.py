@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
 from stylemill import s3
 from stylemill.errors import OutputError, StorageError, StylemillError
@@ -30,6 +32,8 @@ _BUSY = {408, 409, 429}  # and 5xx: asking again can help
 _NOT_IMPLEMENTED = 501
 _DENIED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "403"}
 _NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
+# Our own errors, and errors in the code of a call. Any other is one of botocore, aiohttp or the event loop.
+_NOT_TRANSLATED = (StylemillError, TypeError, AttributeError)
 
 
 class Found(NamedTuple):
@@ -257,25 +261,24 @@ class Bucket:
         return self._retried(lambda fs: fs.call_s3(method, **named), key or arguments.get("Prefix", ""), tries)
 
     def _retried(self, call: Callable[[Any], Any], key: str, tries: int = 0) -> Any:
-        for pause in self._pauses(tries or TRIES):
-            try:
-                return call(self._filesystem(key))
-            except (StylemillError, TypeError, AttributeError):
-                raise
-            except Exception as error:  # botocore, aiohttp and the event loop each have trees of their own
-                trouble, again = self._trouble(error, key)
-                if pause is None or not again:
-                    raise trouble from error
-                _log.debug("%s; tried again in %.1f s", trouble, pause)
-                time.sleep(pause)
-        raise AssertionError
+        def log(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            _log.debug("%s: %s; tried again in %.1f s", self._url(key), error, state.upcoming_sleep)
 
-    @staticmethod
-    def _pauses(tries: int) -> Iterator[float | None]:
-        """Seconds before each further try, jittered lest all workers come back at once; None after the last one."""
-        for attempt in range(tries - 1):
-            yield random.uniform(0.5, 1.0) * min(PAUSE * 2**attempt, LONGEST_PAUSE)
-        yield None
+        retrying = Retrying(
+            stop=stop_after_attempt(tries or TRIES),
+            wait=lambda state: _pause(state.attempt_number),
+            retry=retry_if_exception(lambda error: self._is_retryable(error, key)),
+            sleep=time.sleep,
+            before_sleep=log,
+            reraise=True,
+        )
+        try:
+            return retrying(lambda: call(self._filesystem(key)))
+        except _NOT_TRANSLATED:
+            raise
+        except Exception as error:
+            raise self._translated(error, key) from error
 
     def _filesystem(self, key: str) -> Any:
         try:
@@ -288,27 +291,40 @@ class Bucket:
     def _url(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
 
-    def _trouble(self, error: BaseException, key: str) -> tuple[Exception, bool]:
-        """What is raised for an error, and whether trying again can help."""
-        code, status, url = s3.error_code(error), s3.error_status(error), self._url(key)
-        kinds = {type(one).__name__ for one in (error, error.__cause__)}
-        if code == "NoSuchBucket":
-            return OutputError(f"{url}: there is no bucket {self.name}; create it, or name another one"), False
-        if code in ("PreconditionFailed", "412"):
-            return FileExistsError(url), False
-        if code in _DENIED or status in (401, 403) or kinds & _NO_CREDENTIALS:
-            said = code or "no credentials were found"
-            return OutputError(
-                f"{url}: the store refuses access ({said}); give this machine and every worker credentials (such as "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) that may read, write, list and delete there"
-            ), False
-        if isinstance(error, FileNotFoundError) or status == 404:
-            return FileNotFoundError(url), False
-        again = (
+    def _is_retryable(self, error: BaseException, key: str) -> bool:
+        """Whether another try of the same call can succeed."""
+        if isinstance(error, _NOT_TRANSLATED) or not isinstance(error, Exception):
+            return False
+        if not isinstance(self._translated(error, key), StorageError):
+            return False
+        code, status = s3.error_code(error), s3.error_status(error)
+        return (
             status is None
             or status in _BUSY
             or code == "RequestTimeout"
             or (status >= 500 and status != _NOT_IMPLEMENTED)
         )
+
+    def _translated(self, error: Exception, key: str) -> Exception:
+        """What is raised for an error of a call: OutputError, FileNotFoundError, FileExistsError or StorageError."""
+        code, status, url = s3.error_code(error), s3.error_status(error), self._url(key)
+        kinds = {type(one).__name__ for one in (error, error.__cause__)}
+        if code == "NoSuchBucket":
+            return OutputError(f"{url}: there is no bucket {self.name}; create it, or name another one")
+        if code in ("PreconditionFailed", "412"):
+            return FileExistsError(url)
+        if code in _DENIED or status in (401, 403) or kinds & _NO_CREDENTIALS:
+            said = code or "no credentials were found"
+            return OutputError(
+                f"{url}: the store refuses access ({said}); give this machine and every worker credentials (such as "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) that may read, write, list and delete there"
+            )
+        if isinstance(error, FileNotFoundError) or status == 404:
+            return FileNotFoundError(url)
         words = " ".join(str(error).split())[:200] or type(error).__name__
-        return StorageError(f"{url}: {words}; the same command resumes once the store answers again"), again
+        return StorageError(f"{url}: {words}; the same command resumes once the store answers again")
+
+
+def _pause(failed_tries: int) -> float:
+    """Seconds before the next try: they double, and are jittered so that the workers do not all come back at once."""
+    return random.uniform(0.5, 1.0) * min(PAUSE * 2.0 ** (failed_tries - 1), LONGEST_PAUSE)
