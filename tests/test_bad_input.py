@@ -646,7 +646,7 @@ def test_a_full_disk_loses_nothing(stylemill_says, here, disk, monkeypatch):
     disk.fill()
     said = stylemill_says(*command)
     assert said.code == 2  # before anything was sampled
-    assert "disk/out: cannot be written (No space left on device); make room" in said.error
+    assert "disk/out: cannot be written (No space left on device); free some space" in said.error
     disk.empty()
 
     process_shard = stylemill.execution.local.process_shard
@@ -679,6 +679,11 @@ def test_a_read_only_disk(stylemill_says, here):
         pytest.skip("needs the right to mount")
     try:
         said = stylemill_says("run", "job.yaml", "--inline", "--output", "read-only/out")
-        refused(said, here, "read-only/out: cannot be written (Read-only file system); make room or rights", "--output")
+        refused(
+            said,
+            here,
+            "read-only/out: cannot be written (Read-only file system); free some space, fix the permissions",
+            "--output",
+        )
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

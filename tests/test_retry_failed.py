@@ -206,7 +206,7 @@ def compact_all(run: Path) -> None:
     create_run_folder(paths)
     ledger = Ledger(paths)
     ledger.refresh()
-    assert compact(paths, ledger, least=1)
+    assert compact(paths, ledger, min_records=1)
     clean(paths)
 
 

@@ -1,4 +1,4 @@
-"""Reading a run folder: from a disk as it lies there, from a bucket through copies and listings."""
+"""Read a run folder that is on a disk or an object store: local copies, listings, sizes, prefetching."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stylemill.store.paths import RunPaths
 
 @contextmanager
 def local_copy(paths: RunPaths, path: Path) -> Iterator[Path]:
-    """`path` as a file of this machine for as long as the block lasts. Raises FileNotFoundError, StorageError."""
+    """A local file with the content of `path`, for the block. Raises FileNotFoundError, StorageError."""
     if not isinstance(path, BucketPath):
         yield path
         return
@@ -32,30 +32,33 @@ def local_copy(paths: RunPaths, path: Path) -> Iterator[Path]:
         discard(copy)
 
 
-def names(folder: Path) -> list[str]:
-    """What is directly in a folder; nothing where there is none."""
+def list_names(folder: Path) -> list[str]:
+    """The names of the direct children of a folder; none if it does not exist."""
     with storage_errors(folder):
         if isinstance(folder, BucketPath):
             return [path.name for path in folder.iterdir()]
         return [entry.name for entry in os.scandir(folder)] if folder.exists() else []
 
 
-class Sizes:
-    """The sizes of data and failures files, by the name that `RunPaths.data_name` or `failures_name` gives."""
+class FileSizes:
+    """The sizes of data and failures files, by the names that `RunPaths.data_name` and `failures_name` return."""
 
     def __init__(self, paths: RunPaths) -> None:
-        self._in_bucket: dict[str, list[int]] | None = None
+        self._listed: dict[str, list[int]] | None = None
         if isinstance(paths.output, BucketPath):
-            self._in_bucket = defaultdict(list)
-            for key, size in paths.output.bucket.sizes.items():
-                name, _, _ = key.rpartition("-")
-                self._in_bucket[f"s3://{paths.output.bucket.name}/{name}.parquet"].append(size)
+            self._listed = defaultdict(list)
+            for key, size in paths.output.bucket.listed_sizes.items():
+                name, _, _ = key.rpartition("-")  # without the digest
+                self._listed[f"s3://{paths.output.bucket.name}/{name}.parquet"].append(size)
 
-    def of(self, name: str, expected: int) -> int | None:
-        """That of the file, None: it is missing. Of several in a bucket, one that has the `expected` size counts."""
-        if self._in_bucket is not None:
-            found = self._in_bucket.get(name, [])
-            return expected if expected in found else next(iter(found), None)
+    def get(self, name: str, expected: int) -> int | None:
+        """The bytes of a file; None if it is missing.
+
+        In a bucket, several attempts may have uploaded the file: `expected` if one of these uploads has that size.
+        """
+        if self._listed is not None:
+            sizes = self._listed.get(name, [])
+            return expected if expected in sizes else next(iter(sizes), None)
         try:
             return os.stat(name).st_size
         except FileNotFoundError:
@@ -67,13 +70,19 @@ class Sizes:
 
 @contextmanager
 def prefetched(paths: RunPaths, records: Iterable[Path]) -> Iterator[None]:
-    """For the block, a bucket's sizes come from one listing, and `records` were read together, each for one reading."""
+    """On an object store, read `records` concurrently and list the sizes of all data and failures files, for the block.
+
+    In the block, the first read of each record and all sizes are answered without a request.
+    """
     if not isinstance(paths.output, BucketPath):
         yield
         return
-    below = [folder.prefix for folder in (paths.data_folder, paths.failures_folder) if isinstance(folder, BucketPath)]
+    folders = (paths.data_folder, paths.failures_folder)
     try:
-        paths.output.bucket.read_ahead([path.key for path in records if isinstance(path, BucketPath)], below)
+        paths.output.bucket.prefetch(
+            keys=[path.key for path in records if isinstance(path, BucketPath)],
+            list_prefixes=[folder.prefix for folder in folders if isinstance(folder, BucketPath)],
+        )
         yield
     finally:
-        paths.output.bucket.forget()
+        paths.output.bucket.clear_prefetched()
