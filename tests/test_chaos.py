@@ -13,7 +13,7 @@ import chaos
 from chaos_check import check, steps_repeated, tracebacks
 from store_shards import ROWS, attempt, run_folder
 from stylemill.store.commit import clean, commit
-from stylemill.testing.failpoints import POINTS, parse
+from stylemill.testing.failpoints import POINTS, parse_rules
 
 SHARDS = 2
 FIRST = "data/train-00000-of-00002.parquet"
@@ -87,7 +87,7 @@ def test_a_seed_draws_the_same_faults_again_and_in_the_end_all_kinds() -> None:
     lives = [chaos.draw(seed, 3, on_ray=True, faults=12, gap=5, steps=10) for seed in (1, 1, *range(2, 40))]
     assert lives[0] == lives[1]
     assert lives[0] != lives[2]
-    rules = [rule for life in lives for rule in parse(";".join(life.rules))]
+    rules = [rule for life in lives for rule in parse_rules(";".join(life.rules))]
     assert {rule.point for rule in rules} == set(POINTS)
     assert {rule.action for rule in rules} == {action.partition(":")[0] for action in chaos.ACTIONS}
     assert {(who, what) for life in lives for _, who, what in life.signals} > set(chaos.SIGNALS)

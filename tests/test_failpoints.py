@@ -16,7 +16,7 @@ import pytest
 from demo_job import Ended, Warm, check_same, start, until
 from store_shards import files, in_child
 from stylemill.errors import StorageError
-from stylemill.testing.failpoints import ACTIONS, POINTS, failpoint, parse
+from stylemill.testing.failpoints import ACTIONS, POINTS, failpoint, parse_rules
 
 
 def faults(folder: Path, rules: str) -> dict[str, str]:
@@ -63,7 +63,7 @@ def test_a_fault_raises_what_it_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 def test_rules_that_name_no_point_or_action_are_refused() -> None:
     for rules in ("after-reed:kill", "after-read:kil"):
         with pytest.raises(ValueError, match=rules.split(":")[1]):
-            parse(rules)
+            parse_rules(rules)
 
 
 def test_every_point_is_passed_somewhere_and_no_other_is_named() -> None:
