@@ -170,7 +170,7 @@ def test_problems_of_generations_and_segments_are_reported(
     assert files(paths.output) == before
 
 
-def test_an_interrupted_run_has_no_unexpected_files(tmp_path: Path) -> None:
+def test_an_interrupted_run_has_no_stray_files(tmp_path: Path) -> None:
     paths = finished(tmp_path)
     paths.record(1).unlink()  # as if killed after publishing the data
     run_folder(tmp_path, shards=2)

@@ -35,7 +35,7 @@ from stylemill.store.verify import verify
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every kind of state file: 4 of 5 shards are committed, one is partly retried, one is in progress."""
+    """A run with every kind of state file: 4 of 5 shards are committed, one is partly retried, one is in flight."""
     paths = run_folder(tmp_path_factory.mktemp("whole"), shards=5)
     for shard in (0, 1):
         commit(paths, *attempt(paths, f"a{shard}", shard, failed=[0, 1] if shard == 0 else []))

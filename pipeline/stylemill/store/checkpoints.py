@@ -1,4 +1,4 @@
-"""Checkpoints of a shard in progress, as safetensors: its inputs once, its progress every few steps.
+"""Checkpoints of a shard in flight, as safetensors: its inputs once, its progress every few steps.
 
     checkpoints/00000/inputs-<attempt>-<digest>.safetensors
     checkpoints/00000/progress-<step>-<attempt>-<digest>.safetensors

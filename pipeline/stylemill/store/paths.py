@@ -7,7 +7,7 @@
 <output>/records/00000.json                        its record, published last: with it, the shard is committed
 <output>/records/compact-000000-<digest>.parquet   a segment: the records of thousands of shards
 <output>/retry.json                                the failed rows that are being retried; removed after the retry
-<output>/checkpoints/00000/  00000.lock            checkpoints and commit lock of a shard in progress
+<output>/checkpoints/00000/  00000.lock            checkpoints and commit lock of a shard in flight
 <output>/cache/decoders/                           refined VAE decoders; removed when the run is finished
 <output>/tmp/                                      unfinished files, on the same filesystem as the others
 <output>/quarantine/                               damaged files, each with the reason

@@ -1,4 +1,4 @@
-"""Check a run folder against its records: every digest, every output row exactly once, no unexpected files."""
+"""Check a run folder against its records: every digest, every output row exactly once, no stray files."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
         report.add(problem, *(_data_file(paths, shard) for shard in shards), *(paths.record(shard) for shard in shards))
     _check_json_files(paths, report)
     recoverable = {path for path, _, _ in unrecorded}  # `repair` checks whether they are valid
-    _report_unexpected(paths, report, expected, recoverable)
+    _report_strays(paths, report, expected, recoverable)
     return report
 
 
@@ -247,18 +247,18 @@ def _check_json_files(paths: RunPaths, report: VerifyReport) -> None:
             report.add(f"{path.name}: is truncated or damaged", path)
 
 
-def _report_unexpected(paths: RunPaths, report: VerifyReport, expected: set[Path], recoverable: set[Path]) -> None:
+def _report_strays(paths: RunPaths, report: VerifyReport, expected: set[Path], recoverable: set[Path]) -> None:
     """Report the files that do not belong to the run, or to a run that is finished."""
     finished = report.shards == paths.shards and not paths.retry.exists()
     unfinished = [paths.checkpoints_folder, *([] if paths.on_bucket else [paths.tmp])] if finished else []
     for folder in (paths.data_folder, paths.failures_folder, paths.records_folder, *unfinished):
         with storage_errors(folder):
             existing = set(folder.iterdir()) if folder.exists() else set()
-        unexpected = sorted(existing - expected)
-        if unexpected:
-            names = _join([path.name for path in unexpected])
-            problem = f"{paths.relative(folder)}/ has {len(unexpected)} files that are not the run's: {names}"
-            report.add(problem, *(path for path in unexpected if path not in recoverable and folder not in unfinished))
+        strays = sorted(existing - expected)
+        if strays:
+            names = _join([path.name for path in strays])
+            problem = f"{paths.relative(folder)}/ has {len(strays)} files that are not the run's: {names}"
+            report.add(problem, *(path for path in strays if path not in recoverable and folder not in unfinished))
 
 
 def _listed(noun: str, numbers: list[int]) -> str:
