@@ -55,7 +55,7 @@ class RecordingListener:
         self.warnings: list[str] = []
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
-    def settle(self, numerics: dict[str, str | int]) -> None:
+    def record_numerics(self, numerics: dict[str, str | int]) -> None:
         assert not self.done
         self.settled.append(numerics)
 

@@ -395,7 +395,8 @@ def inline(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Callable[[Run, int], None], dict[str, bytes]]:
     """A way to finish a shard in this process, and the data files of a run that knew nothing else."""
-    from stylemill.execution.shard import load_engine, process_shard
+    from stylemill.execution.shard import process_shard
+    from stylemill.execution.worker_engine import load_engine
 
     run = make_run(tmp_path_factory.mktemp("inline"), 6, 2, model=str(model))
     engine = load_engine(run, None)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from stylemill.errors import StorageError
-from stylemill.images.read import encode_image
+from stylemill.images.encode import encode_image
 from stylemill.manifest.read import Manifest, open_manifest
 from stylemill.report.contact_sheet import GAP, LABEL, THUMB, write_contact_sheet
 from stylemill.store import atomic as publish

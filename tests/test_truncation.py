@@ -16,8 +16,8 @@ import pytest
 
 from store_shards import attempt, files, retry_attempt, run_folder
 from stylemill.errors import DamagedError, OutputError, StylemillError
-from stylemill.execution.driver import _read_json
-from stylemill.execution.repair import _set_aside
+from stylemill.execution.listener import _read_json
+from stylemill.execution.repair import _quarantine_damaged
 from stylemill.report.status import status
 from stylemill.store import checkpoints
 from stylemill.store.commit import commit
@@ -186,7 +186,7 @@ def test_after_any_truncation_only_the_shard_of_that_file_is_open(run: RunPaths,
             shutil.rmtree(run.output)
             shutil.copytree(whole, run.output)
             path.write_bytes(path.read_bytes()[:length])
-            ledger, _ = _set_aside(run, run_file, verify(run.output))
+            ledger, _ = _quarantine_damaged(run, run_file, verify(run.output))
             lost = set(ledger.open_shards(5)) - {4}
             assert lost == ({2} if name == run.relative(run.data(2)) else {0} if path == run.failures(0) else set())
             if lost == {0}:  # the rows that were retried later are known from generation 1

@@ -241,7 +241,7 @@ class Pool:
         if self._first is None:
             self._first = loaded
             self._micro_batch = int(loaded.numerics["micro_batch"])
-            self._listener.settle(loaded.numerics)
+            self._listener.record_numerics(loaded.numerics)
             return
         first = self._first.numerics
         if differing := [

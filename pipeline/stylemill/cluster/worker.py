@@ -58,7 +58,7 @@ class Worker:
 
     def load(self, micro_batch: int | None) -> Loaded:
         """Load the model. Raises ModelError when it cannot be, ImportError where stylemill is not whole."""
-        from stylemill.execution.shard import load_engine, numerics
+        from stylemill.execution.worker_engine import load_engine, numerics
 
         self._engine = load_engine(self._run, micro_batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
@@ -77,12 +77,12 @@ class Worker:
 
     def probe(self, attempt: Attempt) -> bool:
         """Try the pairs of `attempt.probe`; False when `stop` was called first. Raises what `process_shard` raises."""
-        from stylemill.execution.shard import survives
+        from stylemill.execution.shard import probe_shard
 
         if self._engine is None:
             raise RuntimeError("a attempt came before the model was loaded")
         try:
-            return survives(self._run, attempt, self._engine, self._device, self._watch, self._stopping.is_set)
+            return probe_shard(self._run, attempt, self._engine, self._device, self._watch, self._stopping.is_set)
         finally:
             self._progress.pop(attempt.id, None)
 

@@ -23,7 +23,7 @@ from stylemill.config.sampling import Sampling, cpu_micro_batch
 from stylemill.engine.attention import choose_layers
 from stylemill.engine.batching import blocks, micro_batches
 from stylemill.engine.init_state import begin
-from stylemill.engine.inputs import InputImage, Pair, Pixels
+from stylemill.engine.inputs import Pair
 from stylemill.engine.memory import catch_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
@@ -36,6 +36,7 @@ from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
 from stylemill.errors import DeviceMemoryError
+from stylemill.images.input_image import InputImage, Pixels
 from stylemill.models.hub import CONTROLNET, fetch_model
 from stylemill.models.lora import fetch_lora
 from stylemill.models.single_file import fetch_config, is_single_file

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stylemill.config.inputs import DEFAULT_INPUT_SETTINGS, InputSettings
 from stylemill.errors import ImageError, TransientError
-from stylemill.images.read import encode_image, load_image
+from stylemill.images.encode import encode_image
+from stylemill.images.read import load_image
 from stylemill.manifest.read import Manifest
 from stylemill.manifest.schema import ImageRef, Row
 from stylemill.store.atomic import replace_bytes
@@ -114,9 +115,10 @@ def _outputs(paths: RunPaths, file: Path, wanted: set[int]) -> dict[int, Image.I
     return found
 
 
-def _thumbnail(image: ImageRef, base: Path, inputs: InputSettings = DEFAULT_INPUT_SETTINGS) -> Image.Image:
+def _thumbnail(image_ref: ImageRef, base: Path, inputs: InputSettings = DEFAULT_INPUT_SETTINGS) -> Image.Image:
     try:
-        return Image.fromarray(load_image(image.path, image.data, base, (THUMB, THUMB), "pad", 1, inputs).pixels)
+        image = load_image(image_ref.path, image_ref.data, base, (THUMB, THUMB), "pad", 1, inputs)
+        return Image.fromarray(np.asarray(image.pixels))
     except (ImageError, TransientError):
         return Image.new("RGB", (THUMB, THUMB), _GREY)
 

@@ -12,9 +12,10 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from stylemill.config.model import ControlNet
-from stylemill.engine.inputs import InputImage, Pair
+from stylemill.engine.inputs import Pair
 from stylemill.engine.state import PairInputs, ShardInputs
 from stylemill.errors import ModelError
+from stylemill.images.input_image import InputImage
 from stylemill.models.architecture import refuse_other_controlnet
 
 
