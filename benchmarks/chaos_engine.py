@@ -159,9 +159,9 @@ def write_model(folder: Path) -> None:
 
 def install_engine() -> None:
     from stylemill.engine import Engine
-    from stylemill.execution import shard
+    from stylemill.execution import worker_engine
 
-    shard.Engine = logging_engine(FakeEngine if os.environ["CHAOS_ENGINE"] == "fake" else Engine)  # type: ignore[misc]
+    worker_engine.Engine = logging_engine(FakeEngine if os.environ["CHAOS_ENGINE"] == "fake" else Engine)  # type: ignore[misc]
 
 
 def drive(arguments: Sequence[str], output: str, environment: Mapping[str, str]) -> None:
