@@ -1,8 +1,8 @@
-"""The driver that the chaos run disturbs on Ray: `stylemill`'s own command line, whose workers note their steps.
+"""The driver of a chaos run on Ray: the command line of stylemill, with workers whose engine logs its steps.
 
-    CHAOS_LEFT=FILE     where is noted what a killed driver may leave behind: Ray's folder, and workers' pids
+    CHAOS_LEFTOVERS=FILE     lists what a killed driver may leave: the folder of Ray, and the pids of workers
 
-The rest of the environment is that of `chaos_engine`.
+`chaos_engine` describes the other variables.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Any
 import ray
 
 from chaos_engine import command, install_engine
-from stylemill.cluster import actors as crew
+from stylemill.cluster import actors
 from stylemill.cluster.worker import Loaded, Worker
 
 
-class NotingWorker(Worker):
-    """A worker whose engine notes its steps."""
+class LoggingWorker(Worker):
+    """A worker whose engine logs its steps."""
 
     def load(self, micro_batch: int | None) -> Loaded:
-        _note_left(f"pid {os.getpid()}")
+        _log_leftover(f"pid {os.getpid()}")
         install_engine()
         return super().load(micro_batch)
 
 
-def _note_left(what: str) -> None:
-    with open(os.environ["CHAOS_LEFT"], "a") as file:
-        file.write(f"{what}\n")
+def _log_leftover(line: str) -> None:
+    with open(os.environ["CHAOS_LEFTOVERS"], "a") as file:
+        file.write(f"{line}\n")
 
 
 def drive(arguments: Sequence[str]) -> int:
-    start = ray.init
+    real_init = ray.init
 
     def init(**options: Any) -> Any:
-        _note_left(f"folder {options['_temp_dir']}")
-        return start(**options)
+        _log_leftover(f"folder {options['_temp_dir']}")
+        return real_init(**options)
 
     ray.init = init
-    crew.Worker = NotingWorker  # type: ignore[misc]
+    actors.Worker = LoggingWorker  # type: ignore[misc]
     return command(arguments)
 
 
 if __name__ == "__main__":
-    import chaos_ray  # workers shall find NotingWorker by name, and not get this file's __main__
+    import chaos_ray  # workers import LoggingWorker from this module, not from __main__
 
     sys.exit(chaos_ray.drive(sys.argv[1:]))

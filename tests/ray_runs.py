@@ -23,6 +23,7 @@ from stylemill.execution.attempt import Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
+from stylemill.store.run_file import create_run_folder
 
 PATIENCE = Timeouts(connect=2, place=60, remark=60, leave=30, beat=0.05)
 
@@ -90,7 +91,7 @@ def make_run(folder: Path, rows: int, pairs_per_shard: int, **job: Any) -> Run:
         **job,
     }
     paths = RunPaths(folder / "out", -(-rows // pairs_per_shard))
-    paths.create()
+    create_run_folder(paths)
     return Run(Job.parse(values), paths, open_manifest(values["manifest"]), "f" * 64, pairs_per_shard, "demo")
 
 

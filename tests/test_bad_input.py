@@ -692,7 +692,7 @@ def test_a_full_disk_loses_nothing(run_command, here, disk, monkeypatch):
     disk.fill()
     result = run_command(*command)
     assert result.code == 2  # before anything was sampled
-    assert "disk/out: cannot be written (No space left on device); make room" in result.error
+    assert "disk/out: cannot be written (No space left on device); free some space" in result.error
     disk.empty()
 
     process_shard = stylemill.execution.local.process_shard
@@ -726,7 +726,10 @@ def test_a_read_only_disk(run_command, here):
     try:
         result = run_command("run", "job.yaml", "--inline", "--output", "read-only/out")
         refused(
-            result, here, "read-only/out: cannot be written (Read-only file system); make room or rights", "--output"
+            result,
+            here,
+            "read-only/out: cannot be written (Read-only file system); free some space, fix the permissions",
+            "--output",
         )
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

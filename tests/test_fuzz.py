@@ -29,6 +29,7 @@ from stylemill.manifest import open_manifest, validate_manifest
 from stylemill.store.checkpoints import load, save_inputs, save_progress
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
+from stylemill.store.run_file import create_run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -247,7 +248,7 @@ LATENTS = np.arange(12, dtype=np.float32).reshape(3, 4)
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a good checkpoint, by name."""
     paths = RunPaths(tmp_path_factory.mktemp("run"), 1)
-    paths.create()
+    create_run_folder(paths)
     inputs = save_inputs(paths, 0, "a1", {"clean": LATENTS}, {"fingerprint": "f", "items": []})
     save_progress(paths, 0, 5, "a1", {"latents": LATENTS + 1}, {"fingerprint": "f"}, inputs)
     return {path.name: path.read_bytes() for path in paths.checkpoints(0).iterdir()}
