@@ -119,7 +119,7 @@ class Driver:
         hits.mkdir()
         environment = {
             "CHAOS_ENGINE": self.setting.engine,
-            "CHAOS_SECONDS": "0.1" if plan.on_ray else "0",
+            "FAKE_STEP_SECONDS": "0.1" if plan.on_ray else "0",
             "CHAOS_STEPS": str(self.step_log),
             "CHAOS_LEFTOVERS": str(self.leftovers),
             "STYLEMILL_FAILPOINTS": ";".join(plan.rules),

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from demo_job import Ended, Warm, check_same, start, until
+import fake_engine
+from demo_job import EndedProcess, ForkedCommands, check_same, until
 from store_shards import files, in_child
 from stylemill.errors import StorageError
 from stylemill.testing.failpoints import ACTIONS, POINTS, failpoint, parse_rules
+
+
+@pytest.fixture(scope="module")
+def with_fake_engine() -> bool:
+    return True
 
 
 def failpoint_environment(folder: Path, rules: str) -> dict[str, str]:
@@ -106,14 +112,14 @@ KILLS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("place", KILLS)
 def test_after_a_kill_at_any_point_the_same_command_finishes(
-    job: Path, whole: Path, warm: Warm, tmp_path: Path, place: str
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path, place: str
 ) -> None:
     point, condition = place.split(" ")[0], KILLS[place]
     environment = failpoint_environment(tmp_path / "failpoints", f"{point}:kill" + f":{condition}" * bool(condition))
     run = tmp_path / "run"
-    killed = warm.run(run, job, faults=environment)
+    killed = commands.run(run, job, faults=environment)
     assert killed.exit_code == -signal.SIGKILL, killed.output
-    finished = warm.run(run, job, faults=environment)
+    finished = commands.run(run, job, faults=environment)
     assert finished.exit_code == 3, finished.output
     check_same(run, whole)
 
@@ -127,13 +133,19 @@ def test_there_is_a_kill_at_every_point() -> None:
 
 
 def check_kept_and_resumed(
-    job: Path, whole: Path, warm: Warm, run: Path, failed: Ended, message: str, options: tuple[str, ...]
+    job: Path,
+    whole: Path,
+    commands: ForkedCommands,
+    run: Path,
+    failed: EndedProcess,
+    message: str,
+    options: tuple[str, ...],
 ) -> None:
     assert failed.exit_code == 1, failed.output
     assert message in failed.output
     assert "the same command resumes" in failed.output
     assert "Traceback" not in failed.output
-    finished = warm.run(run, job, *options)
+    finished = commands.run(run, job, *options)
     assert finished.exit_code == 3, finished.output
     check_same(run, whole)
 
@@ -147,25 +159,32 @@ def check_kept_and_resumed(
     ],
 )
 def test_no_row_is_lost_if_the_disk_fails(
-    job: Path, whole: Path, warm: Warm, tmp_path: Path, rule: str, message: str
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path, rule: str, message: str
 ) -> None:
     run, options = tmp_path / "run", ("--set", "retries=0")
-    failed = warm.run(run, job, *options, faults=failpoint_environment(tmp_path / "failpoints", rule))
-    check_kept_and_resumed(job, whole, warm, run, failed, message, options)
+    failed = commands.run(run, job, *options, faults=failpoint_environment(tmp_path / "failpoints", rule))
+    check_kept_and_resumed(job, whole, commands, run, failed, message, options)
 
 
 @pytest.mark.slow
-def test_files_that_exceed_a_size_limit_are_not_committed(job: Path, whole: Path, warm: Warm, tmp_path: Path) -> None:
+def test_files_that_exceed_a_size_limit_are_not_committed(
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
     """A real limit of the system, so it applies to writes of Python, pyarrow and safetensors."""
     run = tmp_path / "run"
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
-    command = ("run", job, "--inline", "--output", run, "--set", "retries=0")
-    process = start(*command, preexec_fn=limit)
+    process = subprocess.Popen(
+        [sys.executable, fake_engine.__file__, "run", job, "--inline", "--output", run, "--set", "retries=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=limit,
+    )
     output = process.communicate()[0]
     assert process.returncode == 1, output
     assert "File too large" in output
     assert not files(run / "data")
-    assert warm.run(run, job, "--set", "retries=0").exit_code == 3
+    assert commands.run(run, job, "--set", "retries=0").exit_code == 3
     check_same(run, whole)
 
 
@@ -179,24 +198,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_full_disk_and_a_read_only_disk(job: Path, whole: Path, warm: Warm, small_disk: Path) -> None:
+def test_a_full_disk_and_a_read_only_disk(job: Path, whole: Path, commands: ForkedCommands, small_disk: Path) -> None:
     run, options = small_disk / "run", ("--set", "retries=0")
-    full = warm.run(run, job, *options)
+    full = commands.run(run, job, *options)
     assert full.exit_code == 1, full.output
     assert "the disk is full" in full.output
     subprocess.run(["mount", "-o", "remount,ro,size=64m", small_disk], check=True)
-    read_only = warm.run(run, job, *options)
+    read_only = commands.run(run, job, *options)
     assert (read_only.exit_code, "cannot be written (Read-only" in read_only.output) == (2, True), read_only.output
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
-    check_kept_and_resumed(job, whole, warm, run, full, "the disk is full", options)
+    check_kept_and_resumed(job, whole, commands, run, full, "the disk is full", options)
 
 
 # --- late workers and second drivers ----------------------------------------------------------------------------------
 
+FAKE_ENGINE_PATH = {"PYTHONPATH": os.pathsep.join([str(Path(fake_engine.__file__).parent), *sys.path])}
 ATTEMPT = """
 import os, sys
 from contextlib import nullcontext
 from pathlib import Path
+import fake_engine
 from stylemill.config.job import Job
 from stylemill.execution.attempt import Run
 from stylemill.planning.plan import plan
@@ -204,6 +225,7 @@ from stylemill.execution.shard import process_shard
 from stylemill.execution.worker_engine import load_engine
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import create_run_folder
+fake_engine.install()
 planned = plan(Job.load(sys.argv[1], {"output": sys.argv[2]}))
 paths = RunPaths(Path(sys.argv[2]), planned.shards)
 create_run_folder(paths)
@@ -219,23 +241,23 @@ print("committed by", record.attempt)
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["mid-sample:step=3", "before-checkpoint:step=4", "mid-write:folder=data"])
 def test_a_worker_that_was_given_up_and_continues_later_changes_nothing(
-    job: Path, whole: Path, warm: Warm, tmp_path: Path, place: str
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path, place: str
 ) -> None:
     """The worker is stopped, the run is finished without it, and then the worker continues."""
     point, condition = place.split(":")
     environment = failpoint_environment(tmp_path / "failpoints", f"{point}:stop:{condition}")
     run = tmp_path / "run"
-    warm.run(run, job, faults=failpoint_environment(tmp_path / "before", "load:kill"))  # creates the run folder
+    commands.run(run, job, faults=failpoint_environment(tmp_path / "before", "load:kill"))  # creates the run folder
     late_worker = subprocess.Popen(
         [sys.executable, "-c", ATTEMPT, str(job), str(run)],
-        env=os.environ | environment,
+        env=os.environ | environment | FAKE_ENGINE_PATH,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
         os.waitpid(late_worker.pid, os.WUNTRACED)
-        finished = warm.run(run, job)
+        finished = commands.run(run, job)
         assert finished.exit_code == 3, finished.output
         check_same(run, whole)
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
@@ -243,28 +265,28 @@ def test_a_worker_that_was_given_up_and_continues_later_changes_nothing(
         os.kill(late_worker.pid, signal.SIGCONT)
     output = late_worker.communicate()[0]
     assert {path: path.stat().st_mtime_ns for path in before} == before, output
-    again = warm.run(run, job)
+    again = commands.run(run, job)
     assert again.exit_code == 3, again.output
     check_same(run, whole)
 
 
 def test_a_second_driver_is_refused_while_the_first_one_is_stopped_but_not_when_it_is_dead(
-    job: Path, whole: Path, warm: Warm, tmp_path: Path
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path
 ) -> None:
     """A stopped driver can continue at any time. A dead one cannot, though its lock file is still there."""
     run = tmp_path / "run"
-    first = warm.start(
+    first = commands.start(
         run, job, faults=failpoint_environment(tmp_path / "failpoints", "mid-sample:stop:shard=1:step=3")
     )
     try:
         until(lambda: _state(first.process.pid) == "T")
-        refused = warm.run(run, job)
+        refused = commands.run(run, job)
         assert (refused.exit_code, f"pid {first.process.pid}" in refused.output) == (1, True), refused.output
     finally:
         os.kill(first.process.pid, signal.SIGKILL)
     assert first.ended().exit_code == -signal.SIGKILL
     assert (run / "lock").exists()
-    second = warm.run(run, job)
+    second = commands.run(run, job)
     assert second.exit_code == 3, second.output
     assert second.steps[0] == (1, 3), "it resumes from the checkpoint of step 2"
     check_same(run, whole)

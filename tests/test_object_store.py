@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from demo_job import EVERY_STEPS, Ended, Warm, lasting, until, write_job
+from demo_job import EVERY_STEPS, EndedProcess, ForkedCommands, lasting, until, write_job
 from s3_store import BUCKET, ObjectStore, Proxy, every_nth, running_proxy, serving_s3, use_environment
 from store_shards import files
 from stylemill.report.status import status
@@ -29,6 +29,11 @@ SHORT_TIMES = SHORT_PAUSES | {
 
 
 @pytest.fixture(scope="module")
+def with_fake_engine() -> bool:
+    return True
+
+
+@pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
     with serving_s3() as store:
         yield store
@@ -37,9 +42,9 @@ def store() -> Iterator[ObjectStore]:
 class Runs:
     """Runs one job in s3://runs/NAME, on machines that share only the store."""
 
-    def __init__(self, job: Path, warm: Warm, store: ObjectStore, folder: Path) -> None:
+    def __init__(self, job: Path, commands: ForkedCommands, store: ObjectStore, folder: Path) -> None:
         self.job = job
-        self.warm = warm
+        self.commands = commands
         self.store = store
         self.folder = folder
         self.name = folder.name
@@ -58,16 +63,18 @@ class Runs:
         proxy: Proxy | None = None,
         failpoints: str = "",
         constants: dict[str, object] | None = None,
-    ) -> Ended:
+    ) -> EndedProcess:
         environment = self.environment(machine, proxy, failpoints)
-        return self.warm.run(
+        return self.commands.run(
             self.uri, *(arguments or [self.job]), faults=environment, constants=constants or SHORT_TIMES
         )
 
 
 @pytest.fixture
-def runs(job: Path, warm: Warm, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    made = Runs(job, warm, store, tmp_path)
+def runs(
+    job: Path, commands: ForkedCommands, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Runs:
+    made = Runs(job, commands, store, tmp_path)
     use_environment(made.environment("reader"), monkeypatch)
     return made
 
@@ -186,7 +193,7 @@ def test_after_an_outage_the_same_command_finishes_the_run(runs: Runs, whole: Pa
 
 def test_a_stopped_driver_loses_its_lock_and_changes_nothing_when_it_continues(runs: Runs, whole: Path) -> None:
     environment = runs.environment("first", failpoints="before-record:stop:shard=1")
-    stopped = runs.warm.start(runs.uri, runs.job, faults=environment, constants=SHORT_TIMES)
+    stopped = runs.commands.start(runs.uri, runs.job, faults=environment, constants=SHORT_TIMES)
     try:
         until(lambda: _state(stopped.process.pid) == "T")
         ended = runs.run("second")
@@ -210,7 +217,7 @@ def test_a_second_driver_is_refused_until_the_first_one_is_dead(runs: Runs, whol
     """The first driver hangs, but still renews its lock."""
     environment = runs.environment("first", failpoints="mid-sample:hang:shard=1:step=3")
     long_lock = SHORT_TIMES | {"stylemill.store.object_store.lock:STALE_SECONDS": 60.0}
-    first = runs.warm.start(runs.uri, runs.job, faults=environment, constants=long_lock)
+    first = runs.commands.start(runs.uri, runs.job, faults=environment, constants=long_lock)
     try:
         until(lambda: "checkpoints/00001" in " ".join(runs.store.objects(runs.name)))
         assert f"pid {first.process.pid} on host" in str(status(runs.uri).worked_on_by)
@@ -228,11 +235,11 @@ def test_a_second_driver_is_refused_until_the_first_one_is_dead(runs: Runs, whol
 
 @pytest.mark.slow
 def test_failed_rows_are_retried_and_damage_is_repaired(
-    warm: Warm, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    commands: ForkedCommands, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "job"
     folder.mkdir()
-    runs = Runs(write_job(folder), warm, store, tmp_path)
+    runs = Runs(write_job(folder), commands, store, tmp_path)
     use_environment(runs.environment("reader"), monkeypatch)
     assert runs.run("first").exit_code == 3
     (folder / "absent.png").write_bytes((folder / "street.png").read_bytes())

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from demo_job import ABSENT, STEPS, Ended, Moment, Warm, stylemill
+from demo_job import ABSENT, STEPS, EndedProcess, ForkedCommands, Moment, stylemill
 from store_shards import files
 from stylemill.report.status import status
 from stylemill.store.commit import clean
@@ -27,6 +27,11 @@ from stylemill.store.verify import verify
 RETRIED = "data/train-00001-of-00003-r1.parquet"
 
 
+@pytest.fixture(scope="module")
+def with_fake_engine() -> bool:
+    return True
+
+
 def add_absent_image(job: Path) -> Path:
     """Create the content image of row ABSENT, which the job needs and lacks."""
     path = job.parent / "absent.png"
@@ -35,28 +40,30 @@ def add_absent_image(job: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def failed(job: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def failed(job: Path, commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with one failed row in its middle shard. Tests must not change it."""
     output = tmp_path_factory.mktemp("failed") / "run"
-    assert warm.run(output, job).exit_code == 3
+    assert commands.run(output, job).exit_code == 3
     return output
 
 
 @pytest.fixture(scope="module")
-def whole(job: Path, failed: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(job: Path, failed: Path, commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run without any failure."""
     absent = add_absent_image(job)
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert warm.run(output, job).exit_code == 0
+    assert commands.run(output, job).exit_code == 0
     absent.unlink()
     return output
 
 
 @pytest.fixture(scope="module")
-def retried(job: Path, failed: Path, whole: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def retried(
+    job: Path, failed: Path, whole: Path, commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     output = copy(failed, tmp_path_factory.mktemp("retried"))
     absent = add_absent_image(job)
-    ended = warm.run(output, "retry-failed")
+    ended = commands.run(output, "retry-failed")
     absent.unlink()
     assert ended.exit_code == 0, ended.output
     assert ended.steps == [(1, step) for step in range(1, STEPS + 1)]
@@ -115,49 +122,49 @@ def test_all_counts_are_right_after_a_retry(failed: Path, retried: Path) -> None
     assert (record.rows_ok, record.rows_failed, record.retried_by_class) == (1, 0, {"ImageError": 1})
 
 
-def test_a_retry_without_failed_rows_does_nothing(retried: Path, warm: Warm, tmp_path: Path) -> None:
+def test_a_retry_without_failed_rows_does_nothing(retried: Path, commands: ForkedCommands, tmp_path: Path) -> None:
     run = copy(retried, tmp_path)
-    ended = warm.run(run, "retry-failed")
+    ended = commands.run(run, "retry-failed")
     assert (ended.exit_code, ended.steps) == (0, [])
     assert "7 of 7 images done, 0 failed" in ended.output
     assert files(run) == files(retried)
 
 
 def test_rows_that_fail_again_stay_failed_and_can_be_retried_again(
-    job: Path, failed: Path, retried: Path, warm: Warm, tmp_path: Path
+    job: Path, failed: Path, retried: Path, commands: ForkedCommands, tmp_path: Path
 ) -> None:
     run = copy(failed, tmp_path)
-    ended = warm.run(run, "retry-failed")
+    ended = commands.run(run, "retry-failed")
     assert ended.exit_code == 3, ended.output
     assert "6 of 7 images done, 1 failed, 0 open" in ended.output
     assert not (run / RETRIED).exists()
     assert (run / "failures/00001-r1.parquet").exists()
     assert verify(run).ok
     absent = add_absent_image(job)
-    ended = warm.run(run, "retry-failed", "--failures-ok")
+    ended = commands.run(run, "retry-failed", "--failures-ok")
     absent.unlink()
     assert ended.exit_code == 0, ended.output
     assert read_rows(*(run / "data").iterdir()) == read_rows(*(retried / "data").iterdir())
     assert verify(run).rows_ok == 7
-    assert warm.run(run, job).exit_code == 0  # `run` has nothing to do
+    assert commands.run(run, job).exit_code == 0  # `run` has nothing to do
 
 
 @pytest.mark.slow
 def test_a_retry_killed_before_any_change_is_resumed_by_the_same_command(
-    job: Path, failed: Path, retried: Path, warm: Warm, tmp_path: Path
+    job: Path, failed: Path, retried: Path, commands: ForkedCommands, tmp_path: Path
 ) -> None:
     absent = add_absent_image(job)
-    undisturbed = warm.run(copy(failed, tmp_path / "undisturbed"), "retry-failed")
+    undisturbed = commands.run(copy(failed, tmp_path / "undisturbed"), "retry-failed")
     killed = 0
     for stage, changes in undisturbed.changes().items():
         for count in range(0, changes, 2 if stage[0] in ("write", "end") else 3):
             run = copy(failed, tmp_path / f"{stage[0]}-{stage[1]}-{count}")
-            ended = warm.run(run, "retry-failed", at=Moment(stage, count))
+            ended = commands.run(run, "retry-failed", at=Moment(stage, count))
             killed += ended.exit_code == -9
             # At any time, what is committed is consistent for readers.
             assert read_rows(*(run / "data").iterdir()).keys() in ({0, 1, 2, 4, 5, 6}, set(range(7)))
             assert status(run).summary.rows_ok in (6, 7)
-            again = warm.run(run, "retry-failed")
+            again = commands.run(run, "retry-failed")
             assert again.exit_code == 0, again.output
             check_same_output(run, retried)
             steps = len(ended.steps) + len(again.steps)
@@ -168,26 +175,26 @@ def test_a_retry_killed_before_any_change_is_resumed_by_the_same_command(
     assert killed > 8
 
 
-def test_a_killed_retry_is_shown_by_status(job: Path, failed: Path, warm: Warm, tmp_path: Path) -> None:
+def test_a_killed_retry_is_shown_by_status(job: Path, failed: Path, commands: ForkedCommands, tmp_path: Path) -> None:
     run = copy(failed, tmp_path)
     absent = add_absent_image(job)
-    assert warm.run(run, "retry-failed", at=Moment(("step", 1), 3)).exit_code == -9
+    assert commands.run(run, "retry-failed", at=Moment(("step", 1), 3)).exit_code == -9
     assert "`retry-failed` resumes it" in status(run).describe()
-    assert warm.run(run, job).exit_code == 3
+    assert commands.run(run, job).exit_code == 3
     assert (run / "checkpoints/00001").exists()  # `run` keeps the checkpoint of the retry
-    ended = warm.run(run, "retry-failed")
+    ended = commands.run(run, "retry-failed")
     assert ended.exit_code == 0
     assert ended.steps[0][1] > 1
     absent.unlink()
 
 
 def test_compacted_records_can_be_retried_and_a_damaged_segment_needs_no_sampling(
-    job: Path, failed: Path, retried: Path, warm: Warm, tmp_path: Path
+    job: Path, failed: Path, retried: Path, commands: ForkedCommands, tmp_path: Path
 ) -> None:
     run = copy(failed, tmp_path)
     compact_all(run)
     absent = add_absent_image(job)
-    ended = warm.run(run, "retry-failed")
+    ended = commands.run(run, "retry-failed")
     absent.unlink()
     assert ended.exit_code == 0, ended.output
     check_same_output(run, retried)
@@ -195,7 +202,7 @@ def test_compacted_records_can_be_retried_and_a_damaged_segment_needs_no_samplin
     assert not list((run / "records").glob("0*"))
     for segment in (run / "records").iterdir():
         segment.write_bytes(segment.read_bytes()[:-1])
-    ended = warm.run(run, job)
+    ended = commands.run(run, job)
     assert (ended.exit_code, ended.steps) == (0, []), ended.output
     check_same_output(run, retried)
     assert status(run).summary.rows_ok == 7
@@ -279,14 +286,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], bool]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_repair_restores_the_bytes_of_the_run(
-    job: Path, retried: Path, warm: Warm, tmp_path: Path, damage: str
+    job: Path, retried: Path, commands: ForkedCommands, tmp_path: Path, damage: str
 ) -> None:
     apply, samples_again = DAMAGES[damage]
     run = copy(retried, tmp_path)
     apply(run)
     assert not verify(run).ok, "verify reports it"
     absent = add_absent_image(job)
-    ended = warm.run(run, "repair", "--deep")
+    ended = commands.run(run, "repair", "--deep")
     absent.unlink()
     assert ended.exit_code == 0, ended.output
     assert "Traceback" not in ended.output
@@ -295,27 +302,29 @@ def test_repair_restores_the_bytes_of_the_run(
     assert (status(run).summary.rows_ok, status(run).summary.rows_failed) == (7, 0)
 
 
-def test_repair_of_an_undamaged_run_changes_nothing(retried: Path, warm: Warm, tmp_path: Path) -> None:
+def test_repair_of_an_undamaged_run_changes_nothing(retried: Path, commands: ForkedCommands, tmp_path: Path) -> None:
     run = copy(retried, tmp_path)
-    ended = warm.run(run, "repair")
+    ended = commands.run(run, "repair")
     assert (ended.exit_code, ended.steps) == (0, [])
     assert files(run) == files(retried)
 
 
 @pytest.mark.slow
-def test_a_killed_repair_is_resumed_by_the_same_command(job: Path, retried: Path, warm: Warm, tmp_path: Path) -> None:
+def test_a_killed_repair_is_resumed_by_the_same_command(
+    job: Path, retried: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
     absent = add_absent_image(job)
-    undisturbed: Ended | None = None
+    undisturbed: EndedProcess | None = None
     for count in (None, 0, 2, 5):
         run = copy(retried, tmp_path / str(count))
         all_of(flip_bit("data/train-00000-of-00003.parquet"), flip_bit(RETRIED), flip_bit("records/00002.json"))(run)
         if count is None:
-            undisturbed = warm.run(run, "repair")
+            undisturbed = commands.run(run, "repair")
             continue
         assert undisturbed is not None
         for stage in [stage for stage in undisturbed.changes() if stage[0] in ("start", "write")][:4]:
-            warm.run(run, "repair", at=Moment(stage, count))
-        assert warm.run(run, "repair").exit_code == 0
+            commands.run(run, "repair", at=Moment(stage, count))
+        assert commands.run(run, "repair").exit_code == 0
         check_same_output(run, retried)
     absent.unlink()
 
