@@ -45,9 +45,13 @@ class ObjectStore:
 
     def objects(self, folder: str) -> dict[str, bytes]:
         """The objects in s3://runs/folder, by their key relative to the folder."""
+        return {name: self.get(f"{folder}/{name}") for name in self.names(folder)}
+
+    def names(self, folder: str) -> list[str]:
+        """The keys in s3://runs/folder, relative to the folder."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{folder}/")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        return {key.removeprefix(f"{folder}/"): self.get(key) for key in keys}
+        return [key.removeprefix(f"{folder}/") for key in keys]
 
     def get(self, key: str) -> bytes:
         return bytes(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())

@@ -219,7 +219,7 @@ def test_a_second_driver_is_refused_until_the_first_one_is_dead(runs: Runs, whol
     long_lock = SHORT_TIMES | {"stylemill.store.object_store.lock:STALE_SECONDS": 60.0}
     first = runs.commands.start(runs.uri, runs.job, faults=environment, constants=long_lock)
     try:
-        until(lambda: "checkpoints/00001" in " ".join(runs.store.objects(runs.name)))
+        until(lambda: "checkpoints/00001" in " ".join(runs.store.names(runs.name)))
         assert f"pid {first.process.pid} on host" in str(status(runs.uri).worked_on_by)
         refused = runs.run("second", constants=long_lock)
         assert refused.exit_code == 1, refused.output

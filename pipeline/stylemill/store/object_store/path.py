@@ -19,7 +19,7 @@ from stylemill.store.object_store.bucket import Bucket, ObjectInfo, open_bucket
 PROBE_PREFIX = ".stylemill-probe-"
 
 if TYPE_CHECKING:
-    _Base = Path  # for type checkers, so that one type serves disks and buckets; at run time there are no other methods
+    _Base = Path  # one type for disks and buckets; at run time, a BucketPath has only the methods below
 else:
     _Base = PurePosixPath
 
