@@ -1,8 +1,8 @@
-"""The driver that the chaos run disturbs on Ray: `stylemill`'s own command line, whose workers note their steps.
+"""The driver of the chaos run on Ray: the command line of `stylemill`, with workers that record their steps.
 
-    CHAOS_LEFT=FILE     where is noted what a killed driver may leave behind: Ray's folder, and workers' pids
+    CHAOS_LEFT=FILE     records what a killed driver may leave behind: the folder of Ray and the pids of the workers
 
-The rest of the environment is that of `chaos_engine`.
+The other environment variables are those of `chaos_engine`.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Any
 import ray
 
 from chaos_engine import command, install_engine
-from stylemill.cluster import actors as crew
-from stylemill.cluster.worker import Loaded, Worker
+from stylemill.cluster import actors
+from stylemill.cluster.worker import LoadedModel, Worker
 
 
-class NotingWorker(Worker):
-    """A worker whose engine notes its steps."""
+class RecordingWorker(Worker):
+    """A worker whose engine records its steps."""
 
-    def load(self, micro_batch: int | None) -> Loaded:
-        _note_left(f"pid {os.getpid()}")
+    def load(self, micro_batch: int | None) -> LoadedModel:
+        _record_left(f"pid {os.getpid()}")
         install_engine()
         return super().load(micro_batch)
 
 
-def _note_left(what: str) -> None:
+def _record_left(line: str) -> None:
     with open(os.environ["CHAOS_LEFT"], "a") as file:
-        file.write(f"{what}\n")
+        file.write(f"{line}\n")
 
 
 def drive(arguments: Sequence[str]) -> int:
-    start = ray.init
+    original_init = ray.init
 
     def init(**options: Any) -> Any:
-        _note_left(f"folder {options['_temp_dir']}")
-        return start(**options)
+        _record_left(f"folder {options['_temp_dir']}")
+        return original_init(**options)
 
     ray.init = init
-    crew.Worker = NotingWorker  # type: ignore[misc]
+    actors.Worker = RecordingWorker  # type: ignore[misc]
     return command(arguments)
 
 
 if __name__ == "__main__":
-    import chaos_ray  # workers shall find NotingWorker by name, and not get this file's __main__
+    import chaos_ray  # workers import RecordingWorker from this module; they cannot import it from __main__
 
     sys.exit(chaos_ray.drive(sys.argv[1:]))

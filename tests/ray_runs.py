@@ -1,4 +1,4 @@
-"""Small runs on a Ray of our own, and a listener that keeps what it hears."""
+"""Small runs on a local Ray, and a listener that records the events of a run."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ import ray
 from PIL import Image
 
 from stylemill.cluster import Timeouts
-from stylemill.cluster.session import session
+from stylemill.cluster.session import ray_session
 from stylemill.config.job import ClusterSettings, Job
 from stylemill.execution.attempt import Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 
-PATIENCE = Timeouts(connect=2, place=60, remark=60, leave=30, beat=0.05)
+TIMEOUTS = Timeouts(connect=2, placement=60, placement_notice=60, shutdown=30, poll_interval=0.05)
 
 
 @contextmanager
-def one_ray(tests: ModuleType) -> Iterator[None]:
-    """A Ray for the tests of a module, whose classes go to the workers."""
+def local_ray(module: ModuleType) -> Iterator[None]:
+    """A local Ray for the tests of `module`, whose classes are sent to the workers."""
 
-    def ours(*_: object) -> None: ...
+    def handler(*_: object) -> None: ...
 
-    ray.cloudpickle.register_pickle_by_value(tests)  # workers cannot import that file
-    before = signal.signal(signal.SIGTERM, ours)
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it
+    before = signal.signal(signal.SIGTERM, handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # must not be joined by accident
-        with session(ClusterSettings(workers=4), 10) as embedded:
-            assert embedded
-            assert signal.getsignal(signal.SIGTERM) is ours, "Ray put its own handler in the place of the run's"
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # a local Ray must not use it
+        with ray_session(ClusterSettings(workers=4), 10) as local:
+            assert local
+            assert signal.getsignal(signal.SIGTERM) is handler, "Ray replaced the SIGTERM handler of the run"
             yield
     signal.signal(signal.SIGTERM, before)
 
 
 class RecordingListener:
-    """A listener that keeps what it hears."""
+    """Records what the driver reports."""
 
     def __init__(self, micro_batch: int | None = None) -> None:
         self.micro_batch = micro_batch
         self.settled: list[dict[str, str | int]] = []
-        self.done: list[int] = []
+        self.committed_shards: list[int] = []
         self.warnings: list[str] = []
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
     def settle(self, numerics: dict[str, str | int]) -> None:
-        assert not self.done
+        assert not self.committed_shards
         self.settled.append(numerics)
 
     def progress(self, progress: Progress) -> None:
         self.on_progress(progress)
 
     def committed(self, record: Record) -> None:
-        self.done.append(record.shard)
+        self.committed_shards.append(record.shard)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

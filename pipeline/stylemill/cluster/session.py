@@ -31,7 +31,7 @@ SETTINGS_FRAME = 4
 
 
 @contextmanager
-def session(cluster: ClusterSettings, timeout: float) -> Iterator[bool]:
+def ray_session(cluster: ClusterSettings, timeout: float) -> Iterator[bool]:
     """Ray for as long as the block lasts; yields whether it is our own (embedded).
 
     A Ray that this process has already started is used and left running. Raises ClusterError when `cluster.address`
