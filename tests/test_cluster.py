@@ -1,19 +1,15 @@
-"""Assignment of shards, capacity of a cluster, connection to Ray, and workers that raise or die.
-
-The tests above the `local_ray_session` fixture need a process without Ray, so they come first in the file.
-"""
+"""Runs on a local Ray: workers that raise, die or are stopped, and the files they leave."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,186 +18,10 @@ import pytest
 from ray_runs import TIMEOUTS, RecordingListener, data_files, local_ray, make_run
 from stylemill import __version__, errors
 from stylemill.cluster import Timeouts, actors, run_on_ray
-from stylemill.cluster.assignment import Assignments
-from stylemill.cluster.capacity import WorkerResources, worker_capacity, worker_resources
-from stylemill.cluster.session import ray_session
 from stylemill.cluster.worker import LoadedModel, Worker, WorkerLocation
-from stylemill.config.job import ClusterSettings
 from stylemill.errors import ClusterError, IncompleteError, ManifestError, ModelError, StorageError, StylemillError
 from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.store.records import Record
-
-# --- assignment -------------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def new_attempt(shard: int) -> Attempt:
-    return Attempt(shard, f"attempt-{shard}-{time.monotonic_ns()}", {})
-
-
-def assign_all(assignments: Assignments, workers: list[int], num_loading: int = 0) -> dict[int, list[int]]:
-    """Assign all shards that can be assigned now; returns the shards of each worker."""
-    while choice := assignments.choose(workers, num_loading):
-        assignments.assign(choice[0], new_attempt(choice[1]))
-    return {worker: [attempt.shard for attempt in assignments.attempts_of(worker)] for worker in workers}
-
-
-def progress_of(attempt: Attempt, step: int, stage: str = "sample") -> Progress:
-    return Progress(attempt.shard, attempt.id, stage, step, 10, 4)
-
-
-def test_every_worker_gets_one_attempt_before_any_gets_two() -> None:
-    assert assign_all(Assignments(range(20), 1), [1, 2, 3]) == {1: [0, 3], 2: [1, 4], 3: [2, 5]}
-
-
-def test_shards_are_kept_for_workers_that_are_loading() -> None:
-    assert assign_all(Assignments(range(3), 1), [1], num_loading=2) == {1: [0]}
-
-
-def test_the_last_shards_go_to_the_worker_that_is_furthest() -> None:
-    assignments = Assignments(range(3), 1)
-    assert assign_all(assignments, [1, 2]) == {1: [0], 2: [1]}
-    assignments.record_progress(progress_of(assignments.attempts_of(1)[0], 4))
-    assert assign_all(assignments, [1, 2]) == {1: [0], 2: [1]}
-    assignments.record_progress(progress_of(assignments.attempts_of(2)[0], 5))
-    assert assign_all(assignments, [1, 2]) == {1: [0], 2: [1, 2]}
-
-
-def test_a_failed_shard_is_retried_after_a_pause_and_given_up_after_its_last_attempt() -> None:
-    clock = Clock()
-    assignments = Assignments([7], 2, clock)
-    assign_all(assignments, [1])
-    assert assignments.failed(assignments.attempts_of(1)[0], "disk full")
-    assert assign_all(assignments, [1]) == {1: []}
-    clock.now += 60
-    assert assign_all(assignments, [1]) == {1: [7]}
-    assert not assignments.failed(assignments.attempts_of(1)[0], "disk full again")
-    assert assignments.num_open == 0
-    assert assignments.open_shards() == {7: "2 attempts failed, the last one: disk full again"}
-
-
-def test_a_worker_death_is_not_charged_to_a_shard_that_was_only_read() -> None:
-    clock = Clock()
-    assignments = Assignments(range(10), 1, clock)
-    assign_all(assignments, [1])
-    assignments.record_progress(progress_of(assignments.attempts_of(1)[0], 3))
-    assignments.worker_died(1, "killed")
-    assert list(assignments.open_shards().items())[:2] == [
-        (0, "1 attempts failed, the last one: killed"),
-        (1, "killed"),
-    ]
-    assert assign_all(assignments, [2])[2][0] == 1
-
-
-def test_after_a_worker_death_its_shards_are_retried_alone_in_a_worker() -> None:
-    clock = Clock()
-    assignments = Assignments(range(10), 9, clock)
-    assign_all(assignments, [1, 2])
-    for attempt in assignments.attempts_of(1):
-        assignments.record_progress(progress_of(attempt, 3))
-    assignments.worker_died(1, "killed")
-    clock.now += 60
-    assert assign_all(assignments, [2, 3]) == {2: [1, 3], 3: [0]}, "shard 2 waits for an idle worker"
-    for attempt in assignments.attempts_of(2):
-        assignments.committed(attempt)
-    assert assign_all(assignments, [2, 3]) == {2: [2], 3: [0]}
-    for worker in (2, 3):
-        assignments.committed(assignments.attempts_of(worker)[0])
-    assert assign_all(assignments, [2, 3]) == {2: [4, 6], 3: [5, 7]}
-
-
-def test_a_stopped_attempt_is_not_charged() -> None:
-    assignments = Assignments([0], 1)
-    assign_all(assignments, [1])
-    assignments.stopped(assignments.attempts_of(1)[0])
-    assert assignments.open_shards() == {0: "stopped before it was finished"}
-    assert assign_all(assignments, [1]) == {1: [0]}
-
-
-# --- capacity of a cluster --------------------------------------------------------------------------------------------
-
-GPU_NODE = {"CPU": 8.0, "GPU": 4.0, "memory": 64e9}
-CPU_NODE = {"CPU": 8.0, "memory": 10e9}
-
-
-def test_a_worker_reserves_a_gpu_if_the_cluster_has_one() -> None:
-    assert worker_resources(ClusterSettings(), [CPU_NODE, GPU_NODE]) == WorkerResources(cpus=0, gpus=1)
-    assert worker_resources(ClusterSettings(threads=2), [CPU_NODE]) == WorkerResources(cpus=2, gpus=0)
-    assert worker_resources(ClusterSettings(gpus_per_worker=0.0), [GPU_NODE]) == WorkerResources(cpus=1, gpus=0)
-
-
-@pytest.mark.parametrize(
-    ("cluster", "machines", "resident", "workers"),
-    [
-        (ClusterSettings(), [GPU_NODE, GPU_NODE, CPU_NODE], 10**9, 8),
-        (ClusterSettings(gpus_per_worker=0.5), [GPU_NODE], 0, 8),
-        (ClusterSettings(), [CPU_NODE], 0, 8),
-        (ClusterSettings(threads=3), [CPU_NODE, CPU_NODE], 0, 4),
-        (ClusterSettings(), [CPU_NODE], 10**9, 5),  # limited by memory
-        (ClusterSettings(), [CPU_NODE], 10**11, 1),
-        (ClusterSettings(workers=3), [CPU_NODE], 10**11, 3),
-    ],
-)
-def test_the_number_of_workers_follows_the_capacity_of_the_cluster(
-    cluster: ClusterSettings, machines: list[dict[str, float]], resident: int, workers: int
-) -> None:
-    assert worker_capacity(cluster, worker_resources(cluster, machines), machines, resident) == workers
-
-
-# --- connection to Ray ------------------------------------------------------------------------------------------------
-
-
-def listening() -> socket.socket:
-    server = socket.socket()
-    server.bind(("127.0.0.1", 0))
-    server.listen()
-    return server
-
-
-@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
-def test_an_address_without_a_server_is_refused(form: str) -> None:
-    with listening() as server:
-        address = form.format(port=server.getsockname()[1])
-    with pytest.raises(ClusterError, match="no answer"), ray_session(ClusterSettings(address=address), 2):
-        pass
-
-
-def test_a_server_that_sends_nothing_is_refused_after_the_timeout() -> None:
-    with (
-        listening() as server,
-        pytest.raises(ClusterError, match="no answer"),
-        ray_session(ClusterSettings(address=f"127.0.0.1:{server.getsockname()[1]}"), 0.2),
-    ):
-        pass
-
-
-def test_a_web_server_is_refused() -> None:
-    def serve(server: socket.socket) -> None:
-        with suppress(OSError):  # until the test closes the server
-            while True:
-                connection, _ = server.accept()
-                with connection:
-                    connection.recv(1000)
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-
-    with listening() as server:
-        threading.Thread(target=serve, args=(server,), daemon=True).start()
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ClusterError, match="is not Ray"), ray_session(ClusterSettings(address=address), 2):
-            pass
-
-
-@pytest.mark.parametrize("address", ["localhost", "head:port", "http://127.0.0.1:8265", ""])
-def test_other_forms_of_an_address_are_refused(address: str) -> None:
-    with pytest.raises(ClusterError, match="not one of host:port"), ray_session(ClusterSettings(address=address), 2):
-        pass
-
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, StylemillError)]
 
@@ -210,9 +30,6 @@ ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and i
 def test_errors_can_be_pickled(kind: type[StylemillError]) -> None:
     copy = pickle.loads(pickle.dumps(kind("shard 3: reason")))
     assert (type(copy), str(copy)) == (kind, "shard 3: reason")
-
-
-# --- with Ray ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
