@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ import pytest
 import ray
 from PIL import Image
 
-from stylemill.cluster import Timeouts
+from stylemill.cluster import Timeouts, assignment, failures, pool, worker
 from stylemill.cluster.session import ray_session
+from stylemill.cluster.worker import LoadedModel, Worker
 from stylemill.config.job import ClusterSettings, Job
-from stylemill.execution.attempt import Progress, Run
+from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
@@ -33,15 +35,33 @@ def local_ray(module: ModuleType) -> Iterator[None]:
 
     def handler(*_: object) -> None: ...
 
-    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import it
+    for sent in (module, sys.modules[__name__]):
+        ray.cloudpickle.register_pickle_by_value(sent)  # workers cannot import it
     before = signal.signal(signal.SIGTERM, handler)
     with pytest.MonkeyPatch.context() as patch:
+        for retrying in (assignment, failures):
+            patch.setattr(retrying, "backoff", lambda count: 0.0)
+        patch.setattr(pool, "REPLY_TIMEOUT", TIMEOUTS.poll_interval)  # a longer one would delay the polls
         patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # a local Ray must not use it
         with ray_session(ClusterSettings(workers=4), 10) as local:
             assert local
             assert signal.getsignal(signal.SIGTERM) is handler, "Ray replaced the SIGTERM handler of the run"
             yield
     signal.signal(signal.SIGTERM, before)
+
+
+class WorkerWithoutModel(Worker):
+    """A worker that starts quickly, since it does not import torch."""
+
+    def __init__(self, run: Run) -> None:
+        worker._import_engine = lambda: None
+        super().__init__(run)
+
+    def load(self, micro_batch: int | None) -> LoadedModel:
+        return LoadedModel({"micro_batch": micro_batch or 7}, 0)
+
+    def run_attempt(self, attempt: Attempt) -> Record | None:
+        return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
 
 
 class RecordingListener:

@@ -8,14 +8,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_runs import TIMEOUTS, RecordingListener, data_files, local_ray, make_run
+from ray_runs import TIMEOUTS, RecordingListener, WorkerWithoutModel, data_files, local_ray, make_run
 from stylemill import __version__, errors
 from stylemill.cluster import Timeouts, actors, run_on_ray
 from stylemill.cluster.worker import LoadedModel, Worker, WorkerLocation
@@ -39,18 +38,15 @@ def local_ray_session() -> Iterator[None]:
         yield
 
 
-class StubWorker(Worker):
-    """A worker without a model. Subclasses override methods; `log_event` writes to the run folder."""
+class StubWorker(WorkerWithoutModel):
+    """Subclasses override methods; `log_event` writes to the run folder."""
 
     def location(self) -> WorkerLocation:
         return WorkerLocation("host", os.getpid(), __version__)
 
     def load(self, micro_batch: int | None) -> LoadedModel:
         self.log_event("load", micro_batch)
-        return LoadedModel({"micro_batch": micro_batch or 7}, 0)
-
-    def run_attempt(self, attempt: Attempt) -> Record | None:
-        return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
+        return super().load(micro_batch)
 
     def log_event(self, *words: object) -> int:
         """Append `words` to the events; returns how often they have been appended, including this time."""
@@ -203,6 +199,8 @@ def test_a_cluster_too_small_for_a_worker_is_reported(local_ray_session: None, t
 
 # --- with Ray and the model -------------------------------------------------------------------------------------------
 
+SAMPLING = {"steps": 6}
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -211,28 +209,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_model(tmp_path_factory.mktemp("demo") / "model")
 
 
+def finish_inline(run: Run, shards: Iterable[int]) -> dict[str, bytes]:
+    """Process the shards in this process, without Ray; returns the data files of the run."""
+    from stylemill.execution.local import run_inline
+
+    assert run_inline(run, list(shards), {}, RecordingListener(), threading.Event()) == {}
+    return data_files(run)
+
+
 @pytest.fixture(scope="module")
-def inline(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Callable[[Run, int], None], dict[str, bytes]]:
-    """A function that processes a shard in this process, and the data files of a run processed only by it."""
-    from stylemill.execution.shard import load_engine, process_shard
-
-    run = make_run(tmp_path_factory.mktemp("inline"), 6, 2, model=str(model))
-    engine = load_engine(run, None)
-
-    def finish(run: Run, shard: int) -> None:
-        assert process_shard(
-            run, run.new_attempt(shard, {}), engine, nullcontext(), lambda progress: None, lambda: False
-        )
-
-    for shard in range(3):
-        finish(run, shard)
-    return finish, data_files(run)
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The data files of a run without Ray."""
+    run = make_run(tmp_path_factory.mktemp("inline"), 6, 2, model=str(model), sampling=SAMPLING)
+    return finish_inline(run, range(3))
 
 
 def test_a_worker_killed_while_sampling_is_replaced_and_the_files_are_identical(
-    local_ray_session: None, model: Path, inline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray_session: None, model: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class WritesPid(Worker):
         def location(self) -> WorkerLocation:
@@ -241,7 +234,7 @@ def test_a_worker_killed_while_sampling_is_replaced_and_the_files_are_identical(
             return location
 
     monkeypatch.setattr(actors, "Worker", WritesPid)
-    run = make_run(tmp_path, 6, 2, model=str(model), cluster={"workers": 1})
+    run = make_run(tmp_path, 6, 2, model=str(model), sampling=SAMPLING, cluster={"workers": 1})
     listener, killed = RecordingListener(), []
 
     def kill(progress: Progress) -> None:
@@ -254,13 +247,14 @@ def test_a_worker_killed_while_sampling_is_replaced_and_the_files_are_identical(
     assert killed
     assert len([warning for warning in listener.warnings if "a new worker replaces it" in warning]) == 1
     assert sorted(listener.committed_shards) == [0, 1, 2]
-    assert data_files(run) == inline[1]
+    assert data_files(run) == expected
 
 
 def test_stopped_workers_write_checkpoints_and_the_next_start_resumes_from_them(
-    local_ray_session: None, model: Path, inline: Any, tmp_path: Path
+    local_ray_session: None, model: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, 6, 2, model=str(model), cluster={"workers": 1}, checkpoint={"every_steps": 100})
+    settings = {"sampling": SAMPLING, "cluster": {"workers": 1}, "checkpoint": {"every_steps": 100}}
+    run = make_run(tmp_path, 6, 2, model=str(model), **settings)
     listener, stopping = RecordingListener(), threading.Event()
     listener.on_progress = lambda progress: stopping.set() if progress.stage == "sample" else None
     open_shards = run_on_ray(run, range(3), {}, listener, stopping, TIMEOUTS)
@@ -269,7 +263,4 @@ def test_stopped_workers_write_checkpoints_and_the_next_start_resumes_from_them(
     assert any(
         list(run.paths.checkpoints(shard).glob("*")) for shard in open_shards if run.paths.checkpoints(shard).exists()
     )
-    finish, expected = inline
-    for shard in open_shards:
-        finish(run, shard)
-    assert data_files(run) == expected
+    assert finish_inline(run, open_shards) == expected

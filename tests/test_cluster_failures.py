@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from ray_runs import TIMEOUTS, RecordingListener, local_ray, make_run
+from ray_runs import TIMEOUTS, RecordingListener, WorkerWithoutModel, local_ray, make_run
 from stylemill import __version__
 from stylemill.cluster import actors, run_on_ray
 from stylemill.cluster.worker import LoadedModel, Worker, WorkerLocation
@@ -46,17 +49,29 @@ class FailpointWorker(Worker):
         super().__init__(run)
 
 
+def run_of_two_shards(folder: Path, model: Path, **cluster: Any) -> Run:
+    """A run of 2 shards of 3 pairs."""
+    cluster = {"workers": 1, "micro_batch": 2, **cluster}
+    return make_run(folder, 6, 3, model=str(model), retries=2, sampling={"steps": 6}, cluster=cluster)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
+    """The images of a run without failures, in this process."""
+    from stylemill.execution.local import run_inline
+
+    run = run_of_two_shards(tmp_path_factory.mktemp("undisturbed"), model)
+    assert run_inline(run, range(2), {}, RecordingListener(), threading.Event()) == {}
+    return images(run)
+
+
 @pytest.fixture
 def run_with(local_ray_session: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that completes a run of 2 shards of 4 pairs with failpoint `rules`; returns run and listener."""
+    """A function that completes such a run with failpoint `rules`; returns the run and the listener."""
     monkeypatch.setattr(actors, "Worker", FailpointWorker)
 
-    def work(rules: str, name: str, **cluster: Any) -> tuple[Run, RecordingListener]:
-        folder = tmp_path / name
-        folder.mkdir()
-        cluster = {"workers": 1, "micro_batch": 2, **cluster}
-        job = {"retries": 2, "sampling": {"steps": 4}, "cluster": cluster}
-        run, listener = make_run(folder, 8, 4, model=str(model), **job), RecordingListener()
+    def work(rules: str, **cluster: Any) -> tuple[Run, RecordingListener]:
+        run, listener = run_of_two_shards(tmp_path, model, **cluster), RecordingListener()
         (run.paths.output / "failpoints").write_text(rules)
         assert run_on_ray(run, range(2), {}, listener, threading.Event(), TIMEOUTS) == {}, listener.warnings
         assert sorted(listener.committed_shards) == [0, 1]
@@ -79,20 +94,17 @@ def failures(run: Run) -> list[tuple[int, str, str]]:
 @pytest.mark.parametrize(
     ("rules", "poison_row", "stage"),
     [
-        ("mid-sample:kill:row=6:step=3:times=always", 6, "sample"),
+        ("mid-sample:kill:row=4:step=3:times=always", 4, "sample"),
         ("mid-sample:segfault:row=5:step=1:times=always", 5, "sample"),
-        ("mid-sample:raise:row=4:step=2:times=always", 4, "sample"),  # as a permanent CUDA error does
+        ("mid-sample:raise:row=5:step=2:times=always", 5, "sample"),  # as a permanent CUDA error does
     ],
 )
 def test_a_poison_pair_is_recorded_as_failed_and_the_other_images_are_identical(
-    run_with: Any, rules: str, poison_row: int, stage: str
+    run_with: Any, undisturbed: dict[int, bytes], rules: str, poison_row: int, stage: str
 ) -> None:
-    undisturbed, _ = run_with("", "whole")
-    run, _ = run_with(rules, "run")
+    run, _ = run_with(rules)
     assert failures(run) == [(poison_row, stage, "PoisonPairError")]
-    expected = images(undisturbed)
-    del expected[poison_row]
-    assert images(run) == expected
+    assert images(run) == {row: image for row, image in undisturbed.items() if row != poison_row}
     ledger = Ledger(run.paths)
     ledger.refresh()
     (record,) = ledger.records(1)
@@ -102,51 +114,56 @@ def test_a_poison_pair_is_recorded_as_failed_and_the_other_images_are_identical(
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_killed_and_its_shard_is_resumed(run_with: Any) -> None:
-    undisturbed, _ = run_with("", "whole")
-    run, listener = run_with("mid-sample:hang:shard=1:step=3", "run", step_timeout=0.5)
-    assert images(run) == images(undisturbed)
+def test_hanging_and_stopped_workers_are_killed_and_their_shards_are_resumed(
+    run_with: Any, undisturbed: dict[int, bytes]
+) -> None:
+    """A process stopped by SIGSTOP ignores a request to exit, and keeps its lock and its GPU.
+
+    A stopped worker reports no progress, so the driver applies the limit that it last received. The failpoints are at a
+    late step, so that this is the limit of a step; it is `stage_timeout` before the second step.
+    """
+    rules = "mid-sample:hang:shard=0:step=5; mid-sample:stop:shard=1:step=5"
+    run, listener = run_with(rules, step_timeout=0.5, stage_timeout=60.0)
+    assert images(run) == undisturbed
     warnings = [warning for warning in listener.warnings if "no progress for" in warning]
-    assert len(warnings) == 1
-    assert "in shard 1, stage sample, step" in warnings[0]
-    assert "cluster.step_timeout" in warnings[0]
-
-
-@pytest.mark.slow
-def test_the_process_of_a_stopped_worker_is_killed(run_with: Any) -> None:
-    """A process stopped by SIGSTOP ignores a request to exit, and keeps its lock and its GPU."""
-    _, listener = run_with("mid-sample:stop:shard=1:step=3", "run", step_timeout=0.5)
-    (warning,) = [warning for warning in listener.warnings if "no progress for" in warning]
-    pid = int(warning.split("pid ")[1].split()[0])
-    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    assert len(warnings) == 2
+    for shard in (0, 1):
+        assert any(f"in shard {shard}, stage sample, step" in warning for warning in warnings)
+    for warning in warnings:
+        assert "cluster.step_timeout" in warning
+        pid = int(warning.split("pid ")[1].split()[0])
+        assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
 
 
 # --- machines ---------------------------------------------------------------------------------------------------------
 
 
-class OnTwoMachines(Worker):
+class OnTwoMachines(WorkerWithoutModel):
     """Workers that are placed on two machines in turn; on the machines in `failing` the model cannot be loaded."""
 
     failing: tuple[str, ...] = ()
 
     def location(self) -> WorkerLocation:
-        places = self._run.paths.output / "places"
-        with open(places, "a") as file:
-            file.write(".")
-        self.host = f"machine {places.stat().st_size % 2}"
+        for number in count():
+            with suppress(FileExistsError):
+                (self._run.paths.output / f"worker {number}").touch(exist_ok=False)
+                break
+        self.host = f"machine {number % 2}"
         return WorkerLocation(self.host, os.getpid(), __version__)
 
     def load(self, micro_batch: int | None) -> LoadedModel:
         if self.host in self.failing:
             raise ModelError(f"{self.host}: no model there")
-        return LoadedModel({"micro_batch": 1}, 0)
-
-    def run_attempt(self, attempt: Attempt) -> Record | None:
-        return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
+        return super().load(micro_batch)
 
 
 class OneFails(OnTwoMachines):
     failing = ("machine 1",)
+
+    def run_attempt(self, attempt: Attempt) -> Record | None:
+        while not (self._run.paths.output / "warned").exists():
+            time.sleep(0.005)
+        return super().run_attempt(attempt)
 
 
 class BothFail(OnTwoMachines):
@@ -156,8 +173,13 @@ class BothFail(OnTwoMachines):
 def test_the_run_continues_without_a_machine_on_which_the_model_cannot_be_loaded(
     local_ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class SignalsWarning(RecordingListener):
+        def warn(self, message: str) -> None:
+            super().warn(message)
+            (run.paths.output / "warned").touch()
+
     monkeypatch.setattr(actors, "Worker", OneFails)
-    run, listener = make_run(tmp_path, 4, 1, cluster={"workers": 2}), RecordingListener()
+    run, listener = make_run(tmp_path, 4, 1, cluster={"workers": 2}), SignalsWarning()
     assert run_on_ray(run, range(4), {}, listener, threading.Event(), TIMEOUTS) == {}
     assert sorted(listener.committed_shards) == [0, 1, 2, 3]
     assert any("cannot be loaded on machine 1" in warning for warning in listener.warnings)
