@@ -133,7 +133,7 @@ class FailureHandler:
             raise list(self._load_errors.values())[-1]
 
     def _load_failed(self, worker: WorkerHandle, error: BaseException, reason: str) -> None:
-        """Use the worker's machine no more. The run continues if there are others."""
+        """Stop using the worker's machine. Raises the error if the model cannot be loaded on any other."""
         assert worker.location  # a worker is placed before it loads
         worker.loading = False  # the worker keeps its resources, so that Ray places no other one there
         self._load_errors[worker.location.host] = error

@@ -101,14 +101,17 @@ def _join(address: str, timeout: float) -> None:
 
 
 def _known_address(address: str) -> str | None:
-    """The address that "auto" stands for, if it can be known without Ray: see the documentation of `ray.init`."""
+    """The address that `ray.init` will connect to, or None if only Ray can find it.
+
+    For "auto" it is RAY_ADDRESS, or else what the last `ray start` on this machine recorded (see `ray.init`).
+    """
     if address != "auto":
         return address
     if named := os.environ.get("RAY_ADDRESS"):
         return named
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     try:
-        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None  # written by `ray start`
+        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None
     except OSError:
         return None
 
