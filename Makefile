@@ -1,7 +1,7 @@
 # make quickstart   real photos × real styles, from manifest to contact sheet; type it again to resume
-# make test         the whole test suite; ARGS="-k resume" is handed to pytest
+# make test         the whole test suite; ARGS="-k resume" is passed to pytest
 # make chaos        200 random faults over a job, and 20 over the demo model; ARGS="--seed 7" repeats those of a seed
-# make check        format, lint, types, and the walls between modules
+# make check        format, lint, types, import rules
 # make demo-model   the embedded model, trained anew into runs/demo: hours on 2 cores
 #
 # Each makes .venv when there is none and installs what it needs into it, once. PYTHON=python3.12 picks another Python.
@@ -22,7 +22,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/stylemill run jobs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 chaos: $(VENV)/.test
 	$(BIN)/python benchmarks/chaos.py $(ARGS)

@@ -1,9 +1,9 @@
-"""Write docs/uses.md and docs/uses/*.jpg: each job file's settings, UNet passes and a picture of what it makes.
+"""Write docs/uses.md and docs/uses/*.jpg: the settings, UNet passes and contact sheet of each job file.
 
-    python docs/make_uses.py            # all job files, a few minutes on 2 cores
-    python docs/make_uses.py texture    # one of them, and the page
+    python docs/make_uses.py            # all job files; a few minutes on 2 cores
+    python docs/make_uses.py texture    # the image of one job file, and the page
 
-SDXL's model and the ControlNet are untrained: their pictures show that a use runs, not what a trained model makes.
+The SDXL model and the ControlNet are untrained. Their images show that a job runs, not what a trained model makes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from stylemill.store.ledger import Ledger
 
 DOCS = Path(__file__).parent
 JOBS = sorted((DOCS.parent / "jobs").glob("*.yaml"))
-SHOWN = (3, 4)  # contents down, styles across
+LIMIT = (3, 4)  # contents and styles on a contact sheet
 HEAD = """# Uses
 
-One job file each, as they stand in `jobs/`. Passes are rows of UNet batches an image, features shared in the shards
-of the job; without sharing in brackets. Written by `python docs/make_uses.py` from runs of the embedded model, which is
-small and has learnt from drawn pictures only. The models of `controlnet` and the two `sdxl-…` are **untrained**: those
-pictures show that the use runs and what it acts on.
+Each section is a job file in `jobs/`. UNet passes are batch rows for each output image, with features shared within the
+shards of the job; the number without sharing is in brackets. `python docs/make_uses.py` writes this page and its images
+from runs of the embedded model, which is small and was trained on drawn pictures only. The models of `controlnet` and
+the two `sdxl-…` jobs are **untrained**: their images show that the job runs and which parts of an image it changes.
 """
 
 
@@ -38,11 +38,11 @@ def main(names: list[str]) -> None:
     (DOCS / "uses").mkdir(exist_ok=True)
     for job in JOBS:
         if not names or job.stem in names:
-            _picture(job)
-    (DOCS / "uses.md").write_text("\n".join([HEAD, *map(_section, JOBS)]), encoding="utf-8")
+            _write_image(job)
+    (DOCS / "uses.md").write_text("\n".join([HEAD, *map(_describe, JOBS)]), encoding="utf-8")
 
 
-def _picture(job: Path) -> None:
+def _write_image(job: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = stylemill.run(job, {"output": f"{folder}/run"}, inline=True)
         print(result.describe())
@@ -50,26 +50,26 @@ def _picture(job: Path) -> None:
         manifest = open_manifest(Job.load(job).manifest)
         ledger = Ledger(paths, read_only=True)
         ledger.refresh()
-        sheet = write_contact_sheet(paths, manifest, ledger.records(), limit=SHOWN)
+        sheet = write_contact_sheet(paths, manifest, ledger.records(), limit=LIMIT)
         if sheet:
             Image.open(sheet).save(DOCS / "uses" / f"{job.stem}.jpg", quality=85)
 
 
-def _section(job: Path) -> str:
+def _describe(job: Path) -> str:
     loaded, planned = Job.load(job), stylemill.plan(job)
     cost, images = planned.cost(), planned.rows
     default = Sampling()
     changed = {
         name: value for name, value in loaded.sampling.model_dump().items() if value != getattr(default, name)
     } | {"method": loaded.sampling.method, "steps": loaded.sampling.steps}
-    about = re.match(r"(?:#.*\n)+", job.read_text(encoding="utf-8"))
-    said = " ".join(line.removeprefix("#").strip() for line in about[0].splitlines()) if about else ""
+    comment = re.match(r"(?:#.*\n)+", job.read_text(encoding="utf-8"))
+    description = " ".join(line.removeprefix("#").strip() for line in comment[0].splitlines()) if comment else ""
     settings = ", ".join(f"`{name}: {value}`" for name, value in sorted(changed.items()))
     passes = f"{cost.with_sharing / images:.4g} ({cost.without_sharing / images:.4g})"
     return f"""
 ## {job.stem}
 
-{said}
+{description}
 
 {settings}
 

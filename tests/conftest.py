@@ -5,10 +5,24 @@ A test file may define its own of the same name.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Read by torch when it is imported, here and in the processes that tests start. The engine sets its own number of
+# threads. With small tensors, more threads than one mostly wait for each other on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def demo_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the demo models by family, "sd" and "sdxl". Tests must not change files in them."""
+    from stylemill.demo.untrained import write_demo_model
+
+    folder = tmp_path_factory.mktemp("demo-models")
+    return {"sd": write_demo_model(folder / "sd"), "sdxl": write_demo_model(folder / "sdxl", kind="sdxl")}
 
 
 @pytest.fixture(scope="module")

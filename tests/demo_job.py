@@ -246,9 +246,9 @@ def _run(
 
     import stylemill.execution.local
     from stylemill.cli import main
-    from stylemill.execution import driver as runner
+    from stylemill.execution.listener import RunListener
 
-    watch, heard = _Watch(output, note, at), runner.RunListener.progress
+    watch, heard = _Watch(output, note, at), RunListener.progress
 
     def progress(self: Any, progress: Any) -> None:
         if progress.stage == "sample":
@@ -256,7 +256,7 @@ def _run(
             watch.reached(("step", progress.shard))
         heard(self, progress)
 
-    runner.RunListener.progress = progress  # type: ignore[method-assign]
+    RunListener.progress = progress  # type: ignore[method-assign]
     if order:
         in_order = stylemill.execution.local.run_inline
 

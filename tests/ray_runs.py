@@ -69,14 +69,14 @@ class RecordingListener:
 
     def __init__(self, micro_batch: int | None = None) -> None:
         self.micro_batch = micro_batch
-        self.settled: list[dict[str, str | int]] = []
+        self.numerics: list[dict[str, str | int]] = []
         self.committed_shards: list[int] = []
         self.warnings: list[str] = []
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
-    def settle(self, numerics: dict[str, str | int]) -> None:
+    def record_numerics(self, numerics: dict[str, str | int]) -> None:
         assert not self.committed_shards
-        self.settled.append(numerics)
+        self.numerics.append(numerics)
 
     def progress(self, progress: Progress) -> None:
         self.on_progress(progress)

@@ -1,7 +1,7 @@
-"""Bad input: one clear line that says what, where and what to do, the right exit code, and nothing lost.
+"""Bad input gives one message that says what is wrong, where, and what to do. The exit code is right. No data is lost.
 
-Everything goes through the command line, as a user meets it. Exit code 2 is for what the user must change first, 3 for
-a finished run with recorded failures, 1 for a run that is stopped or incomplete.
+All tests use the command line, as a user does. Exit code 2: the user must change something first. Exit code 3: the run
+finished with recorded failures. Exit code 1: the run stopped or is incomplete.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,20 +26,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.core import TyperCommand
 
 import stylemill.execution.local
+from cli_commands import COMMANDS, words_of
 from stylemill import __version__
-from stylemill.cli.app import _parser, main
+from stylemill.cli.app import main
 
 SIZE = 64  # pixels
-VERBS = [
-    *(["manifest", "build"], ["manifest", "validate"], ["manifest", "show"], ["manifest"], []),
-    *(["plan"], ["run"], ["status"], ["verify"], ["demo-model"]),
-]
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """What a command printed and how it ended."""
 
     code: int
@@ -47,23 +46,20 @@ class Said:
 
     @property
     def error(self) -> str:
-        """The one error message of the command; that there is exactly one, and no traceback, is checked here."""
+        """The error message of the command. Asserts that there is exactly one, and no traceback."""
         assert "Traceback" not in self.err, self.err
         assert self.err.count("error: ") == 1, self.err
         return self.err[self.err.index("error: ") + len("error: ") :].strip()
 
 
 @pytest.fixture
-def stylemill_says(capsys) -> Callable[..., Said]:
-    def say(*argv: object) -> Said:
+def run_command(capsys) -> Callable[..., CommandResult]:
+    def run(*argv: object) -> CommandResult:
         capsys.readouterr()
-        try:
-            code = main([str(word) for word in argv])
-        except SystemExit as end:  # argparse's way
-            code = int(end.code or 0)
-        return Said(code, *capsys.readouterr())
+        code = main([str(word) for word in argv])
+        return CommandResult(code, *capsys.readouterr())
 
-    return say
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,7 @@ def as_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 @pytest.fixture
 def here(tmp_path, model, monkeypatch) -> Path:
-    """A folder with a good job of four pairs: job.yaml, pairs.parquet and its images."""
+    """A folder with a valid job of four pairs: job.yaml, pairs.parquet and its images."""
     for name, seed in {"c0.png": 0, "c1.png": 1, "s0.png": 2, "s1.png": 3}.items():
         (tmp_path / name).write_bytes(as_bytes(picture(seed)))
     write_manifest(tmp_path)
@@ -124,59 +120,109 @@ def write_manifest(folder: Path, **columns: object) -> None:
     pq.write_table(pa.table(values), folder / "pairs.parquet")
 
 
-def refused(said: Said, folder: Path, *words: str) -> str:
-    """Assert that a command was refused as bad input before it wrote anything; returns its message."""
-    assert said.code == 2, said
+def refused(result: CommandResult, folder: Path, *words: str) -> str:
+    """Assert that a command was refused as bad input before it wrote anything. Returns its error message."""
+    assert result.code == 2, result
     for word in words:
-        assert word in said.error, said.error
-    assert said.out == ""
+        assert word in result.error, result.error
+    assert result.out == ""
     assert not (folder / "run").exists()
-    return said.error
+    return result.error
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_every_help_shows_an_example_that_parses(stylemill_says, verb):
-    said = stylemill_says(*verb, "--help")
-    assert said.code == 0
-    _, example = said.out.split("example: stylemill ")
+@pytest.mark.parametrize("command", COMMANDS, ids=words_of)
+def test_every_help_ends_with_an_example_that_parses(run_command, monkeypatch, command):
+    result = run_command(*command, "--help")
+    assert result.code == 0
+    _, example = result.out.split("example: stylemill ")
     words = shlex.split(example)
-    assert words[: len(verb)] == verb
-    assert _parser().parse_args(words).call
+    assert tuple(words[: len(command)]) == command
+    called = []
+    monkeypatch.setattr(TyperCommand, "invoke", lambda self, context: called.append(self.name) or 0)
+    assert run_command(*words).code == 0
+    assert len(called) == 1
+    assert called[0] in words[:2]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=words_of)
+def test_every_help_fits_in_80_columns(run_command, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run_command(*command, "--help").out.splitlines()
+    assert lines[0].startswith(" ".join(["Usage: stylemill", *command]))
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("  example: "), "the example must be on one line, so that it can be copied"
+    assert not [line for line in lines if line.endswith("...") and not line.startswith("Usage:")], (
+        "a summary is too long for the list of commands"
+    )
+
+
+@pytest.mark.parametrize("command", [(), ("manifest", "build")], ids=words_of)
+def test_help_works_without_utf_8(command):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    program = [sys.executable, "-m", "stylemill", *command, "--help"]
+    done = subprocess.run(program, capture_output=True, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"example: stylemill " in done.stdout
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["manifest"], "the following arguments are required: COMMAND"),
-        (["rum"], "invalid choice: 'rum'"),
-        (["run"], "the following arguments are required: job"),
-        (["run", "job.yaml", "--worker-count", "2"], "unrecognized arguments: --worker-count 2"),
-        (["manifest", "build", "p.parquet", "--style", ".", "--tile", "16"], "--tile: '16': write contents x styles"),
-        (["manifest", "build", "p.parquet", "--style", ".", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        ([], "Missing command"),
+        (["manifest"], "Missing command"),
+        (["rum"], "No such command 'rum'"),
+        (["run"], "Missing argument 'JOB'"),
+        (["run", "job.yaml", "other.yaml"], "unexpected extra argument(s) (other.yaml)"),
+        (["run", "job.yaml", "--worker-count", "2"], "No such option: --worker-count"),
+        (["run", "job.yaml", "--work", "2"], "No such option: --work"),  # no abbreviations
+        (["manifest", "build", "p.parquet", "--style", ".", "--tile", "16"], "'--tile': '16': write contents x styles"),
+        (
+            ["manifest", "build", "p.parquet", "--style", ".", "--seed", "x"],
+            "'--seed': Input should be a valid integer",
+        ),
+        (["manifest", "build", "p.parquet", "--pairing", "all"], "'--pairing': Value error, 'all' is not one of"),
     ],
 )
-def test_commands_that_are_not_there(stylemill_says, argv, words):
-    said = stylemill_says(*argv)
-    assert said.code == 2
-    assert words in said.error
-    assert said.err.startswith("usage: stylemill")
+def test_command_lines_that_do_not_parse(run_command, argv, words):
+    result = run_command(*argv)
+    assert result.code == 2
+    assert words in result.error
+    assert result.err.startswith("Usage: stylemill")
+    assert result.out == ""
 
 
-def test_version(stylemill_says):
-    assert stylemill_says("--version") == Said(0, f"stylemill {__version__}\n", "")
+def test_version(run_command):
+    assert run_command("--version") == CommandResult(0, f"stylemill {__version__}\n", "")
 
 
-@pytest.mark.parametrize("verb", ["status", "verify"])
+def test_an_interrupted_command_exits_with_130(run_command, monkeypatch):
+    monkeypatch.setattr("stylemill.report.status.status", _raise(KeyboardInterrupt()))
+    assert run_command("status", "run") == CommandResult(130, "", "interrupted; the same command resumes\n")
+
+
+def test_a_bug_is_not_reported_as_bad_input(run_command, monkeypatch):
+    monkeypatch.setattr("stylemill.report.status.status", _raise(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        run_command("status", "run")
+
+
+def _raise(error: BaseException) -> Callable[..., object]:
+    def call(*_: object) -> object:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
 @pytest.mark.parametrize("name", ["absent", ".", "job.yaml"])
-def test_folders_that_are_no_runs(stylemill_says, here, verb, name):
-    assert "is not a run folder (it has no job.json)" in refused(stylemill_says(verb, name), here, name)
+def test_folders_that_are_not_run_folders(run_command, here, command, name):
+    assert "is not a run folder (it has no job.json)" in refused(run_command(command, name), here, name)
 
 
-# --- job files and flags; every other mistake in one is in test_job.py ------------------------------------------------
+# --- job files and options; test_job.py has the other mistakes in job files -------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,12 +249,12 @@ def test_folders_that_are_no_runs(stylemill_says, here, verb, name):
         ),
     ],
 )
-@pytest.mark.parametrize("verb", [["plan"], ["run", "--inline"]], ids=["plan", "run"])
-def test_bad_jobs(stylemill_says, here, verb, yaml, flags, words):
+@pytest.mark.parametrize("command", [["plan"], ["run", "--inline"]], ids=["plan", "run"])
+def test_bad_jobs(run_command, here, command, yaml, flags, words):
     job = here / "job.yaml"
-    own = [line for line in job.read_text().splitlines() if line.split(":")[0] != yaml.split(":")[0]]
-    job.write_text("\n".join([*own, yaml]))
-    refused(stylemill_says(*verb, job.name, *flags), here, *words)
+    others = [line for line in job.read_text().splitlines() if line.split(":")[0] != yaml.split(":")[0]]
+    job.write_text("\n".join([*others, yaml]))
+    refused(run_command(*command, job.name, *flags), here, *words)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +269,14 @@ def test_bad_jobs(stylemill_says, here, verb, yaml, flags, words):
         pytest.param("x.yaml", b"PAR1\xff\x00", "x.yaml: not a text file in UTF-8", id="not text"),
     ],
 )
-def test_files_that_are_no_jobs(stylemill_says, here, name, content, words):
+def test_files_that_are_not_job_files(run_command, here, name, content, words):
     if content is not None:
         (here / name).write_bytes(content)
-    refused(stylemill_says("run", name, "--inline"), here, words)
+    refused(run_command("run", name, "--inline"), here, words)
 
 
-def test_numbers_that_only_yaml_1_2_knows(stylemill_says, here):
-    assert stylemill_says("plan", "job.yaml", "--set", "sampling.learning_rate=1e-2").code == 0
+def test_yaml_1_2_numbers_are_numbers(run_command, here):
+    assert run_command("plan", "job.yaml", "--set", "sampling.learning_rate=1e-2").code == 0
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
@@ -249,7 +295,7 @@ def _cut(part: float) -> Callable[[Path], None]:
 
 
 def _damage(folder: Path) -> None:
-    """A valid footer above pages of noise."""
+    """Overwrite data pages; the footer stays valid."""
     path = folder / "pairs.parquet"
     content = path.read_bytes()
     path.write_bytes(content[:4] + b"\xff" * 100 + content[104:])
@@ -290,11 +336,11 @@ def _repeated_name(folder: Path) -> None:
         pytest.param(_columns(content_weight=["1"] * 4), ["'content_weight' is string, expected number"], id="λ: text"),
     ],
 )
-def test_files_that_are_no_manifests(stylemill_says, here, spoil, words):
+def test_files_that_are_not_manifests(run_command, here, spoil, words):
     spoil(here)
     words = [str(here / "pairs.parquet"), *words]
-    refused(stylemill_says("run", "job.yaml", "--inline"), here, *words)
-    refused(stylemill_says("manifest", "validate", "pairs.parquet"), here, *words)
+    refused(run_command("run", "job.yaml", "--inline"), here, *words)
+    refused(run_command("manifest", "validate", "pairs.parquet"), here, *words)
 
 
 @pytest.mark.parametrize(
@@ -320,12 +366,12 @@ def test_files_that_are_no_manifests(stylemill_says, here, spoil, words):
         ),
     ],
 )
-def test_bad_rows(stylemill_says, here, columns, place, words):
+def test_bad_rows(run_command, here, columns, place, words):
     write_manifest(here, **columns)
-    refused(stylemill_says("run", "job.yaml", "--inline"), here, str(here / "pairs.parquet"), place, words, "validate")
-    said = stylemill_says("manifest", "validate", "pairs.parquet")
-    assert said.code == 2
-    assert re.search(f"^{re.escape(place)}: .*{re.escape(words)}", said.out, re.MULTILINE), said.out
+    refused(run_command("run", "job.yaml", "--inline"), here, str(here / "pairs.parquet"), place, words, "validate")
+    result = run_command("manifest", "validate", "pairs.parquet")
+    assert result.code == 2
+    assert re.search(f"^{re.escape(place)}: .*{re.escape(words)}", result.out, re.MULTILINE), result.out
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -364,12 +410,12 @@ def _truncated(folder: Path) -> None:
         pytest.param(_edit("unet", cross_attention_dim=1024), ["reads text of 1024 channels"], id="parts of two"),
     ],
 )
-def test_models_that_cannot_be_used(stylemill_says, here, model, spoil, words):
+def test_models_that_cannot_be_used(run_command, here, model, spoil, words):
     bad = here / "model"
     shutil.copytree(model, bad)
     spoil(bad)
-    for verb in (["plan"], ["run", "--inline"], ["run"]):  # before Ray starts, too
-        refused(stylemill_says(*verb, "job.yaml", "--model", "./model"), here, str(bad), *words)
+    for command in (["plan"], ["run", "--inline"], ["run"]):  # with Ray, before it starts
+        refused(run_command(*command, "job.yaml", "--model", "./model"), here, str(bad), *words)
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
@@ -386,9 +432,9 @@ def test_models_that_cannot_be_used(stylemill_says, here, model, spoil, words):
         pytest.param("gs://bucket/run", ["output gs://bucket/run: only local folders and s3:// can be"], id="GCS"),
     ],
 )
-def test_outputs_that_cannot_be_written(stylemill_says, here, output, words):
+def test_outputs_that_cannot_be_written(run_command, here, output, words):
     before = sorted(here.rglob("*"))
-    refused(stylemill_says("run", "job.yaml", "--inline", "--output", output), here, *words)
+    refused(run_command("run", "job.yaml", "--inline", "--output", output), here, *words)
     assert sorted(here.rglob("*")) == before
 
 
@@ -402,11 +448,11 @@ def test_outputs_that_cannot_be_written(stylemill_says, here, output, words):
         pytest.param([*"abcde"], "(a, b, c, …)", id="many"),
     ],
 )
-def test_folders_with_other_files_stay_as_they_are(stylemill_says, here, names, words):
+def test_folders_with_other_files_are_not_changed(run_command, here, names, words):
     for name in names:
         (here / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (here / "out" / name).write_text("mine")
-    refused(stylemill_says("run", "job.yaml", "--inline", "--output", "out"), here, words, "new or an empty folder")
+    refused(run_command("run", "job.yaml", "--inline", "--output", "out"), here, words, "new or an empty folder")
     assert sorted(path.relative_to(here / "out").as_posix() for path in (here / "out").rglob("*.*")) == sorted(
         name for name in names if "." in name
     )
@@ -420,11 +466,11 @@ def test_folders_with_other_files_stay_as_they_are(stylemill_says, here, names, 
         json.dumps({**RUN, "shards": 0}).encode(),
     ],
 )
-def test_job_json_that_is_damaged_or_foreign(stylemill_says, here, content):
+def test_job_json_that_is_damaged_or_foreign(run_command, here, content):
     (here / "out").mkdir()
     (here / "out" / "job.json").write_bytes(content)
     for command in (["run", "job.yaml", "--inline", "--output", "out"], ["status", "out"], ["verify", "out"]):
-        refused(stylemill_says(*command), here, "out/job.json: damaged, or written by another", "--output")
+        refused(run_command(*command), here, "out/job.json: damaged, or written by another", "--output")
     assert (here / "out" / "job.json").read_bytes() == content
 
 
@@ -436,19 +482,19 @@ def test_job_json_that_is_damaged_or_foreign(stylemill_says, here, content):
         pytest.param("nonsense", ["not one of host:port"], id="no address"),
     ],
 )
-def test_a_ray_address_that_does_not_answer(stylemill_says, here, address, words):
-    said = stylemill_says("run", "job.yaml", "--address", address)
-    assert said.code == 2
+def test_a_ray_address_that_does_not_answer(run_command, here, address, words):
+    result = run_command("run", "job.yaml", "--address", address)
+    assert result.code == 2
     for word in [f"cluster.address {address}: ", *words]:
-        assert word in said.error
+        assert word in result.error
     assert not list((here / "run" / "records").iterdir())
 
 
-# --- images: a bad one costs its own rows and no others ---------------------------------------------------------------
+# --- images: a bad image fails its own rows and no others -------------------------------------------------------------
 
 
 def _bomb() -> bytes:
-    """The head of a PNG of 50000 × 50000 pixels; nothing decodes that by mistake."""
+    """The header of a PNG of 50000 × 50000 pixels, without pixel data."""
     head = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
 
@@ -467,7 +513,7 @@ def _sixteen_bit() -> bytes:
     return as_bytes(Image.fromarray(np.random.default_rng(9).integers(0, 65536, (30, 40), np.uint16)))
 
 
-BAD: dict[str, bytes | None] = {  # None: no file is there
+BAD: dict[str, bytes | None] = {  # None: there is no such file
     "absent.png": None,
     "zero.png": b"",
     "truncated.jpg": as_bytes(picture(10, (200, 200)), "JPEG")[:2000],
@@ -485,9 +531,9 @@ ODD: dict[str, bytes] = {
 
 
 def bad_and_good(folder: Path, bad: bool) -> None:
-    """One manifest of bad, odd and good contents in turn, and a row with a bad style; `bad` False: good in their place.
+    """Write a manifest whose contents alternate between bad and readable images, and whose last style is bad.
 
-    Both have the same rows, so that every pair has the same place in the same shard.
+    With `bad` False, valid images take the place of the bad ones. Rows and shards are the same in both manifests.
     """
     for name, content in BAD.items():
         if not bad:
@@ -511,17 +557,17 @@ def outputs(run: Path) -> dict[str, bytes]:
     return {row["pair_id"]: row["image"]["bytes"] for row in rows}
 
 
-def test_bad_images_cost_their_own_rows_and_nothing_else(stylemill_says, here):
+def test_bad_images_fail_their_own_rows_and_no_others(run_command, here):
     command = ["run", "job.yaml", "--inline", "--set", "shards.pairs_per_shard=8"]
     bad_and_good(here, bad=True)
-    said = stylemill_says(*command)
-    assert said.code == 3, said
-    assert "Traceback" not in said.err
-    assert "8 of 16 images done, 8 failed, 0 open\n  8 × ImageError\n" in said.out
+    result = run_command(*command)
+    assert result.code == 3, result
+    assert "Traceback" not in result.err
+    assert "8 of 16 images done, 8 failed, 0 open\n  8 × ImageError\n" in result.out
 
     rows = [row for path in sorted((here / "run" / "failures").iterdir()) for row in pq.read_table(path).to_pylist()]
     expected = {f"{2 * place:02d}-{name.split('.')[0]}": name for place, name in enumerate(BAD)} | {
-        "15-c1": "text.jpg"  # by its style
+        "15-c1": "text.jpg"  # because of its style
     }
     assert [row["pair_id"] for row in rows] == list(expected)
     for row in rows:
@@ -536,35 +582,35 @@ def test_bad_images_cost_their_own_rows_and_nothing_else(stylemill_says, here):
         with Image.open(io.BytesIO(data)) as image:
             assert (image.size, image.mode) == ((SIZE, SIZE), "RGB")
 
-    assert stylemill_says(*command).code == 3  # done: nothing is tried again
-    assert stylemill_says(*command, "--failures-ok").code == 0
-    assert stylemill_says("verify", "run", "--deep").code == 0
-    assert "8 failed" in stylemill_says("status", "run").out
+    assert run_command(*command).code == 3  # the run is finished: no row is tried again
+    assert run_command(*command, "--failures-ok").code == 0
+    assert run_command("verify", "run", "--deep").code == 0
+    assert "8 failed" in run_command("status", "run").out
 
-    # The neighbours of bad images are, to the byte, what they are among good ones.
+    # The other images are byte for byte those of a run without bad images.
     (here / "folder.png").rmdir()
     bad_and_good(here, bad=False)
-    assert stylemill_says(*command, "--output", "good").code == 0
+    assert run_command(*command, "--output", "good").code == 0
     among_good = outputs(here / "good")
     assert len(among_good) == 16
     assert images == {name: among_good[name] for name in images}
 
 
-def test_too_many_failures_stop_the_run(stylemill_says, here):
+def test_too_many_failures_stop_the_run(run_command, here):
     write_manifest(here, style=["no0.png", "no1.png", "s0.png", "no2.png"])
-    command = ["run", "job.yaml", "--inline", "--failures-ok"]  # the flag is for some failures, not for a lost run
-    said = stylemill_says(*command)
-    assert said.code == 1, said
-    assert "0 of 4 images done, 2 failed, 2 open" in said.out
-    assert "too many failures: 2 of the 2 rows seen so far, more than the max_failed_fraction of 0.5" in said.out
-    assert str(here / "run" / "failures") in said.out
-    said = stylemill_says(*command)  # the last shard, and still too many
-    assert said.code == 1
-    assert "too many failures: 3 of the 4 rows" in said.out
-    assert stylemill_says(*command).code == 1
-    assert stylemill_says(*command[:-1], "--set", "max_failed_fraction=1").code == 3
-    assert stylemill_says(*command, "--set", "max_failed_fraction=0.75").code == 0
-    assert stylemill_says("verify", "run").code == 0
+    command = ["run", "job.yaml", "--inline", "--failures-ok"]  # the option does not cover a run that stopped
+    result = run_command(*command)
+    assert result.code == 1, result
+    assert "0 of 4 images done, 2 failed, 2 open" in result.out
+    assert "too many failures: 2 of the 2 rows seen so far, more than the max_failed_fraction of 0.5" in result.out
+    assert str(here / "run" / "failures") in result.out
+    result = run_command(*command)  # commits the last shard; still too many failures
+    assert result.code == 1
+    assert "too many failures: 3 of the 4 rows" in result.out
+    assert run_command(*command).code == 1
+    assert run_command(*command[:-1], "--set", "max_failed_fraction=1").code == 3
+    assert run_command(*command, "--set", "max_failed_fraction=0.75").code == 0
+    assert run_command("verify", "run").code == 0
 
 
 # --- run folders of other jobs, and disks that fail or are full -------------------------------------------------------
@@ -574,13 +620,13 @@ def data_files(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "data").iterdir()}
 
 
-def test_a_run_folder_of_another_job_names_each_difference(stylemill_says, here):
-    assert stylemill_says("run", "job.yaml", "--inline").code == 0
+def test_a_run_folder_of_another_job_names_each_difference(run_command, here):
+    assert run_command("run", "job.yaml", "--inline").code == 0
     before = data_files(here / "run")
     flags = ["--set", "sampling.steps=3", "--set", "sampling.content_weight=0.5", "--set", "shards.pairs_per_shard=1"]
     write_manifest(here, seed=[1, 2, 3, 4])
-    said = stylemill_says("run", "job.yaml", "--inline", *flags, "--set", "image.fit=pad")
-    assert said.code == 2
+    result = run_command("run", "job.yaml", "--inline", *flags, "--set", "image.fit=pad")
+    assert result.code == 2
     for words in (
         f"{here / 'run'}: holds a run of another job",
         "manifest.sha256: run has ",
@@ -590,13 +636,13 @@ def test_a_run_folder_of_another_job_names_each_difference(stylemill_says, here)
         "image.fit: run has crop, job has pad",
         "Undo the change, or choose another folder with --output",
     ):
-        assert words in said.error
+        assert words in result.error
     assert data_files(here / "run") == before
-    assert stylemill_says("verify", "run").code == 0
+    assert run_command("verify", "run").code == 0
 
 
 class SmallDisk:
-    """A disk that another program fills and empties: a small tmpfs, or a failing fsync where none can be mounted."""
+    """A disk that becomes full: a small tmpfs, or a failing fsync where a tmpfs cannot be mounted."""
 
     def __init__(self, folder: Path, mounted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.mounted, self.monkeypatch = folder, mounted, monkeypatch
@@ -627,8 +673,8 @@ def disk(here, monkeypatch) -> Iterator[SmallDisk]:
     folder = here / "disk"
     folder.mkdir()
     mounted = _mount(folder, "size=2m")
-    with pytest.MonkeyPatch.context() as own:
-        yield SmallDisk(folder, mounted, own)
+    with pytest.MonkeyPatch.context() as patch:
+        yield SmallDisk(folder, mounted, patch)
     if mounted:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
@@ -639,46 +685,48 @@ def _mount(folder: Path, options: str) -> bool:
     return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
 
 
-def test_a_full_disk_loses_nothing(stylemill_says, here, disk, monkeypatch):
-    assert stylemill_says("run", "job.yaml", "--inline").code == 0
+def test_a_full_disk_loses_nothing(run_command, here, disk, monkeypatch):
+    assert run_command("run", "job.yaml", "--inline").code == 0
     command = ["run", "job.yaml", "--inline", "--output", "disk/out"]
 
     disk.fill()
-    said = stylemill_says(*command)
-    assert said.code == 2  # before anything was sampled
-    assert "disk/out: cannot be written (No space left on device); make room" in said.error
+    result = run_command(*command)
+    assert result.code == 2  # before anything was sampled
+    assert "disk/out: cannot be written (No space left on device); make room" in result.error
     disk.empty()
 
     process_shard = stylemill.execution.local.process_shard
 
-    def filled_before_the_second(run, attempt, *rest):
+    def fill_before_shard_1(run, attempt, *rest):
         if attempt.shard == 1:
             disk.fill()
         return process_shard(run, attempt, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stylemill.execution.local, "process_shard", filled_before_the_second)
-        said = stylemill_says(*command)
-    assert said.code == 1, said
-    assert "Traceback" not in said.err
+        patch.setattr(stylemill.execution.local, "process_shard", fill_before_shard_1)
+        result = run_command(*command)
+    assert result.code == 1, result
+    assert "Traceback" not in result.err
     assert "the disk is full; nothing committed is lost: free some space, then the same command resumes" in (
-        said.out + said.err
+        result.out + result.err
     )
     disk.empty()
 
-    assert "2 of 4 images done, 0 failed, 2 open" in stylemill_says("status", "disk/out").out
-    assert stylemill_says(*command).code == 0
+    assert "2 of 4 images done, 0 failed, 2 open" in run_command("status", "disk/out").out
+    assert run_command(*command).code == 0
     assert data_files(disk.folder / "out") == data_files(here / "run")
-    assert stylemill_says("verify", "disk/out").code == 0
+    assert run_command("verify", "disk/out").code == 0
 
 
-def test_a_read_only_disk(stylemill_says, here):
+def test_a_read_only_disk(run_command, here):
     folder = here / "read-only"
     folder.mkdir()
     if not _mount(folder, "size=64k,ro"):
         pytest.skip("needs the right to mount")
     try:
-        said = stylemill_says("run", "job.yaml", "--inline", "--output", "read-only/out")
-        refused(said, here, "read-only/out: cannot be written (Read-only file system); make room or rights", "--output")
+        result = run_command("run", "job.yaml", "--inline", "--output", "read-only/out")
+        refused(
+            result, here, "read-only/out: cannot be written (Read-only file system); make room or rights", "--output"
+        )
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

@@ -78,7 +78,7 @@ def test_the_first_worker_sets_the_micro_batch_of_all(run_workers: Any, tmp_path
     open_shards, listener = run_workers(StubWorker, shards=4)
     assert open_shards == {}
     assert sorted(listener.committed_shards) == [0, 1, 2, 3]
-    assert listener.settled == [{"micro_batch": 7}]
+    assert listener.numerics == [{"micro_batch": 7}]
     loads = [line for line in (tmp_path / "out" / "events").read_text().splitlines() if line.startswith("load")]
     assert loads[0] == "load None"
     assert set(loads[1:]) <= {"load 7"}

@@ -185,7 +185,7 @@ def test_content_style_and_mask_by_url(answer: Answer, tmp_path: Path) -> None:
     with serving(a=answer, mask=status(200, mask.getvalue())) as server:
         image = load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", limits=OWN)
         labels = load_labels(f"{server.url}/mask", None, tmp_path, (32, 24), "crop", limits=OWN)
-    assert image.sha256 == hashlib.sha256(PNG).hexdigest()
+    assert image.file_sha256 == hashlib.sha256(PNG).hexdigest()
     assert (labels == 7).all()
 
 
@@ -450,7 +450,7 @@ def test_download_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) 
         load_image(path, None, tmp_path, (32, 24), "crop", limits=strangers)
     with pytest.raises(ImageError, match="is a path of this machine"):
         load_labels(path, None, tmp_path, (32, 24), "crop", limits=strangers)
-    assert load_image(path, PNG, tmp_path, (32, 24), "crop", limits=strangers).source == (40, 30)  # embedded
+    assert load_image(path, PNG, tmp_path, (32, 24), "crop", limits=strangers).source_size == (40, 30)  # embedded
 
 
 @pytest.mark.parametrize(
@@ -578,7 +578,7 @@ def test_an_image_from_s3(tmp_path: Path) -> None:
     image = load_image(
         "s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", limits=InputSettings(remote_only=True)
     )
-    assert image.sha256 == hashlib.sha256(PNG).hexdigest()
+    assert image.file_sha256 == hashlib.sha256(PNG).hexdigest()
 
 
 @pytest.mark.usefixtures("bucket")

@@ -12,7 +12,7 @@ from appearance import Pixels
 from stylemill.config.job import Job
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage
-from stylemill.models.hub import resolve_model
+from stylemill.models.resolve import resolve_model
 from stylization import QUICKSTART, judge, read, stylize
 
 FOLDER = Path(stylemill.__file__).parent / "demo"

@@ -1,6 +1,6 @@
-"""Whole runs by the command line: killed anywhere, by any number of workers, they leave the same bytes.
+"""Whole runs from the command line: a killed and resumed run leaves the same bytes, with any number of workers.
 
-A run of the demo job (tests/demo_job.py) that nothing disturbed is the measure of all others.
+Every run is compared with an undisturbed run of the demo job (tests/demo_job.py).
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ ALL_STEPS = [(shard, step) for shard in range(SHARDS) for step in range(1, STEPS
 
 @pytest.fixture(scope="module")
 def whole(job: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
-    """The run folder of an undisturbed run, not to be changed, and how it went."""
+    """The run folder of an undisturbed run, which no test may change, and how the run ended."""
     output = tmp_path_factory.mktemp("whole") / "run"
     return output, warm.run(output, job)
 
 
-# --- one run has it all -----------------------------------------------------------------------------------------------
+# --- one undisturbed run ----------------------------------------------------------------------------------------------
 
 
 def test_a_run_commits_every_row_once_as_an_image_or_as_a_failure(whole: tuple[Path, Ended]) -> None:
@@ -82,7 +82,7 @@ def test_the_data_folder_is_a_dataset_with_all_carried_columns(whole: tuple[Path
     for name, values in CARRIED.items():
         assert [row[name] for row in rows] == [value for row, value in enumerate(values) if row != ABSENT]
     assert len({row["pair_id"] for row in rows}) == 6
-    assert rows[-1]["pair_id"] == rows[0]["pair_id"] + "-2", "the last row repeats the first"
+    assert rows[-1]["pair_id"] == rows[0]["pair_id"] + "-2", "the last row repeats the first row"
     assert rows[-1]["image"].tobytes() == rows[0]["image"].tobytes()
     stars = rows[0]["style"][0]
     assert re.fullmatch("sha256:[0-9a-f]{64}", stars)
@@ -91,7 +91,7 @@ def test_the_data_folder_is_a_dataset_with_all_carried_columns(whole: tuple[Path
     assert [json.loads(row["settings"])["content_weight"] for row in rows] == [0.25, 0.0, 0.25, 0.5, 0.25, 0.25]
 
 
-def test_the_python_functions_are_the_commands(job: Path, whole: tuple[Path, Ended], tmp_path: Path) -> None:
+def test_the_python_functions_do_what_the_commands_do(job: Path, whole: tuple[Path, Ended], tmp_path: Path) -> None:
     import stylemill
 
     run = tmp_path / "run"
@@ -109,7 +109,7 @@ def test_the_python_functions_are_the_commands(job: Path, whole: tuple[Path, End
     check_same(run, whole[0])
 
 
-# --- started again ----------------------------------------------------------------------------------------------------
+# --- a second start in the same run folder ----------------------------------------------------------------------------
 
 COUNT_MODULES = """
 import sys
@@ -120,11 +120,11 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize("how", [(), ("--inline",)], ids=["ray", "inline"])
-def test_a_finished_run_is_only_summed_up(job: Path, whole: tuple[Path, Ended], how: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("executor", [(), ("--inline",)], ids=["ray", "inline"])
+def test_a_finished_run_is_only_summarized(job: Path, whole: tuple[Path, Ended], executor: tuple[str, ...]) -> None:
     run, ended = whole
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    command = ["run", str(job), "--output", str(run), "--failures-ok", *how]
+    command = ["run", str(job), "--output", str(run), "--failures-ok", *executor]
     again = subprocess.run([sys.executable, "-c", COUNT_MODULES, *command], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     *output, loaded = again.stdout.splitlines()
@@ -160,20 +160,20 @@ def test_a_second_run_in_the_folder_is_refused_naming_the_first(
     check_same(run, whole[0])
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
+# --- killed and interrupted runs --------------------------------------------------------------------------------------
 
 
 def check_resumed(before: Ended, after: Ended, lost: int) -> None:
-    """After a kill, each shard goes on where it was, but for at most `lost` steps."""
+    """Assert that no shard repeats more than `lost` steps after a kill."""
     reached = dict(before.steps)  # the last step of each shard
     for shard in {shard for shard, _ in after.steps} & set(reached):
-        went_on_at = next(step for other, step in after.steps if other == shard)
-        assert went_on_at > reached[shard] - lost, f"shard {shard}"
+        resumed_at = next(step for other, step in after.steps if other == shard)
+        assert resumed_at > reached[shard] - lost, f"shard {shard}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_in_every_stage_the_same_command_finishes(
+def test_a_run_killed_in_every_stage_is_finished_by_the_same_command(
     job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, seed: int
 ) -> None:
     draw, changes = random.Random(seed), whole[1].changes()
@@ -192,10 +192,10 @@ def test_killed_in_every_stage_the_same_command_finishes(
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, EVERY_STEPS + 1)])
-def test_asked_to_stop_a_run_loses_no_step(
+def test_a_run_that_is_asked_to_stop_loses_no_step(
     job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, number: signal.Signals, step: int
 ) -> None:
-    assert step % EVERY_STEPS, "a checkpoint is due at others anyway"
+    assert step % EVERY_STEPS, "at other steps a checkpoint is written anyway"
     run = tmp_path / "run"
     stopped = warm.run(run, job, at=Moment(("step", 1), step - 1, number))
     assert stopped.exit_code == 128 + number, stopped.output
@@ -222,14 +222,14 @@ def test_shards_in_another_order_give_the_same_bytes(
     check_same(run, whole[0])
 
 
-# --- damaged ----------------------------------------------------------------------------------------------------------
+# --- damaged files ----------------------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_damaged_files_are_set_aside_and_done_again(
+def test_damaged_files_go_to_quarantine_and_are_redone(
     job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -243,12 +243,12 @@ def test_damaged_files_are_set_aside_and_done_again(
 
     finished = warm.run(run, job)
     assert finished.exit_code == 3, finished.output
-    # Shard 0 lost its record, shard 1 its data, shard 2 the steps since the checkpoint before.
+    # Shard 0 lost its record, shard 1 its data file, shard 2 the steps after its older checkpoint.
     kept = int(older.name.split("-")[1])
     assert finished.steps == [entry for entry in ALL_STEPS if entry[0] < 2 or entry[1] > kept]
     aside = sorted(path.name.rsplit(".", 1)[0] for path in (run / "quarantine").iterdir() if path.suffix != ".txt")
     names = {path.relative_to(run).as_posix().replace("/", "-") for path in [*damaged, run / "records" / "00001.json"]}
-    assert set(aside) >= names, "a record without its data file is none"
+    assert set(aside) >= names, "a record without its data file is not valid"
     check_same(run, whole[0], set_aside=len(aside))
 
 
@@ -257,28 +257,28 @@ def test_damaged_files_are_set_aside_and_done_again(
 
 def processes() -> dict[int, tuple[int, str]]:
     """Session and command line of every live process."""
-    found = {}
+    live = {}
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         with suppress(FileNotFoundError, ProcessLookupError):
             state, _, _, session, *_ = _stat(pid)
             if state not in "ZX":
                 command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-                found[pid] = (int(session), command.replace("\0", " ").strip())
-    return found
+                live[pid] = (int(session), command.replace("\0", " ").strip())
+    return live
 
 
 def stopped(pid: int) -> bool:
-    """By SIGSTOP."""
+    """Whether SIGSTOP has stopped the process."""
     return _stat(pid)[0] == "T"
 
 
 def _stat(pid: int) -> list[str]:
-    # The name before, in parentheses, may have spaces.
+    # The process name comes before, in parentheses, and may contain spaces.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Terminal:
-    """Starts runs with Ray, each in a session of its own, and leaves none of their processes and folders behind."""
+    """Starts runs with Ray, each in its own session, and removes their processes and folders."""
 
     def __init__(self) -> None:
         self.sessions: list[int] = []
@@ -318,10 +318,10 @@ def terminal() -> Iterator[Terminal]:
 
 
 @pytest.mark.slow
-def test_ray_runs_survive_interruption_and_the_death_of_their_driver(
+def test_ray_runs_resume_after_ctrl_c_and_after_a_killed_driver(
     job: Path, warm: Warm, terminal: Terminal, tmp_path: Path
 ) -> None:
-    """More steps than elsewhere, so that each moment is long over before the run could be."""
+    """The job has more steps than in other tests, so that the runs are still working when they are interrupted."""
     run = tmp_path / "run"
     longer = ("--set", "sampling.steps=15", "--set", "checkpoint.every_steps=1")
     command = ("run", job, "--output", run, *longer)
@@ -329,7 +329,7 @@ def test_ray_runs_survive_interruption_and_the_death_of_their_driver(
     def checkpoints() -> list[str]:
         return [path.name for path in (run / "checkpoints").glob("*/progress-*")]
 
-    # Ctrl-C reaches Ray's processes too.
+    # As Ctrl-C does, the signal reaches the processes of Ray too.
     first = terminal.start(*command, "--workers", 1)
     until(lambda: checkpoints() or first.poll() is not None)
     os.killpg(first.pid, signal.SIGINT)
@@ -345,11 +345,11 @@ def test_ray_runs_survive_interruption_and_the_death_of_their_driver(
     second.kill()
     assert second.wait() == -signal.SIGKILL
 
-    # At once, while workers of the second may still be at work.
+    # Start the third run at once, while workers of the second may still run.
     third = terminal.start(*command, "--workers", 3)
     output = third.communicate()[0]
     assert third.returncode == 3, output
-    until(lambda: not terminal.workers())  # Ray's own helpers stay for a minute after the death of a driver
+    until(lambda: not terminal.workers())  # other processes of Ray exit a minute after their driver
 
     undisturbed = warm.run(tmp_path / "whole", job, *longer)
     assert undisturbed.exit_code == 3, undisturbed.output

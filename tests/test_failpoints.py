@@ -200,7 +200,8 @@ from pathlib import Path
 from stylemill.config.job import Job
 from stylemill.execution.attempt import Run
 from stylemill.planning.plan import plan
-from stylemill.execution.shard import load_engine, process_shard
+from stylemill.execution.shard import process_shard
+from stylemill.execution.worker_engine import load_engine
 from stylemill.store.paths import RunPaths
 planned = plan(Job.load(sys.argv[1], {"output": sys.argv[2]}))
 paths = RunPaths(Path(sys.argv[2]), planned.shards)

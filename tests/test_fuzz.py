@@ -92,7 +92,7 @@ def test_no_bytes_of_an_image_do_more_than_fail(name: str, damage: Damage) -> No
         else:
             assert (image.pixels.shape[2], image.pixels.dtype) == (3, np.uint8)
             assert max(image.pixels.shape[:2]) <= 16
-            assert image.sha256 == hashlib.sha256(data).hexdigest()
+            assert image.file_sha256 == hashlib.sha256(data).hexdigest()
     try:
         labels = load_labels("a.img", data, ".", (16, 16), "crop", limits=SMALL)
         assert labels.shape == (16, 16)

@@ -249,7 +249,7 @@ def test_each_hostile_image_costs_its_row_and_no_other(here: Path, capsys: pytes
 def test_a_gif_of_a_hundred_thousand_frames_costs_no_more_than_its_first(tmp_path: Path) -> None:
     """Frames are neither counted nor decoded: behind the first, there may as well be noise."""
     image = load_image("a.gif", gif((8, 8), (8, 8), 100_000), tmp_path, (8, 8), "crop")
-    assert image.source == (8, 8)
+    assert image.source_size == (8, 8)
     noise = gif((8, 8), (8, 8), 2)[:-10] + bytes(range(256)) * 9
     assert (load_image("a.gif", noise, tmp_path, (8, 8), "crop").pixels == image.pixels).all()
 

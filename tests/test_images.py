@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 
 from stylemill.config.inputs import InputSettings
 from stylemill.errors import ImageError, StorageError
-from stylemill.images import read as images
-from stylemill.images.read import encode_image, load_image
+from stylemill.images import decode as images
+from stylemill.images.encode import encode_image
+from stylemill.images.read import load_image
 
 SIZE = (32, 24)
 
@@ -64,7 +65,7 @@ def test_digest_is_of_the_file_and_bytes_win_over_the_path(tmp_path):
     (tmp_path / "in/photo.jpg").write_bytes(data)  # a wrong suffix does not matter
     from_path = load_image("in/photo.jpg", None, tmp_path, SIZE, "crop")
     from_bytes = load_image("never/opened.png", data, tmp_path, SIZE, "crop")
-    assert from_path.sha256 == from_bytes.sha256 == hashlib.sha256(data).hexdigest()
+    assert from_path.file_sha256 == from_bytes.file_sha256 == hashlib.sha256(data).hexdigest()
     assert np.array_equal(from_path.pixels, from_bytes.pixels)
 
 
@@ -293,7 +294,7 @@ def test_limits_of_bytes_and_pixels_are_the_jobs(tmp_path):
             with pytest.raises(ImageError, match=rf"^a\.png: {said}"):
                 load_image("a.png", given, tmp_path, SIZE, "crop", limits=limits)
     exact = InputSettings(max_bytes=len(data), max_pixels=200 * 150)
-    assert load_image("a.png", None, tmp_path, SIZE, "crop", limits=exact).source == (200, 150)
+    assert load_image("a.png", None, tmp_path, SIZE, "crop", limits=exact).source_size == (200, 150)
 
 
 def test_files_that_pretend_to_be_empty_are_read_no_further_than_the_limit():

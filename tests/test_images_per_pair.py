@@ -1,4 +1,4 @@
-"""`images_per_pair`: several images of each manifest row, each a row of its own in the output."""
+"""`images_per_pair`: several images of each manifest row, each in an output row of its own."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "pairs.parquet"
 
 
-def test_any_range_of_images_is_part_of_the_whole(manifest: Path):
+def test_any_range_of_output_rows_equals_that_part_of_all_rows(manifest: Path):
     opened = open_manifest(manifest).with_images_per_pair(3)
-    whole = list(opened.output_rows(0, opened.num_output_rows))
-    assert [row.pair_id for row in whole] == ["a.0", "a.1", "a.2", "b.0", "b.1", "b.2", "c.0", "c.1", "c.2"]
-    assert [row.output_row for row in whole] == list(range(9))
-    assert [row.seed for row in whole] == [None] * 3 + [7, 8, 9] + [None] * 3
+    rows = list(opened.output_rows(0, opened.num_output_rows))
+    assert [row.pair_id for row in rows] == ["a.0", "a.1", "a.2", "b.0", "b.1", "b.2", "c.0", "c.1", "c.2"]
+    assert [row.output_row for row in rows] == list(range(9))
+    assert [row.seed for row in rows] == [None] * 3 + [7, 8, 9] + [None] * 3
     for start in range(9):
         for stop in range(start + 1, 10):
-            assert list(opened.output_rows(start, stop)) == whole[start:stop]
+            assert list(opened.output_rows(start, stop)) == rows[start:stop]
             labels = opened.carried_output_rows(start, stop)["label"].to_pylist()
             assert labels == [1, 1, 1, 2, 2, 2, 3, 3, 3][start:stop]
 
 
-def test_images_of_a_pair_differ_and_the_first_is_that_of_a_run_of_one(manifest: Path, tmp_path: Path):
+def test_images_of_a_pair_differ_and_the_first_equals_the_only_one_of_another_run(manifest: Path, tmp_path: Path):
     job = tmp_path / "job.yaml"
     job.write_text(
         f"manifest: pairs.parquet\nmodel: {write_demo_model(tmp_path / 'demo')}\noutput: many\nimages_per_pair: 2\n"

@@ -1,4 +1,4 @@
-"""Every job file in jobs/ runs: as it stands but for fewer steps and smaller images."""
+"""Every job file in jobs/ runs, here with fewer steps and smaller images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """jobs/, manifests/ and the models that the jobs name, in a folder where they may write their runs."""
+    """A folder with jobs/, manifests/ and the models that the jobs name. The jobs write their runs there."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("jobs", "manifests"):
         shutil.copytree(ROOT / name, folder / name)
@@ -29,16 +29,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
-def test_job_runs_as_it_stands(project: Path, job: Path):
+def test_every_job_file_runs(project: Path, job: Path):
     file = project / "jobs" / job.name
     steps = 2 if Job.load(file).sampling.first_step == 0 else 4
     small = {"sampling.steps": steps, "image.size": 64}
     result = stylemill.run(file, small, inline=True, quiet=True)
     assert result.exit_code == 0, result.describe()
-    assert result.summary.paths.output == project / "runs" / job.stem, "a job writes into a run folder of its own name"
+    assert result.summary.paths.output == project / "runs" / job.stem, "the run folder has the name of the job file"
     assert stylemill.verify(result.summary.paths.output, deep=True).ok
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
-def test_job_says_what_it_is_for(job: Path):
-    assert job.read_text().startswith("# "), "the first line of a job file says what it shows"
+def test_every_job_file_says_what_it_is_for(job: Path):
+    assert job.read_text().startswith("# "), "the first line of a job file must say what the job shows"

@@ -1,4 +1,4 @@
-"""Layers by number and by name: the plan, from a configuration, and the engine, from a UNet, choose the same ones."""
+"""Layers by number and name: the plan (from a configuration) and the engine (from a UNet) choose the same ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from stylemill.demo.untrained import write_demo_model
 from stylemill.engine.attention import choose_layers, self_attention_layers
 from stylemill.errors import ModelError
 from stylemill.models.layer_names import choose
@@ -17,8 +16,8 @@ from stylemill.planning.cost import read_shape
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("models") / request.param, kind=request.param)
+def folder(request: pytest.FixtureRequest, demo_models: dict[str, Path]) -> Path:
+    return demo_models[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def names_of(unet: Any, layers: list[Any]) -> list[str]:
     return [names[layer.attention] for layer in layers]
 
 
-def test_names_and_levels_of_the_configuration_are_those_of_the_unet_as_it_runs(folder: Path, unet: Any) -> None:
+def test_layers_read_from_the_configuration_are_those_of_the_unet_in_running_order(folder: Path, unet: Any) -> None:
     planned = read_shape(folder).attention
     layers = self_attention_layers(unet)
     assert [layer.name for layer in planned] == names_of(unet, layers)
@@ -48,7 +47,7 @@ def test_names_and_levels_of_the_configuration_are_those_of_the_unet_as_it_runs(
 
 
 @pytest.mark.parametrize("wanted", [None, [3, 1], ["up_blocks.1.attentions.0.transformer_blocks.0.attn1", 0]])
-def test_plan_and_engine_choose_the_same(folder: Path, unet: Any, wanted: Any) -> None:
+def test_plan_and_engine_choose_the_same_layers(folder: Path, unet: Any, wanted: Any) -> None:
     assert names_of(unet, choose_layers(unet, wanted)) == [
         layer.name for layer in read_shape(folder).choose_layers(wanted)
     ]
@@ -69,16 +68,16 @@ NAMES = [
         ([2, 0], [0, 2]),
         (["mid_block"], [1]),
         ([NAMES[3], 1], [1, 3]),
-        (["up_blocks.3.attentions.1"], [2]),  # whole parts: attentions.11 begins otherwise
+        (["up_blocks.3.attentions.1"], [2]),  # whole parts of the name, so not attentions.11
         (["1.transformer_blocks.0.attn1"], [2]),
     ],
 )
-def test_chosen(wanted: Any, expected: list[int]) -> None:
+def test_layers_are_chosen_by_number_and_name(wanted: Any, expected: list[int]) -> None:
     assert choose(NAMES, wanted) == expected
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said"),
+    ("wanted", "message"),
     [
         ([4], "there is no self-attention layer 4; this model has 0 down_blocks.0"),
         ([-1], "there is no self-attention layer -1"),
@@ -90,6 +89,6 @@ def test_chosen(wanted: Any, expected: list[int]) -> None:
         (["attn2"], "no self-attention layer is called 'attn2'"),
     ],
 )
-def test_refused(wanted: Any, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_unknown_and_ambiguous_layers_are_rejected(wanted: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         choose(NAMES, wanted)

@@ -1,4 +1,4 @@
-"""Plans: fixed shards, the fingerprint, and costs counted as the engine counts them."""
+"""Plans: fixed shards, the fingerprint, and costs that are counted as the engine counts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
 from stylemill.manifest import ImageRef, Row
 from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
-from stylemill.planning.plan import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
+from stylemill.planning.fingerprint import fingerprint_differences, fingerprint_sha256
+from stylemill.planning.plan import Plan, choose_pairs_per_shard, plan
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
 SD15 = {
@@ -40,14 +41,17 @@ def _shape(unet: dict, parameters: int = 0) -> ModelShape:
     return ModelShape(tuple(_self_attention(unet)), channels[0], len(channels), 4, 8, parameters)
 
 
-def _weights(path: Path) -> None:
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1000, 1000], "data_offsets": [0, 4]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+def _write_weights(path: Path) -> None:
+    """A million parameters. The tensor's values are a hole in the file, which takes no space."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [1000, 1000], "data_offsets": [0, 1_000_000]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 1_000_000)
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch) -> Path:
-    """A model folder of SD 1.5's shape; only its headers are real."""
+    """A model folder with the shape of SD 1.5; its weights are too few and all zero."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -58,7 +62,7 @@ def model(tmp_path, monkeypatch) -> Path:
     for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"):
         (folder / name).write_text("{}")
     for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
-        _weights(folder / f"{name}.safetensors")
+        _write_weights(folder / f"{name}.safetensors")
     return folder
 
 
@@ -99,7 +103,7 @@ def test_every_row_is_in_one_shard(job):
         made.rows_of(4)
 
 
-def test_a_plan_is_small_and_writes_nothing(job, tmp_path):
+def test_a_plan_is_small_picklable_and_writes_nothing(job, tmp_path):
     before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
     made = plan(job)
     made.describe()
@@ -109,7 +113,7 @@ def test_a_plan_is_small_and_writes_nothing(job, tmp_path):
     assert pickle.loads(sent) == made
 
 
-def test_planned_from_a_file_with_overrides(job, tmp_path):
+def test_a_job_file_is_planned_with_overrides(job, tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text(json.dumps({"manifest": "pairs.parquet", "output": "run", "model": "./model"}))
     made = plan(path, {"sampling.steps": 3, "shards.pairs_per_shard": 5})
@@ -118,47 +122,47 @@ def test_planned_from_a_file_with_overrides(job, tmp_path):
         plan(job, {"sampling.steps": 3})
 
 
-def test_an_automatic_size_is_settled_by_the_first_start(job):
+def test_an_automatic_shard_size_is_kept_from_the_first_start(job):
     one = plan(_with(job, shards={"pairs_per_shard": "auto"}))
     assert one.pairs_per_shard == 4  # six shards of a 2 × 2 tile: at least four for one worker
     wide = _with(job, shards={"pairs_per_shard": "auto"}, cluster={"workers": 6})
     assert plan(wide).pairs_per_shard == 1
     again = plan(wide, pairs_per_shard=one.pairs_per_shard)
     assert again.fingerprint == one.fingerprint
-    assert plan(job, pairs_per_shard=3).pairs_per_shard == 8  # what the job says stands, to be refused by name
+    assert plan(job, pairs_per_shard=3).pairs_per_shard == 8  # a number in the job is kept
 
 
 @pytest.mark.parametrize(
     ("rows", "group", "workers", "expected"),
     [
         (100_000, 0, 4, 256),
-        (100_000, 64, 4, 256),  # whole tiles
+        (100_000, 64, 4, 256),  # whole row groups
         (100_000, 100, 4, 200),
-        (100_000, 512, 4, 256),  # half a tile
-        (100_000, 100_000, 4, 256),  # one group tells nothing
-        (100_000, 1009, 4, 256),  # no even part
+        (100_000, 512, 4, 256),  # half of a row group
+        (100_000, 100_000, 4, 256),  # a single row group is not a tile
+        (100_000, 1009, 4, 256),  # a prime number of rows
         (2000, 256, 4, 128),
         (36, 0, 2, 4),
         (3, 0, 8, 1),
         (1, 0, 1, 1),
     ],
 )
-def test_automatic_shards(rows, group, workers, expected):
+def test_automatic_shards_consist_of_whole_row_groups_or_even_parts(rows, group, workers, expected):
     starts = [*range(0, rows, group or rows), rows]
-    assert automatic_shard(starts, workers) == expected
+    assert choose_pairs_per_shard(starts, workers) == expected
 
 
 @given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 64))
-def test_automatic_shards_always_leave_enough_for_each_worker(rows, group, workers):
-    size = automatic_shard([*range(0, rows, max(group, rows // 1000)), rows], workers)
+def test_automatic_shards_are_at_least_four_for_each_worker(rows, group, workers):
+    size = choose_pairs_per_shard([*range(0, rows, max(group, rows // 1000)), rows], workers)
     assert 1 <= size <= 256
     assert -(-rows // size) >= min(rows, 4 * workers)
 
 
-def test_fingerprint_holds_what_images_follow_from(job, model):
+def test_fingerprint_contains_what_determines_images(job, model):
     base = plan(job).fingerprint
     assert json.loads(json.dumps(base)) == base
-    free = _with(
+    unrelated = _with(
         job,
         cluster={"workers": 7, "threads": 2, "micro_batch": 2, "feature_budget_mb": 9},
         checkpoint={"every_steps": 1},
@@ -167,16 +171,16 @@ def test_fingerprint_holds_what_images_follow_from(job, model):
         output=job.output + "-elsewhere",
         name="other",
     )
-    assert plan(free).fingerprint == base
+    assert plan(unrelated).fingerprint == base
 
-    bound = _with(
+    related = _with(
         job,
         sampling={"steps": 30, "content_weight": 0.3},
         image={"size": (512, 576), "fit": "pad"},
         shards={"pairs_per_shard": 4, "image_format": "jpeg"},
         model={"layers": [10, 11], "dtype": "float16"},
     )
-    assert fingerprint_differences(base, plan(bound).fingerprint) == [
+    assert fingerprint_differences(base, plan(related).fingerprint) == [
         "model.dtype: run has auto, job has float16",
         "model.layers: run has the last six, job has 10,11",
         "sampling.steps: run has 50, job has 30",
@@ -299,7 +303,7 @@ def test_memory_is_estimated_from_headers(job):
     assert halved.total == pytest.approx(halved.weights + memory.features / 2 + memory.state + memory.activations / 2)
 
 
-def test_the_page_that_plan_prints(job, tmp_path):
+def test_the_text_that_plan_prints(job, tmp_path):
     text = plan(_with(job, shards={"pairs_per_shard": 7})).describe()
     for expected in (
         "rows            24\n",
@@ -312,7 +316,7 @@ def test_the_page_that_plan_prints(job, tmp_path):
         assert expected in text, text
 
 
-def test_a_model_that_is_not_here_yet(job, monkeypatch):
+def test_a_hub_model_is_pinned_before_it_is_downloaded(job, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -327,7 +331,7 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     made = plan(_with(job, model={"name": "org/model"}))
     assert made.fingerprint["model.commit"] == "f" * 40
-    assert made.job.model.revision == "f" * 40  # what workers load, even if the hub moves on
+    assert made.job.model.revision == "f" * 40  # workers load this commit, even if the hub changes
     assert "org/model@ffff" in made.describe()
     assert "once the model is on this machine" in made.describe()
 
@@ -347,12 +351,12 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
         ({"output": "gs://bucket/run"}, OutputError, "only local folders"),
     ],
 )
-def test_what_cannot_be_planned(job, changes, error, message):
+def test_jobs_that_cannot_be_planned_are_rejected(job, changes, error, message):
     with pytest.raises(error, match=message):
         plan(_with(job, **changes))
 
 
-def test_a_broken_configuration_is_named(model):
+def test_a_broken_model_configuration_is_named(model):
     (model / "unet" / "config.json").write_text('{"block_out_channels": 3}')
     with pytest.raises(ModelError, match=r"config\.json"):
         read_shape(model)
@@ -361,7 +365,7 @@ def test_a_broken_configuration_is_named(model):
         read_shape(model)
 
 
-def test_repeated_rows_are_known_to_the_plan(job, tmp_path):
+def test_repeated_rows_are_numbered_in_the_plan(job, tmp_path):
     pq.write_table(pa.table({"style": ["a.png", "b.png", "a.png", "a.png"]}), tmp_path / "pairs.parquet")
     made: Plan = plan(_with(job, shards={"pairs_per_shard": 2}))
     assert made.occurrences == {2: 2, 3: 3}

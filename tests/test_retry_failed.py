@@ -172,7 +172,7 @@ def test_a_killed_retry_is_shown_by_status(job: Path, failed: Path, warm: Warm, 
     run = copy(failed, tmp_path)
     absent = mend(job)
     assert warm.run(run, "retry-failed", at=Moment(("step", 1), 3)).exit_code == -9
-    assert "`retry-failed` goes on" in status(run).describe()
+    assert "`retry-failed` resumes it" in status(run).describe()
     assert warm.run(run, job).exit_code == 3
     assert (run / "checkpoints/00001").exists()  # the run's own command leaves the retry its checkpoint
     ended = warm.run(run, "retry-failed")

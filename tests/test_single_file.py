@@ -1,11 +1,10 @@
-"""Single-file checkpoints: the demo models written in Stable Diffusion's own layout load as the very same model."""
+"""Single-file checkpoints: the demo models, written in Stable Diffusion's original layout, load as the same model."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -13,13 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stylemill.config.job import Job
-from stylemill.demo.untrained import write_demo_model
+from stylemill.demo.untrained import ModelFamily
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.errors import JobError, ModelError
-from stylemill.models.safetensors_file import SD_CONFIG, SDXL_CONFIG, usual_config
-from stylemill.models.single_file import fetch_config, resolve_single_file
+from stylemill.models.single_file import (
+    SD_CONFIG,
+    SDXL_CONFIG,
+    fetch_config_folder,
+    infer_config_id,
+    resolve_single_file,
+)
 
-Kind = Literal["sd", "sdxl"]
 Tensors = dict[str, Tensor]
 
 
@@ -27,7 +30,7 @@ Tensors = dict[str, Tensor]
 
 
 def _renamed(tensors: Tensors, prefix: str, renames: list[tuple[str, str]]) -> Tensors:
-    """Each name with all fitting `renames` done, the first one that fits a block before what is inside it."""
+    """Apply all matching `renames` to each name in their order: a block first, then the layers in it."""
 
     def rename(name: str) -> str:
         for old, new in renames:
@@ -37,8 +40,8 @@ def _renamed(tensors: Tensors, prefix: str, renames: list[tuple[str, str]]) -> T
     return {rename(name): tensor for name, tensor in tensors.items()}
 
 
-def _unet(tensors: Tensors, kind: Kind) -> Tensors:
-    levels, with_attention = (4, {0, 1, 2}) if kind == "sd" else (3, {1, 2})
+def _unet(tensors: Tensors, family: ModelFamily) -> Tensors:
+    levels, with_attention = (4, {0, 1, 2}) if family == "sd" else (3, {1, 2})
     renames = []
     for level in range(levels):
         for j in range(2):
@@ -127,14 +130,14 @@ def _open_clip(tensors: Tensors) -> Tensors:
     return _renamed(joined, "conditioner.embedders.1.model.", renames)
 
 
-def write_checkpoint(folder: Path, path: Path, kind: Kind) -> Path:
+def write_checkpoint(folder: Path, path: Path, family: ModelFamily) -> Path:
     def part(name: str) -> Tensors:
         (file,) = (folder / name).glob("*.safetensors")
         return load_file(file)
 
-    clip = "cond_stage_model.transformer." if kind == "sd" else "conditioner.embedders.0.transformer."
-    tensors = _unet(part("unet"), kind) | _vae(part("vae")) | _clip(part("text_encoder"), clip)
-    if kind == "sdxl":
+    clip = "cond_stage_model.transformer." if family == "sd" else "conditioner.embedders.0.transformer."
+    tensors = _unet(part("unet"), family) | _vae(part("vae")) | _clip(part("text_encoder"), clip)
+    if family == "sdxl":
         tensors |= _open_clip(part("text_encoder_2"))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
@@ -144,18 +147,24 @@ def write_checkpoint(folder: Path, path: Path, kind: Kind) -> Path:
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
-def kind(request: pytest.FixtureRequest) -> Kind:
+def family(request: pytest.FixtureRequest) -> ModelFamily:
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, kind: Kind) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("models") / kind, kind=kind)
+def folder(demo_models: dict[str, Path], family: ModelFamily) -> Path:
+    return demo_models[family]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder: Path, kind: Kind) -> Path:
-    return write_checkpoint(folder, folder.parent / f"{kind}.safetensors", kind)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, folder: Path, family: ModelFamily) -> Path:
+    return write_checkpoint(folder, tmp_path_factory.mktemp("checkpoints") / f"{family}.safetensors", family)
+
+
+@pytest.fixture(scope="module")
+def from_folder(folder: Path) -> DiffusionModel:
+    """The model in float32, loaded from its folder. Tests must not change it."""
+    return DiffusionModel.load(folder, "float32", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -163,26 +172,33 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def test_it_is_the_same_model_to_the_bit(folder: Path, checkpoint: Path) -> None:
-    ours = DiffusionModel.load(fetch_config(str(checkpoint), str(folder)), "float32", "cpu", checkpoint)
-    theirs = DiffusionModel.load(folder, "float32", "cpu")
-    for one, other in zip(
-        (ours.unet, ours.vae, *ours.text_encoders), (theirs.unet, theirs.vae, *theirs.text_encoders), strict=True
+def test_a_checkpoint_loads_as_the_same_model_to_the_bit(
+    folder: Path, checkpoint: Path, from_folder: DiffusionModel
+) -> None:
+    loaded = DiffusionModel.load(fetch_config_folder(str(checkpoint), str(folder)), "float32", "cpu", checkpoint)
+    for component, expected_component in zip(
+        (loaded.unet, loaded.vae, *loaded.text_encoders),
+        (from_folder.unet, from_folder.vae, *from_folder.text_encoders),
+        strict=True,
     ):
-        mine, yours = one.state_dict(), other.state_dict()
-        assert mine.keys() == yours.keys()
-        assert all(torch.equal(mine[name], yours[name]) for name in mine)
-    assert torch.equal(ours.encode_text("a horse").hidden, theirs.encode_text("a horse").hidden)
+        tensors, expected = component.state_dict(), expected_component.state_dict()
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
+    assert torch.equal(loaded.encode_text("a horse").hidden, from_folder.encode_text("a horse").hidden)
 
 
-def test_half_precision_keeps_the_vae_that_overflows_in_float32(folder: Path, checkpoint: Path) -> None:
+def test_a_float16_checkpoint_keeps_its_vae_in_float32(
+    folder: Path, checkpoint: Path, from_folder: DiffusionModel
+) -> None:
     half = DiffusionModel.load(folder, "float16", "cpu", checkpoint)
     assert (half.unet.dtype, half.vae.dtype) == (torch.float16, torch.float32)
-    weight = DiffusionModel.load(folder, "float32", "cpu").vae.decoder.conv_in.weight
-    assert torch.equal(half.vae.decoder.conv_in.weight, weight)  # never rounded on the way
+    expected = from_folder.vae.decoder.conv_in.weight
+    assert torch.equal(half.vae.decoder.conv_in.weight, expected)  # not rounded to float16 first
 
 
-def test_its_identity_is_content_and_configuration(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_identity_depends_on_the_contents_of_checkpoint_and_configuration(
+    folder: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     resolved = resolve_single_file(str(checkpoint), str(folder))
     assert resolved.pins == {"config": str(folder)}
     assert resolved.checkpoint == checkpoint
@@ -195,11 +211,11 @@ def test_its_identity_is_content_and_configuration(folder: Path, checkpoint: Pat
     assert resolve_single_file(str(copy), str(bare)).label == resolved.label
 
 
-def test_without_a_configuration_its_tensors_name_the_family(checkpoint: Path, kind: Kind) -> None:
-    assert usual_config(checkpoint) == {"sd": SD_CONFIG, "sdxl": SDXL_CONFIG}[kind]
+def test_the_configuration_is_inferred_from_the_tensors(checkpoint: Path, family: ModelFamily) -> None:
+    assert infer_config_id(checkpoint) == {"sd": SD_CONFIG, "sdxl": SDXL_CONFIG}[family]
 
 
-def test_the_configuration_of_the_hub_is_pinned(checkpoint: Path, folder: Path, monkeypatch) -> None:
+def test_a_configuration_on_the_hub_is_pinned_to_its_commit(checkpoint: Path, folder: Path, monkeypatch) -> None:
     import huggingface_hub
 
     class Api:
@@ -216,13 +232,13 @@ def test_the_configuration_of_the_hub_is_pinned(checkpoint: Path, folder: Path, 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     resolved = resolve_single_file(str(checkpoint))
-    assert resolved.config == f"{usual_config(checkpoint)}@{'c' * 40}"
+    assert resolved.config == f"{infer_config_id(checkpoint)}@{'c' * 40}"
     assert set(asked) == {"c" * 40}
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("asked the hub again"))
-    assert fetch_config(str(checkpoint), resolved.config) == folder
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("the hub was asked again"))
+    assert fetch_config_folder(str(checkpoint), resolved.config) == folder
 
 
-def test_offline_it_says_what_to_do(checkpoint: Path, monkeypatch) -> None:
+def test_the_error_without_network_names_model_config(checkpoint: Path, monkeypatch) -> None:
     import huggingface_hub
 
     def offline(*_, **__):
@@ -235,14 +251,14 @@ def test_offline_it_says_what_to_do(checkpoint: Path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "message"),
     [
         ({"lora_unet_down.lora_down.weight": (4, 4)}, r"a LoRA, not a model.*model\.loras"),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "Flux"),
         ({"model.diffusion_model.joint_blocks.0.x.weight": (4, 4)}, "SD 3"),
-        ({"unet.conv.weight": (4, 4)}, "no checkpoint in Stable Diffusion's own layout"),
+        ({"unet.conv.weight": (4, 4)}, "not a checkpoint in Stable Diffusion's original layout"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "takes 9 channels, as inpainting models do"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, "without its VAE or text encoder"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3)}, "without a VAE or text encoder"),
         (
             {
                 "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
@@ -260,14 +276,14 @@ def test_offline_it_says_what_to_do(checkpoint: Path, monkeypatch) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_by_its_tensors(tmp_path: Path, tensors, said) -> None:
+def test_unsupported_checkpoints_are_rejected_by_their_tensors(tmp_path: Path, tensors, message) -> None:
     path = tmp_path / "file.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         resolve_single_file(str(path))
 
 
-def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_absent_pickled_and_truncated_files_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         resolve_single_file(str(tmp_path / "absent.safetensors"))
     (tmp_path / "old.ckpt").write_bytes(b"")
@@ -278,17 +294,17 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
         resolve_single_file(str(tmp_path / "cut.safetensors"))
 
 
-def test_a_job_names_it_relative_to_itself(tmp_path: Path) -> None:
+def test_paths_in_a_job_file_are_relative_to_it(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "family").mkdir()
     job = tmp_path / "job.yaml"
     job.write_text("manifest: a\noutput: b\nmodel: {name: model.safetensors, config: family}\n")
     assert Job.load(job).model.name == str(tmp_path / "model.safetensors")
     assert Job.load(job).model.config == str(tmp_path / "family")
-    for model, said in [
+    for model, message in [
         ({"name": "org/model", "config": "org/other"}, "is for a single checkpoint file; 'org/model' has its own"),
         ({"name": "a.safetensors", "revision": "main"}, "revision 'main' is for a hub id"),
     ]:
         job.write_text(f"manifest: a\noutput: b\nmodel: {json.dumps(model)}\n")
-        with pytest.raises(JobError, match=said):
+        with pytest.raises(JobError, match=message):
             Job.load(job)

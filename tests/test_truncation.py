@@ -16,8 +16,8 @@ import pytest
 
 from store_shards import attempt, files, run_folder, second_try
 from stylemill.errors import DamagedError, OutputError, StylemillError
-from stylemill.execution.driver import _read_json
-from stylemill.execution.repair import _set_aside
+from stylemill.execution.listener import _read_json
+from stylemill.execution.repair import _quarantine_damaged
 from stylemill.report.status import status
 from stylemill.store import checkpoints
 from stylemill.store.commit import commit
@@ -27,7 +27,7 @@ from stylemill.store.lock import RunLock, holder
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record
-from stylemill.store.retries import assignment, begin_retry, failed_before, noted_retry, pending_retry
+from stylemill.store.retries import begin_retry, failed_before, generation_rows, noted_retry, pending_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import read_segment, segments
 from stylemill.store.verify import verify
@@ -186,11 +186,11 @@ def test_after_any_cut_what_is_whole_stays_and_only_the_rest_is_open(run: RunPat
             shutil.rmtree(run.output)
             shutil.copytree(whole, run.output)
             path.write_bytes(path.read_bytes()[:length])
-            ledger, _ = _set_aside(run, run_file, verify(run.output))
+            ledger, _ = _quarantine_damaged(run, run_file, verify(run.output))
             lost = set(ledger.open_shards(5)) - {4}
             assert lost == ({2} if name == run.relative(run.data(2)) else {0} if path == run.failures(0) else set())
             if lost == {0}:  # the rows that were tried again since are known from that
-                work = assignment(run, run_file.rows_of(0), 0, 0, ledger.newest)
+                work = generation_rows(run, run_file.rows_of(0), 0, 0, ledger.newest)
                 assert (work.rows, set(work.held)) == ({2, 3}, {0, 1})
             if path == run.data(0, 1):
                 assert pending_retry(run, ledger)[0] == 1

@@ -234,7 +234,7 @@ def test_a_mask_drawn_on_the_image_lies_on_the_fitted_image(tmp_path: Path, fit:
     save(tmp_path / "image.png", drawn, "L")
     save(tmp_path / "mask.png", drawn[::2, ::2], "L")  # half the resolution
     image = load_image("image.png", None, tmp_path, (64, 96), fit)
-    found = load_labels("mask.png", None, tmp_path, (64, 96), fit, image.source)
+    found = load_labels("mask.png", None, tmp_path, (64, 96), fit, image.source_size)
     bright = image.pixels[..., 0] > 127
     assert ((found == 255) != bright)[found >= 0].mean() < 0.02  # but for the edges, which one blends and one rounds
     assert (found < 0).any() == (fit == "pad")

@@ -27,7 +27,8 @@ from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.execution.attempt import Progress, Run
 from stylemill.execution.driver import run
-from stylemill.execution.shard import load_engine, process_shard
+from stylemill.execution.shard import process_shard
+from stylemill.execution.worker_engine import load_engine
 from stylemill.planning.plan import plan
 from stylemill.store.paths import RunPaths
 

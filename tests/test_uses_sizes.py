@@ -21,7 +21,7 @@ from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Noise, Pair
 from stylemill.errors import JobError
-from stylemill.images.read import kept_size
+from stylemill.images.fit import kept_size
 from stylemill.manifest import ImageRef, Row
 from stylemill.planning.cost import count_cost, read_shape
 from stylemill.planning.plan import plan

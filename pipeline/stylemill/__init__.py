@@ -1,9 +1,9 @@
-"""stylemill: a Parquet manifest of content × style pairs in, a dataset of stylized images out.
+"""stylemill turns a Parquet manifest of content × style pairs into a dataset of stylized images.
 
 >>> import stylemill
 >>> stylemill.run("jobs/quickstart.yaml")          # doctest: +SKIP
 
-Importing this package loads neither torch nor ray; the first call that needs them does.
+Importing this package loads neither torch nor Ray. The first call that needs them loads them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
-    from stylemill.execution.driver import retry_failed, run
+    from stylemill.execution.driver import run
     from stylemill.execution.repair import repair
+    from stylemill.execution.retry import retry_failed
     from stylemill.planning.plan import plan
     from stylemill.report.status import status
     from stylemill.store.verify import verify
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Engine", "plan", "repair", "retry_failed", "run", "status", "verify"]
 
-_HOMES = {
+_MODULE_OF = {
     "Engine": "stylemill.engine",
     "plan": "stylemill.planning.plan",
     "repair": "stylemill.execution.repair",
-    "retry_failed": "stylemill.execution.driver",
+    "retry_failed": "stylemill.execution.retry",
     "run": "stylemill.execution.driver",
     "status": "stylemill.report.status",
     "verify": "stylemill.store.verify",
@@ -34,6 +35,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'stylemill' has no attribute {name!r}")

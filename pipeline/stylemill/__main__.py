@@ -1,4 +1,4 @@
-"""`python -m stylemill` is the `stylemill` command."""
+"""`python -m stylemill` runs the `stylemill` command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The `stylemill` command. Each command parses its options, calls an API function and prints the result."""
+"""The `stylemill` command. Each command parses its options, calls one API function and prints the result."""
 
 from stylemill.cli.app import main
 

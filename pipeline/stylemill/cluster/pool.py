@@ -248,7 +248,7 @@ class Pool:
         if self._first_model is None:
             self._first_model = model
             self._micro_batch = int(model.numerics["micro_batch"])
-            self._listener.settle(model.numerics)
+            self._listener.record_numerics(model.numerics)
             return
         first = self._first_model.numerics
         if differences := [

@@ -61,7 +61,7 @@ class Worker:
 
     def load(self, micro_batch: int | None) -> LoadedModel:
         """Load the model. Raises ModelError if that fails, ImportError if a package is missing."""
-        from stylemill.execution.shard import load_engine, numerics
+        from stylemill.execution.worker_engine import load_engine, numerics
 
         self._engine = load_engine(self._run, micro_batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
@@ -74,10 +74,10 @@ class Worker:
         return self._with_engine(process_shard, attempt)
 
     def run_probe(self, attempt: Attempt) -> bool:
-        """Process the pairs of `attempt.probe`. Returns False after `stop`. Raises what `survives` raises."""
-        from stylemill.execution.shard import survives
+        """Process the pairs of `attempt.probe`. Returns False after `stop`. Raises what `probe_shard` raises."""
+        from stylemill.execution.shard import probe_shard
 
-        return self._with_engine(survives, attempt)
+        return self._with_engine(probe_shard, attempt)
 
     def progress(self) -> list[Progress]:
         """The latest progress of each attempt. An answer also shows that the worker is alive."""

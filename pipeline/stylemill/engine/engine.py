@@ -23,7 +23,7 @@ from stylemill.config.sampling import Sampling, cpu_micro_batch
 from stylemill.engine.attention import choose_layers
 from stylemill.engine.batching import blocks, micro_batches
 from stylemill.engine.init_state import begin
-from stylemill.engine.inputs import InputImage, Pair, Pixels
+from stylemill.engine.inputs import Pair
 from stylemill.engine.memory import catch_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
@@ -36,9 +36,11 @@ from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.tiling import circular
 from stylemill.engine.windows import Windows
 from stylemill.errors import DeviceMemoryError
-from stylemill.models.hub import CONTROLNET, fetch_model
-from stylemill.models.lora import fetch_lora
-from stylemill.models.single_file import fetch_config, is_single_file
+from stylemill.images.input_image import InputImage, Pixels
+from stylemill.models.file_sets import CONTROLNET
+from stylemill.models.lora import fetch_lora_file
+from stylemill.models.resolve import fetch_model_folder
+from stylemill.models.single_file import fetch_config_folder, is_single_file
 
 LARGEST_MICRO_BATCH = 64
 T = TypeVar("T")
@@ -102,12 +104,14 @@ class Engine:
         if dtype == "auto":
             dtype = "float16" if device.startswith("cuda") else "float32"
         if is_single_file(str(model)):
-            loaded = DiffusionModel.load(fetch_config(str(model), config), dtype, device, Path(model).expanduser())
+            loaded = DiffusionModel.load(
+                fetch_config_folder(str(model), config), dtype, device, Path(model).expanduser()
+            )
         else:
-            loaded = DiffusionModel.load(fetch_model(str(model), revision), dtype, device)
+            loaded = DiffusionModel.load(fetch_model_folder(str(model), revision), dtype, device)
         for lora in loras:
-            fuse_lora(loaded, fetch_lora(lora), lora)
-        folders = [fetch_model(net.name, net.revision, CONTROLNET) for net in controlnets]
+            fuse_lora(loaded, fetch_lora_file(lora), lora)
+        folders = [fetch_model_folder(net.name, net.revision, CONTROLNET) for net in controlnets]
         nets = [load_control(folder, net, loaded.unet) for folder, net in zip(folders, controlnets, strict=True)]
         loaded = replace(loaded, controls=tuple(nets))
         return cls(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import Layer
-from stylemill.engine.inputs import InputImage, Pair
+from stylemill.engine.inputs import Pair
 from stylemill.engine.masks import absent_label, masks_problem, placed_masks, to_grid, unique_masks
 from stylemill.engine.noise import Noise, identity
 from stylemill.engine.schedulers import Scheduler
@@ -18,6 +18,7 @@ from stylemill.engine.unet.controlnet import control_images, control_problem, to
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.windows import windows_problem
 from stylemill.errors import ModelError
+from stylemill.images.input_image import InputImage
 
 
 def begin(

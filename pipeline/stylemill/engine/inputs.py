@@ -1,55 +1,10 @@
-"""What the engine is given: fitted images and the pairs made of them."""
+"""What the engine is given: pairs of input images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import sha256
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-Labels = npt.NDArray[np.int32]  # (H, W); −1 is no label
-
-
-@dataclass(frozen=True, eq=False)
-class InputImage:
-    """One content or style image, fitted to the model's grid.
-
-    `name` tells the images of a shard apart: equal names are one image and share their features.
-    `pixels` is (H, W, 3) uint8 RGB. None stands for an image that could not be read: its pairs are failed from the
-    start but keep their slots, so that their batch mates come out the same to the bit as in a later, whole run.
-    `fitted` is the size that such an image would have, where it is not that of its pair.
-    """
-
-    name: str
-    pixels: Pixels | None = field(repr=False)
-    fitted: tuple[int, int] | None = None
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels; of an unreadable image as far as known."""
-        return self.fitted if self.pixels is None else (self.pixels.shape[1], self.pixels.shape[0])
-
-    @cached_property
-    def digest(self) -> str:
-        """Identity of the picture: sha256 over shape and pixels; empty for an unreadable one."""
-        if self.pixels is None:
-            return ""
-        return sha256(repr(self.pixels.shape).encode() + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
-
-
-@dataclass(frozen=True, eq=False)
-class LabelImage:
-    """Which label each pixel of an image bears: a mask, fitted as its image is.
-
-    `name` tells the masks of a shard apart. `labels` is (H, W), 0 or more; −1 bears no label, as padding does. None
-    stands for a mask that could not be read, as in `InputImage`.
-    """
-
-    name: str
-    labels: Labels | None = field(repr=False)
+from stylemill.images.input_image import InputImage, LabelImage
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from stylemill.config.inputs import label_name
 from stylemill.engine.attention import Layer
-from stylemill.engine.inputs import LabelImage, Pair
+from stylemill.engine.inputs import Pair
 from stylemill.engine.state import PairInputs, ShardInputs
+from stylemill.images.input_image import LabelImage
 
 
 def masks_problem(pair: Pair) -> str | None:

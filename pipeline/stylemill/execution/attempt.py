@@ -1,9 +1,10 @@
-"""What travels between the driver and its workers: the run, a attempt on a shard, and news of its progress."""
+"""What the driver and its workers exchange: the run, an attempt at a shard, its progress, and the listener's events."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Protocol
 from uuid import uuid4
 
@@ -15,33 +16,35 @@ from stylemill.store.records import Record
 
 @dataclass(frozen=True)
 class Run:
-    """What all shards of a run share. Small and picklable: it travels to every worker."""
+    """What all shards of a run share. Small and picklable: every worker gets it."""
 
     job: Job
     paths: RunPaths
     manifest: Manifest
     fingerprint: str
     pairs_per_shard: int
-    model: str  # the model's name with its commit or digest, as the output's `model` column shows it
-    generations: Mapping[int, int] = field(default_factory=dict)  # of shards whose attempt is not on generation 0
-    newest: int = 0  # the latest generation that any shard has
+    model: str  # the model's name with its commit or digest, for the output column `model`
+    generations: Mapping[int, int] = field(default_factory=dict)  # of the shards whose generation is not 0
+    newest: int = 0  # the latest generation of any shard
 
     def rows_of(self, shard: int) -> range:
+        """The output rows of a shard."""
         return self.manifest.shard(shard, self.pairs_per_shard)
 
     def new_attempt(self, shard: int, occurrences: Mapping[int, int]) -> Attempt:
-        """A new attempt at `shard`, under a name that no other attempt has."""
-        rows = {image // self.manifest.images_per_pair for image in self.rows_of(shard)}
-        own = {row: occurrences[row] for row in rows if row in occurrences}
+        """A new attempt at `shard`. `occurrences` are those of the whole manifest (`Manifest.repeated_rows`)."""
+        manifest_rows = {row // self.manifest.images_per_pair for row in self.rows_of(shard)}
+        own = {row: occurrences[row] for row in manifest_rows if row in occurrences}
         return Attempt(shard, uuid4().hex[:12], own, self.generations.get(shard, 0))
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at one shard. `occurrences` names the rows of it that repeat earlier rows of the manifest.
+    """One attempt of one worker at one shard. `id` is unique among all attempts.
 
-    `poison_pairs` are left out, by their place in the shard, since they kill whoever takes them up, at the stage given.
-    With a `probe`, nothing is committed.
+    `occurrences` maps the manifest rows of the shard that repeat earlier ones to their occurrence (2, 3, …).
+    `poison_pairs` maps the places in the shard of pairs that kill every worker to the stage at which they do. They are
+    left out. With a `probe` nothing is written.
     """
 
     shard: int
@@ -54,16 +57,16 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Probe:
-    """Some pairs of a shard, tried without the others to see whether a worker survives them."""
+    """Some pairs of a shard, run without the others to see whether the worker survives them."""
 
-    places: tuple[int, ...]
-    stage: str  # read: they are only read; sample: all the way, short of writing them
-    until: int  # this step
+    places: tuple[int, ...]  # in the shard
+    stage: str  # read: the pairs are only read; sample: they run through all stages before the commit
+    until: int  # sampling stops after this step
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a shard stands; sent after every step."""
+    """Where a shard stands. Sent at every change of the stage and after every step."""
 
     shard: int
     attempt_id: str
@@ -71,22 +74,29 @@ class Progress:
     step: int
     steps: int
     pairs: int
-    limit: float | None = None  # seconds in which there must be news, or its worker hangs; None: others decide that
+    limit: float | None = None  # seconds until the next progress, or the worker hangs; None: no limit
 
 
 class Listener(Protocol):
-    """Who is told what happens: the driver's side of a run. Called from one thread."""
+    """Receives the events of a run, on the driver's side. Called from one thread."""
 
-    micro_batch: int | None  # settled by an earlier start of this run; None: the first worker calibrates
+    @property
+    def micro_batch(self) -> int | None:
+        """The micro-batch of an earlier start of this run; None: the first worker calibrates it."""
 
-    def settle(self, numerics: dict[str, str | int]) -> None:
-        """The numerics of the first worker that is ready; called once, before any attempt."""
+    def record_numerics(self, numerics: dict[str, str | int]) -> None:
+        """The numerics of the first worker that is ready. Called once, before any attempt."""
 
     def progress(self, progress: Progress) -> None:
-        """A shard moved on."""
+        """A shard progressed."""
 
     def committed(self, record: Record) -> None:
-        """A shard is done. May raise to stop the run; workers then write checkpoints and leave."""
+        """A shard was committed. May raise to stop the run: workers then write checkpoints and leave."""
 
     def warn(self, message: str) -> None:
-        """Something went wrong that the run survives."""
+        """Something failed that the run survives."""
+
+
+# Executes shards until each is committed or its attempts are used up, and returns why the open ones are open. The
+# arguments: the run, its shards, the occurrences of manifest rows, the listener, and the event that asks to stop.
+Executor = Callable[[Run, Sequence[int], Mapping[int, int], Listener, Event], dict[int, str]]

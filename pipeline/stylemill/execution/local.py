@@ -1,4 +1,4 @@
-"""Run shards one after another in this process, without Ray: for debugging, notebooks and machines without Ray."""
+"""The local executor: shards one after another in this process, without Ray. For debugging and notebooks."""
 
 from __future__ import annotations
 
@@ -6,35 +6,74 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_attempt,
+    stop_when_event_set,
+    wait_exponential,
+)
+
+from stylemill.engine import Engine
 from stylemill.errors import TransientError
 from stylemill.execution.attempt import Listener, Run
-from stylemill.execution.shard import load_engine, numerics, process_shard
+from stylemill.execution.shard import process_shard
+from stylemill.execution.worker_engine import load_engine, numerics
+from stylemill.store.records import Record
+
+LONGEST_PAUSE = 30.0  # seconds before another attempt at a shard
 
 
 def run_inline(
     run: Run, shards: Sequence[int], occurrences: Mapping[int, int], listener: Listener, stopping: threading.Event
 ) -> dict[int, str]:
-    """Commit every shard, or return {shard: why it is still open}; leaves with a checkpoint when `stopping` is set."""
+    """Commit every shard, or return {shard: why it is open}. Leaves with a checkpoint once `stopping` is set."""
     engine = load_engine(run, listener.micro_batch)
-    listener.settle(numerics(engine))
-    still_open: dict[int, str] = {}
+    listener.record_numerics(numerics(engine))
+    reasons: dict[int, str] = {}
     for shard in shards:
-        for number in range(1 + run.job.retries):
-            if stopping.is_set():
-                break
-            attempt = run.new_attempt(shard, occurrences)
-            try:
-                record = process_shard(run, attempt, engine, nullcontext(), listener.progress, stopping.is_set)
-            except TransientError as error:
-                still_open[shard] = str(error)
-                listener.warn(f"shard {shard}, attempt {number + 1} of {1 + run.job.retries}: {error}")
-                if number < run.job.retries:
-                    stopping.wait(min(2.0**number, 30.0))
-                continue
-            if record:
-                still_open.pop(shard, None)
-                listener.committed(record)
-            break
         if stopping.is_set():
             break
-    return still_open
+        try:
+            record = _with_retries(run, shard, occurrences, engine, listener, stopping)
+        except TransientError as error:
+            reasons[shard] = str(error)
+        else:
+            if record:
+                listener.committed(record)
+    return reasons
+
+
+def _with_retries(
+    run: Run,
+    shard: int,
+    occurrences: Mapping[int, int],
+    engine: Engine,
+    listener: Listener,
+    stopping: threading.Event,
+) -> Record | None:
+    """Make attempts at a shard until one succeeds; None when asked to stop. Raises the last TransientError."""
+    attempts = 1 + run.job.retries
+
+    def warn(state: RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        listener.warn(f"shard {shard}, attempt {state.attempt_number} of {attempts}: {error}")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(TransientError),
+        stop=stop_after_attempt(attempts) | stop_when_event_set(stopping),
+        wait=wait_exponential(max=LONGEST_PAUSE),
+        sleep=sleep_using_event(stopping),
+        after=warn,
+        reraise=True,
+    )
+
+    def attempt() -> Record | None:
+        if stopping.is_set():  # during the pause
+            return None
+        new = run.new_attempt(shard, occurrences)
+        return process_shard(run, new, engine, nullcontext(), listener.progress, stopping.is_set)
+
+    return retrying(attempt)

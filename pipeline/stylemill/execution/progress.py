@@ -1,4 +1,7 @@
-"""The bar of a run: images committed, rate, ETA, failures. A terminal sees it live, a log file a line a minute."""
+"""The progress of a run on stderr: images committed, rate, time left, failures.
+
+A terminal shows a bar. Anything else, such as a log file, gets a line a minute.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,27 @@ from tqdm import tqdm
 
 from stylemill.execution.attempt import Progress
 
-LINE_EVERY = 60.0  # seconds
+LINE_INTERVAL = 60.0  # seconds
 
 
 class ProgressBar:
-    """Counts what the ledger holds; what is still in flight only shows behind it, as a share of its steps."""
+    """The bar counts committed rows. Shards in flight are shown behind it, with the share of their steps."""
 
     def __init__(self, total: int, done: int, failed: int, quiet: bool) -> None:
         self.failed = failed
         self.in_flight: dict[int, Progress] = {}
-        self.live = sys.stderr.isatty() and not quiet
-        self.lines = not sys.stderr.isatty() and not quiet
+        self._shows_bar = sys.stderr.isatty() and not quiet
+        self._prints_lines = not sys.stderr.isatty() and not quiet
         self.started = self.last_line = time.monotonic()
         self.first = done
         self.bar = tqdm(
-            total=total, initial=done, unit="img", disable=not self.live, dynamic_ncols=True, smoothing=0.1, leave=True
+            total=total,
+            initial=done,
+            unit="img",
+            disable=not self._shows_bar,
+            dynamic_ncols=True,
+            smoothing=0.1,
+            leave=True,
         )
         self.done = done
         self.total = total
@@ -55,17 +64,17 @@ class ProgressBar:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def _show(self, end: bool = False) -> None:
-        if self.live:
-            self.bar.set_postfix_str(self._tail(), refresh=True)
-        elif self.lines and (end or time.monotonic() - self.last_line >= LINE_EVERY):
+        if self._shows_bar:
+            self.bar.set_postfix_str(self._suffix(), refresh=True)
+        elif self._prints_lines and (end or time.monotonic() - self.last_line >= LINE_INTERVAL):
             self.last_line = time.monotonic()
             rate = (self.done - self.first) / max(self.last_line - self.started, 1e-9)
             left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "time left unknown"
             print(
-                f"{self.done}/{self.total} img, {rate:.2f} img/s, {left}, {self._tail()}", file=sys.stderr, flush=True
+                f"{self.done}/{self.total} img, {rate:.2f} img/s, {left}, {self._suffix()}", file=sys.stderr, flush=True
             )
 
-    def _tail(self) -> str:
+    def _suffix(self) -> str:
         sampling = [progress for progress in self.in_flight.values() if progress.stage not in ("read", "wait")]
         share = sum(p.step for p in sampling) / max(sum(p.steps for p in sampling), 1)
         flight = f", {len(sampling)} shards in flight at {share:.0%}" if sampling else ""

@@ -1,4 +1,4 @@
-"""Whatever `verify` finds is redone from the manifest. Nothing is deleted: damaged files go to quarantine."""
+"""Repair a run folder: whatever `verify` finds is made again. Damaged files are not deleted but moved to quarantine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stylemill.execution.driver import RunResult, resume
+from stylemill.execution.driver import RunResult
+from stylemill.execution.retry import resume
 from stylemill.store.atomic import quarantine
 from stylemill.store.commit import clean
 from stylemill.store.compaction import compact
@@ -21,26 +22,26 @@ from stylemill.store.verify import VerifyReport, verify
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What was found, how many records were made again from whole files, the run after it, what `verify` says now."""
+    """What `verify` found before and after, how many records were recovered from valid files, and the run between."""
 
-    found: VerifyReport
-    adopted: int
-    result: RunResult | None  # None: there was nothing to redo
-    left: VerifyReport
+    before: VerifyReport
+    recovered: int
+    run: RunResult | None  # None: nothing had to be made again
+    after: VerifyReport
 
     @property
     def exit_code(self) -> int:
         """That of `run`; 1 where something is still wrong."""
-        if self.result is not None and self.result.exit_code not in (0, 3):
-            return self.result.exit_code
-        return 1 if not self.left.ok else 3 if self.left.rows_failed else 0
+        if self.run is not None and self.run.exit_code not in (0, 3):
+            return self.run.exit_code
+        return 1 if not self.after.ok else 3 if self.after.rows_failed else 0
 
     def describe(self) -> str:
         lines = []
-        if not self.found.ok:
-            moved = f"{len(self.found.damaged)} files moved to quarantine, {self.adopted} records made again"
-            lines = [self.found.describe(), moved]
-        return "\n".join([*lines, *([self.result.describe()] if self.result else []), self.left.describe()])
+        if not self.before.ok:
+            moved = f"{len(self.before.damaged)} files moved to quarantine, {self.recovered} records made again"
+            lines = [self.before.describe(), moved]
+        return "\n".join([*lines, *([self.run.describe()] if self.run else []), self.after.describe()])
 
 
 def repair(
@@ -51,46 +52,46 @@ def repair(
     inline: bool = False,
     quiet: bool = False,
 ) -> RepairResult:
-    """Set a run folder right: what `verify` finds goes to quarantine, and what is then missing is made again.
+    """Move what `verify` finds to quarantine, and make again what is then missing.
 
-    A shard whose files are whole only gets its record again. A retry that was begun is ended too. `deep` also decodes
-    every image. Raises what `verify` and `run` raise; LockedError while a run works there.
+    A shard whose files are valid gets its record back without sampling. A retry that was begun is finished too. `deep`
+    also decodes every image. Raises what `verify` and `run` raise, and LockedError while a run works in the folder.
     """
-    run, paths = RunFile.open(output)
-    found = verify(output, deep)
-    adopted, result, left = 0, None, found
-    if not found.ok or noted_retry(paths):  # a retry may be what a killed repair left to do
+    run_file, paths = RunFile.open(output)
+    before = verify(output, deep)
+    recovered, result, after = 0, None, before
+    if not before.ok or noted_retry(paths):  # a repair that was killed may have left only a retry to do
         with RunLock(paths):
-            ledger, adopted = _set_aside(paths, run, found)
+            ledger, recovered = _quarantine_damaged(paths, run_file, before)
         if ledger.open_shards(paths.shards) or pending_retry(paths, ledger):
             result = resume(output, overrides, inline=inline, quiet=quiet)
-        left = verify(output, deep)
-    return RepairResult(found, adopted, result, left)
+        after = verify(output, deep)
+    return RepairResult(before, recovered, result, after)
 
 
-def _set_aside(paths: RunPaths, run: RunFile, found: VerifyReport) -> tuple[Ledger, int]:
-    """Move what is damaged away, keep what is whole; generations that were lost become a retry.
+def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport) -> tuple[Ledger, int]:
+    """Move damaged files away and recover records from valid ones. Generations that were lost become a retry.
 
-    That is noted before anything moves: afterwards nothing else would tell that they were ever there.
+    The retry is written down before any file moves: afterwards no file tells that those generations existed.
     """
-    before = Ledger(paths, read_only=True)
-    before.refresh()
-    damaged = {path: why for path, why in found.damaged.items() if path.exists()}
+    ledger_before = Ledger(paths, read_only=True)
+    ledger_before.refresh()
+    damaged = {path: reason for path, reason in found.damaged.items() if path.exists()}
     if paths.retry in damaged:
         quarantine(paths, paths.retry, damaged.pop(paths.retry))
     wanted = noted_retry(paths)
-    unsure = [*damaged, *before.damaged, *(path for path, _, _ in files_without_record(paths, before))]
-    for shard, generation in filter(None, (shard_of(paths, path) for path in unsure)):
+    suspects = [*damaged, *ledger_before.damaged, *(path for path, _, _ in files_without_record(paths, ledger_before))]
+    for shard, generation in filter(None, (shard_of(paths, path) for path in suspects)):
         if generation:
             wanted[shard] = max(wanted.get(shard, 0), generation)
     begin_retry(paths, wanted)
-    for path, why in damaged.items():
-        quarantine(paths, path, why)
+    for path, reason in damaged.items():
+        quarantine(paths, path, reason)
     ledger = Ledger(paths)
     ledger.refresh()
-    adopted = recover_records(paths, run, ledger)
+    recovered = recover_records(paths, run_file, ledger)
     compact(paths, ledger)
     if not pending_retry(paths, ledger) and not ledger.open_shards(paths.shards):
         end_retry(paths)
         clean(paths, ledger)
-    return ledger, adopted
+    return ledger, recovered

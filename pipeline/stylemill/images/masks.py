@@ -10,7 +10,9 @@ from PIL import Image
 
 from stylemill.config.inputs import COLOUR_LABEL, DEFAULT_INPUT_SETTINGS, Fit, InputSettings
 from stylemill.errors import ImageError, StorageError
-from stylemill.images.read import open_image, placement, read_bytes
+from stylemill.images.decode import open_image
+from stylemill.images.fit import placement
+from stylemill.images.read import read_bytes
 
 UNLABELLED = -1  # padding
 

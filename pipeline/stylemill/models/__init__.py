@@ -1,1 +1,1 @@
-"""Which files a model is and whether it fits, seen without torch: folders, hub repositories, single files, LoRAs."""
+"""Which files a model, ControlNet or LoRA consists of, and whether it is supported. Does not import torch."""

@@ -1,125 +1,147 @@
-"""Which architectures fit, and why others are refused. Torch-free.
+"""Which architectures are supported, and why others are rejected. Torch-free.
 
-Attention distillation reads self-attention layers of a UNet that denoises latents from text: Stable Diffusion 1.x, 2.x
-and SDXL, and what was fine-tuned from them. Everything else is refused here with the reason, before it is loaded.
+Attention distillation reads self-attention layers of a UNet that denoises latents from text. Stable Diffusion 1.x, 2.x,
+SDXL and models fine-tuned from them are supported. Others are rejected before they are loaded, with the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stylemill.errors import ModelError
 
-FITTING = "name a Stable Diffusion 1.x, 2.x or SDXL model"
+SUPPORTED = "use a Stable Diffusion 1.x, 2.x or SDXL model"  # ends error messages
+Config = Mapping[str, Any]  # the content of a component's config.json
 
 
-def other_kind(paths: Collection[str]) -> str | None:
-    """Why an incomplete model that consists of these files is none that fits; None when it seems to be a torn one."""
-    parts = {path.split("/")[0] for path in paths if "/" in path}
-    if "unet" not in parts and "transformer" in parts:
-        return f"a diffusion transformer (Flux, SD 3 and the like), not a UNet with self-attention layers; {FITTING}"
-    if "unet" not in parts and {"prior", "decoder"} & parts:
-        return f"a cascade of other models (Kandinsky, Stable Cascade and the like); {FITTING}"
-    if "unet" in parts and "text_encoder" not in parts and "text_encoder_2" in parts:
-        return "SDXL's refiner, or another model without SDXL's first text encoder; name the base model"
+def explain_unsupported_layout(paths: Collection[str]) -> str | None:
+    """Why a model with these files (relative paths) is not supported; None if its layout shows no reason."""
+    components = {path.split("/")[0] for path in paths if "/" in path}
+    if "unet" not in components and "transformer" in components:
+        return f"a diffusion transformer (such as Flux or SD 3), not a UNet with self-attention layers; {SUPPORTED}"
+    if "unet" not in components and {"prior", "decoder"} & components:
+        return f"a cascade of several models (such as Kandinsky or Stable Cascade); {SUPPORTED}"
+    if "unet" in components and "text_encoder" not in components and "text_encoder_2" in components:
+        return "SDXL's refiner, or another model without SDXL's first text encoder; use the base model"
     return None
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON configuration. Raises ModelError naming the file when there is none in it."""
+    """The content of a JSON configuration file. Raises ModelError when it cannot be read or is not a JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path}: not a model's configuration")
+        raise ModelError(f"{path}: not a model configuration; expected a JSON object")
     return config
 
 
-def is_sdxl(unet: Mapping[str, Any]) -> bool:
-    """Whether the UNet of this configuration also takes a pooled text and the image's size, as SDXL's does."""
+def is_sdxl(unet: Config) -> bool:
+    """Whether the UNet with this configuration is SDXL's: it also takes a pooled text embedding and the image size."""
     return unet.get("addition_embed_type") == "text_time"
 
 
-def refuse_misfits(folder: Path) -> None:
-    """Raise ModelError with the reason when the configurations in a whole model folder are those of another kind."""
+def check_architecture(folder: Path) -> None:
+    """Raise ModelError when the configurations of a complete model folder are not those of a supported model."""
     unet, vae = read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json")
     encoders = ["text_encoder", "text_encoder_2"] if is_sdxl(unet) else ["text_encoder"]
     texts = [read_config(folder / name / "config.json") for name in encoders]
     index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
-    for reason in (*_unet_misfits(unet), *_size_misfits(unet, texts, index), *_vae_misfits(unet, vae), *_texts(texts)):
-        raise ModelError(f"{folder}: {reason}")
-
-
-def _unet_misfits(unet: Mapping[str, Any]) -> Iterable[str]:
-    kind = unet.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        yield f"its UNet is a {kind}, as models of video or without text have it; {FITTING}"
-    takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if takes != gives:
-        uses = {9: "inpainting models", 8: "image-editing models", 7: "upscalers", 5: "depth-to-image models"}
-        which = uses.get(takes, "models with a further input")
-        yield f"the UNet takes {takes} channels, as {which} do, and gives {gives}; use the base model"
-    if unet.get("addition_embed_type") not in (None, "text_time"):
-        yield f"a UNet with addition_embed_type {unet['addition_embed_type']!r} (DeepFloyd, Kandinsky); {FITTING}"
-    for key, who in (
-        ("class_embed_type", "unCLIP and upscaling models"),
-        ("num_class_embeds", "upscaling models"),
-        ("encoder_hid_dim_type", "models prompted by images"),
-        ("time_cond_proj_dim", "models distilled with a guidance input, such as full LCMs; LCM-LoRA on the base fits"),
-        ("only_cross_attention", "upscaling models, whose layers have no self-attention"),
-        ("dual_cross_attention", "models prompted twice"),
+    for problem in (
+        *_unet_problems(unet),
+        *_conditioning_problems(unet, texts, index),
+        *_vae_problems(unet, vae),
+        *_text_encoder_problems(texts),
     ):
-        if unet.get(key) not in (None, False):
-            yield f"the UNet has {key} {unet[key]!r}, as {who}; {FITTING}"
+        raise ModelError(f"{folder}: {problem}")
 
 
-def _size_misfits(unet: Mapping[str, Any], texts: list[dict[str, Any]], index: Mapping[str, Any]) -> Iterable[str]:
-    reads, gives = unet.get("cross_attention_dim"), sum(text.get("hidden_size", 0) for text in texts)
-    if isinstance(reads, int) and gives and reads != gives:
-        yield f"the UNet reads text of {reads} channels, the text encoder gives {gives}; are the parts of one model?"
+_INPUT_CHANNELS = {9: "inpainting models", 8: "image-editing models", 7: "upscalers", 5: "depth-to-image models"}
+_UNET_OPTIONS = (  # options that no supported UNet sets, and which models set them
+    ("class_embed_type", "unCLIP and upscaling models"),
+    ("num_class_embeds", "upscaling models"),
+    ("encoder_hid_dim_type", "models with image prompts"),
+    ("time_cond_proj_dim", "models with a guidance input, such as full LCMs (LCM-LoRA on a base model is supported)"),
+    ("only_cross_attention", "upscaling models, whose layers have no self-attention"),
+    ("dual_cross_attention", "models with two prompts"),
+)
+
+
+def _unet_problems(unet: Config) -> Iterator[str]:
+    class_name = unet.get("_class_name", "UNet2DConditionModel")
+    if class_name != "UNet2DConditionModel":
+        yield f"its UNet is a {class_name}, as in video models and models without text input; {SUPPORTED}"
+    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if inputs != outputs:
+        models = _INPUT_CHANNELS.get(inputs, "models with additional inputs")
+        yield f"the UNet takes {inputs} channels, as {models} do, and returns {outputs}; use the base model"
+    if unet.get("addition_embed_type") not in (None, "text_time"):
+        embedding = unet["addition_embed_type"]
+        yield f"the UNet has addition_embed_type {embedding!r}, as in DeepFloyd IF or Kandinsky; {SUPPORTED}"
+    for option, models in _UNET_OPTIONS:
+        if unet.get(option) not in (None, False):
+            yield f"the UNet has {option} {unet[option]!r}, as in {models}; {SUPPORTED}"
+
+
+def _conditioning_problems(unet: Config, texts: Sequence[Config], index: Config) -> Iterator[str]:
+    expected, actual = unet.get("cross_attention_dim"), sum(text.get("hidden_size", 0) for text in texts)
+    if isinstance(expected, int) and actual and expected != actual:
+        yield (
+            f"the UNet reads text of {expected} channels, the text encoder returns {actual}; check that both belong to "
+            "one model"
+        )
     if index.get("requires_aesthetics_score"):
-        yield "SDXL's refiner, which is conditioned on an aesthetic score; name the base model"
+        yield "SDXL's refiner, which takes an aesthetic score; use the base model"
     if is_sdxl(unet) and "projection_class_embeddings_input_dim" in unet and "projection_dim" in texts[-1]:
-        told = unet["projection_class_embeddings_input_dim"] - texts[-1]["projection_dim"]
-        count = told / unet.get("addition_time_embed_dim", 256)
+        dimension = unet["projection_class_embeddings_input_dim"] - texts[-1]["projection_dim"]
+        count = dimension / unet.get("addition_time_embed_dim", 256)
         if count != 6:
-            yield f"its UNet is told {count:g} numbers about the image, not SDXL's six (its refiner takes five)"
+            yield f"the UNet takes {count:g} time_ids; SDXL's takes six (its refiner takes five); use the base model"
 
 
-def _vae_misfits(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Iterable[str]:
-    kind = vae.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        yield f"its VAE is a {kind}; only AutoencoderKL fits"
-    if vae.get("latent_channels", 4) != unet.get("in_channels", 4):
-        yield f"the VAE has {vae.get('latent_channels', 4)} latent channels, the UNet {unet.get('in_channels', 4)}"
+def _vae_problems(unet: Config, vae: Config) -> Iterator[str]:
+    class_name = vae.get("_class_name", "AutoencoderKL")
+    if class_name != "AutoencoderKL":
+        yield f"the class of its VAE is {class_name}; only AutoencoderKL is supported"
+    channels, expected = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if channels != expected:
+        yield f"the VAE has {channels} latent channels, the UNet {expected}; check that both belong to one model"
     if vae.get("latents_mean") or vae.get("shift_factor"):
-        yield "its VAE shifts latents (latents_mean, shift_factor), as Playground v2.5's does; such models do not fit"
+        yield "the VAE shifts latents (latents_mean, shift_factor), as Playground v2.5's does; this is not supported"
 
 
-def _texts(texts: list[dict[str, Any]]) -> Iterable[str]:
+def _text_encoder_problems(texts: Sequence[Config]) -> Iterator[str]:
     for text in texts:
         if text.get("model_type", "clip_text_model") != "clip_text_model":
-            yield f"its text encoder is a {text['model_type']}, not CLIP's; {FITTING}"
+            yield f"the model_type of its text encoder is {text['model_type']}, not CLIP's; {SUPPORTED}"
 
 
-# What a ControlNet copies of the UNet that it was trained for, so that its outputs can be added to it.
-_COPIED = ("cross_attention_dim", "block_out_channels", "down_block_types", "layers_per_block", "in_channels")
+# Settings that a ControlNet shares with its UNet, because its outputs are added to the UNet's.
+_SHARED_WITH_UNET = ("cross_attention_dim", "block_out_channels", "down_block_types", "layers_per_block", "in_channels")
 
 
-def refuse_other_controlnet(name: str, controlnet: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
-    """Raise ModelError unless a ControlNet of this configuration was trained for a UNet shaped like this one."""
-    kind = controlnet.get("_class_name")
-    if kind != "ControlNetModel":
-        raise ModelError(f"controlnet {name!r}: is a {kind or 'model of no known class'}, not a ControlNetModel")
-    for key in _COPIED:
-        if key not in controlnet or key not in unet:  # a file of an older diffusers leaves out a default
+def check_controlnet_architecture(name: str, controlnet: Config, unet: Config) -> None:
+    """Raise ModelError unless a ControlNet with this configuration fits a UNet with that one.
+
+    `name` is the ControlNet's name in the error message.
+    """
+    class_name = controlnet.get("_class_name")
+    if class_name != "ControlNetModel":
+        raise ModelError(
+            f"controlnet {name!r}: is a {class_name or 'model without a class name'}, not a ControlNetModel"
+        )
+    for key in _SHARED_WITH_UNET:
+        if key not in controlnet or key not in unet:  # older versions of diffusers do not write every default
             continue
-        has, needs = (list(one) if isinstance(one := config[key], tuple) else one for config in (controlnet, unet))
-        if has != needs:
+        actual, expected = (
+            list(value) if isinstance(value := config[key], tuple) else value for config in (controlnet, unet)
+        )
+        if actual != expected:
             raise ModelError(
-                f"controlnet {name!r}: was made for another architecture: its {key} is {has}, the UNet's {needs}"
+                f"controlnet {name!r}: was trained for another architecture: its {key} is {actual}, the UNet's is "
+                f"{expected}"
             )

@@ -1,4 +1,4 @@
-"""Which file a LoRA is: one given by its path, or one in a folder or hub repository. Torch-free."""
+"""Which file a LoRA is: named by its path, or found in a folder or hub repository. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ from pathlib import Path
 
 from stylemill.config.model import Lora
 from stylemill.errors import ModelError
-from stylemill.models.hub import ModelFiles, ModelFileSet, fetch_model, resolve_model
+from stylemill.models.file_sets import lora_file_set
+from stylemill.models.resolve import ResolvedModel, fetch_model_folder, resolve_model
 
-USUAL_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' save_lora_weights names it
-
-
-def resolve_lora(lora: Lora) -> ModelFiles:
-    """Pin a LoRA by its digest, or by the hub's commit. Raises ModelError when there is none."""
-    place, file = _where(lora)
-    return resolve_model(place, lora.revision, _kind(file))
+DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # diffusers' save_lora_weights writes this name
 
 
-def fetch_lora(lora: Lora) -> Path:
-    """The LoRA's file on this machine, downloaded when it is not here yet. Raises ModelError."""
-    place, file = _where(lora)
-    return fetch_model(place, lora.revision, _kind(file)) / file
+def resolve_lora(lora: Lora) -> ResolvedModel:
+    """Resolve a LoRA to its digest, or to the hub's commit. Raises ModelError when it does not exist."""
+    folder, file = _split(lora)
+    return resolve_model(folder, lora.revision, lora_file_set(file))
 
 
-def _kind(file: str) -> ModelFileSet:
-    return ModelFileSet("lora", {file: (file,)}, [file])
+def fetch_lora_file(lora: Lora) -> Path:
+    """The LoRA's local file, downloaded if it is not on this machine yet. Raises ModelError when it does not exist."""
+    folder, file = _split(lora)
+    return fetch_model_folder(folder, lora.revision, lora_file_set(file)) / file
 
 
-def _where(lora: Lora) -> tuple[str, str]:
+def _split(lora: Lora) -> tuple[str, str]:
+    """The folder or hub id of a LoRA, and the name of its file there."""
     path = Path(lora.name).expanduser()
-    if path.is_file() or (path.is_dir() and lora.file is None and not (path / USUAL_FILE).is_file()):
+    if path.is_file() or (path.is_dir() and lora.file is None and not (path / DEFAULT_FILE).is_file()):
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if len(files) == 1 and files[0].suffix == ".safetensors":
             return str(files[0].parent), files[0].name
@@ -39,7 +37,7 @@ def _where(lora: Lora) -> tuple[str, str]:
         raise ModelError(f"lora {lora.name!r}: name one of its .safetensors files as 'file'; it has: {names}")
     if not path.is_dir() and (path.is_absolute() or lora.name.startswith((".", "~")) or lora.name.count("/") > 1):
         raise ModelError(f"lora {lora.name!r}: no such file or folder")
-    file = lora.file or USUAL_FILE
+    file = lora.file or DEFAULT_FILE
     if path.is_dir() and not (path / file).is_file():
         raise ModelError(f"lora {lora.name!r}: has no file {file}")
     return lora.name, file

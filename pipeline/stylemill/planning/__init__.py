@@ -1,1 +1,1 @@
-"""Planning: manifest rows to shards, the fingerprint of a run, its cost. Writes nothing."""
+"""Planning a run: shards, models, fingerprint and cost. Writes nothing to the run folder."""

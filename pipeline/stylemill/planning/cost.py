@@ -11,8 +11,8 @@ from stylemill.config.job import Job
 from stylemill.config.sampling import cpu_micro_batch
 from stylemill.errors import JobError, ModelError
 from stylemill.manifest import Row
-from stylemill.models.architecture import is_sdxl, read_config, refuse_misfits
-from stylemill.models.hub import model_paths
+from stylemill.models.architecture import check_architecture, is_sdxl, read_config
+from stylemill.models.folder import model_paths
 from stylemill.models.layer_names import choose
 from stylemill.models.safetensors_file import count_parameters
 
@@ -69,7 +69,7 @@ def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:
 
     Raises ModelError naming a file or an architecture that cannot be used.
     """
-    refuse_misfits(folder)
+    check_architecture(folder)
     unet, vae = read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json")
     weights = [checkpoint] if checkpoint else [folder / p for p in model_paths(folder) if p.endswith(".safetensors")]
     try:

@@ -1,4 +1,4 @@
-"""The fingerprint of a run: everything that its images follow from, as one flat table of keys and values."""
+"""The fingerprint of a run: a flat table of everything that determines its images."""
 
 from __future__ import annotations
 
@@ -7,61 +7,52 @@ import json
 from collections.abc import Mapping, Sequence
 
 from stylemill.config.job import Job
-from stylemill.models.hub import ModelFiles
+from stylemill.models.resolve import ResolvedModel
 
 Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]
 
 
-def fingerprint(
+def compute_fingerprint(
     job: Job,
-    model: ModelFiles,
+    model: ResolvedModel,
     manifest_sha256: str,
     pairs_per_shard: int,
-    controlnets: Sequence[ModelFiles] = (),
-    loras: Sequence[ModelFiles] = (),
+    controlnets: Sequence[ResolvedModel] = (),
+    loras: Sequence[ResolvedModel] = (),
 ) -> Fingerprint:
-    """What must not change between two starts of a run.
+    """Collect what must be the same each time a run is started.
 
-    Left out is what may: workers, address, retries, checkpoints; and threads, micro-batch and feature budget, which
-    touch low bits only and are recorded as numerics.
+    Workers, address, retries and checkpoint settings are left out, because they do not affect images. Threads,
+    micro-batch and feature budget are left out too: they affect low bits only, and are recorded as numerics.
     """
     width, height = job.image.width_height
-    return {
+    values: Fingerprint = {
         "manifest.sha256": manifest_sha256,
         **model.identity(),
         "model.dtype": job.model.dtype,
         "model.layers": "the last six" if job.model.layers is None else ",".join(map(str, job.model.layers)),
-        **{
-            f"model.controlnet.{place}.{name}": value
-            for place, (net, files) in enumerate(zip(job.model.controlnet, controlnets, strict=True))
-            for name, value in {
-                **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
-                **net.model_dump(include={"scale", "start", "end"}),
-            }.items()
-        },
-        **{
-            f"model.loras.{place}.{name}": value
-            for place, (lora, files) in enumerate(zip(job.model.loras, loras, strict=True))
-            for name, value in {
-                **{key.removeprefix("model."): digest for key, digest in files.identity().items()},
-                **({"file": lora.file} if files.commit and lora.file else {}),
-                "scale": lora.scale,
-            }.items()
-        },
-        **{f"sampling.{name}": value for name, value in job.sampling.model_dump(mode="json").items()},
-        **({} if job.images_per_pair == 1 else {"images_per_pair": job.images_per_pair}),
-        "image.size": f"{width}x{height}",
-        "image.fit": job.image.fit,
-        **({} if job.image.style_size is None else {"image.style_size": "{}x{}".format(*job.image.style_width_height)}),
-        "shards.pairs_per_shard": pairs_per_shard,
-        "shards.image_format": job.shards.image_format,
-        **({} if job.shards.image_format == "png" else {"shards.quality": job.shards.quality}),
     }
+    for index, (controlnet, resolved) in enumerate(zip(job.model.controlnet, controlnets, strict=True)):
+        settings = controlnet.model_dump(include={"scale", "start", "end"})
+        values |= _prefixed(f"model.controlnet.{index}", {**_identity(resolved), **settings})
+    for index, (lora, resolved) in enumerate(zip(job.model.loras, loras, strict=True)):
+        file = {"file": lora.file} if resolved.commit and lora.file else {}
+        values |= _prefixed(f"model.loras.{index}", {**_identity(resolved), **file, "scale": lora.scale})
+    values |= _prefixed("sampling", job.sampling.model_dump(mode="json"))
+    if job.images_per_pair != 1:
+        values["images_per_pair"] = job.images_per_pair
+    values |= {"image.size": f"{width}x{height}", "image.fit": job.image.fit}
+    if job.image.style_size is not None:
+        values["image.style_size"] = "{}x{}".format(*job.image.style_width_height)
+    values |= {"shards.pairs_per_shard": pairs_per_shard, "shards.image_format": job.shards.image_format}
+    if job.shards.image_format != "png":
+        values["shards.quality"] = job.shards.quality
+    return values
 
 
 def fingerprint_sha256(values: Mapping[str, Value]) -> str:
-    """One digest of a whole fingerprint; records and checkpoints carry it."""
+    """The SHA-256 of a fingerprint, hex. Records and checkpoints contain it."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -72,3 +63,11 @@ def fingerprint_differences(old: Mapping[str, Value], new: Mapping[str, Value]) 
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key)
     ]
+
+
+def _identity(resolved: ResolvedModel) -> dict[str, str]:
+    return {key.removeprefix("model."): value for key, value in resolved.identity().items()}
+
+
+def _prefixed(prefix: str, values: Mapping[str, Value]) -> Fingerprint:
+    return {f"{prefix}.{key}": value for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""The plan of a run: which rows make which shard, what the run follows from, and what it will cost. Writes nothing."""
+"""The plan of a run: its shards, its fingerprint and its cost."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 
 from stylemill.config.job import Job
 from stylemill.manifest import Manifest, open_manifest
-from stylemill.models.hub import ModelFiles, resolve_model
-from stylemill.models.single_file import is_single_file, resolve_single_file
-from stylemill.planning.controlnets import controlnet_parameters, plan_controlnets
+from stylemill.models.resolve import ResolvedModel
 from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
-from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
-from stylemill.planning.loras import plan_loras
+from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fingerprint_sha256
+from stylemill.planning.models import count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_foreign_files
 
-__all__ = ["Plan", "fingerprint_differences", "fingerprint_sha256", "plan"]
-
-LARGEST_SHARD = 256  # pairs: a 16 × 16 tile
-SHARDS_PER_WORKER = 4  # so that the last shards of a run leave no worker idle for long
+MAX_PAIRS_PER_SHARD = 256  # a tile of 16 × 16
+SHARDS_PER_WORKER = 4  # at least, so that few workers are idle while the last shards of a run are sampled
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows make which shard: shard i is `rows_of(i)`, for ever. Small and picklable."""
+    """The plan of a run. Small and picklable.
+
+    Shard i has the output rows `rows_of(i)`, each time the run is started. `occurrences` maps a manifest row without a
+    pair_id that repeats an earlier row to its occurrence (2, 3, …), which makes its id unique.
+    """
 
     job: Job
     manifest: Manifest
-    model: ModelFiles
+    model: ResolvedModel
     pairs_per_shard: int
     fingerprint: Fingerprint
-    occurrences: dict[int, int]  # rows that repeat an earlier row -> which repetition; tells their ids apart
-    controlnets: tuple[ModelFiles, ...] = ()
+    occurrences: dict[int, int]
+    controlnets: tuple[ResolvedModel, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -50,37 +50,42 @@ class Plan:
         return fingerprint_sha256(self.fingerprint)
 
     def rows_of(self, shard: int) -> range:
-        """The manifest rows of a shard."""
+        """The output rows of a shard. Raises IndexError for a shard that the plan does not have."""
         if not 0 <= shard < self.shards:
-            raise IndexError(f"shard {shard} of {self.shards}")
+            raise IndexError(f"shard {shard}: the plan has {self.shards} shards, numbered from 0")
         return self.manifest.shard(shard, self.pairs_per_shard)
 
     def cost(self) -> Cost:
-        """Count passes and estimate memory; streams the whole manifest."""
+        """Count UNet passes and estimate memory. Reads the whole manifest in bounded memory."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
         rows = (self.manifest.output_rows(rows.start, rows.stop) for rows in ranges)
-        model, shape = self.model, None
-        if model.folder:
-            shape = read_shape(model.folder, model.checkpoint)
-            shape = replace(shape, parameters=shape.parameters + sum(map(controlnet_parameters, self.controlnets)))
+        shape = None
+        if self.model.folder:
+            shape = read_shape(self.model.folder, self.model.checkpoint)
+            controlnets = sum(map(count_controlnet_parameters, self.controlnets))
+            shape = replace(shape, parameters=shape.parameters + controlnets)
         return count_cost(self.job, rows, shape)
 
     def describe(self) -> str:
-        """What `stylemill plan` prints."""
+        """The text that `stylemill plan` prints."""
         cost, job = self.cost(), self.job
         width, height = job.image.width_height
-        size = f"{self.pairs_per_shard:,} pairs" + (
-            f", the last of {n}" if (n := len(self.rows_of(self.shards - 1))) < self.pairs_per_shard else ""
+        last = len(self.rows_of(self.shards - 1))
+        shard_size = f"{self.pairs_per_shard:,} pairs" + (
+            f", the last of {last}" if last < self.pairs_per_shard else ""
         )
         lines = [
             ("job", job.name),
             ("manifest", f"{self.manifest.path}"),
             ("model", self.model.label + ("" if self.model.folder else " (not on this machine yet)")),
-            *(("controlnet", files.label) for files in self.controlnets),
-            ("sampling", f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels{_sizes(job)}"),
+            *(("controlnet", controlnet.label) for controlnet in self.controlnets),
+            (
+                "sampling",
+                f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels{_size_note(job)}",
+            ),
             ("rows", f"{self.rows:,}"),
             ("unique images", f"{cost.contents:,} contents, {cost.styles:,} styles"),
-            ("shards", f"{self.shards:,} of {size}"),
+            ("shards", f"{self.shards:,} of {shard_size}"),
             ("blocks a step", f"{cost.blocks} at most" if cost.blocks > 1 else "1: the features of a shard fit"),
             ("UNet passes", f"{cost.with_sharing:,} with sharing, {cost.without_sharing:,} without"),
             ("  denoise", f"{cost.denoise:,}"),
@@ -95,50 +100,46 @@ class Plan:
 def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_per_shard: int | None = None) -> Plan:
     """Plan a job, or a YAML job file with `overrides` of dotted keys. Reads the manifest once, writes nothing.
 
-    `pairs_per_shard` is what a run was first cut into, and wins over a job's 'auto' only: that follows from the number
-    of workers, which may change between starts, while shards may not. Raises JobError, ManifestError, ModelError and
-    OutputError for what the user must change.
+    `pairs_per_shard` is the value of an existing run. It replaces 'auto' in the job, because 'auto' follows from the
+    number of workers, which may change between starts, while shards may not. Raises JobError, ManifestError, ModelError
+    or OutputError when the user must change something.
     """
     if not isinstance(job, Job):
         job = Job.load(job, overrides)
     elif overrides:
-        raise TypeError("overrides go with a job file, not with a Job")
+        raise TypeError("`overrides` can be given with a job file only, not with a Job")
     manifest = open_manifest(job.manifest).with_images_per_pair(job.images_per_pair)
-    if is_single_file(job.model.name):
-        model = resolve_single_file(job.model.name, job.model.config)
-    else:
-        model = resolve_model(job.model.name, job.model.revision)
-    job = job.model_copy(update={"model": job.model.model_copy(update=model.pins)})
+    job, model = pin_model(job)
     if model.folder:
         check_against_model(job, read_shape(model.folder, model.checkpoint))
-    job, controlnets = plan_controlnets(job, model, manifest)
-    job, loras = plan_loras(job)
-    asked = job.shards.pairs_per_shard
-    if asked == "auto":
-        asked = pairs_per_shard or automatic_shard(
-            [start * manifest.images_per_pair for start in manifest.group_starts], _workers(job)
-        )
-    made = Plan(
+    job, controlnets = pin_controlnets(job, model, manifest)
+    job, loras = pin_loras(job)
+    size = job.shards.pairs_per_shard
+    if size == "auto":
+        group_starts = [start * manifest.images_per_pair for start in manifest.group_starts]
+        size = pairs_per_shard or choose_pairs_per_shard(group_starts, _worker_count(job))
+    planned = Plan(
         job=job,
         manifest=manifest,
         model=model,
-        pairs_per_shard=asked,
-        fingerprint=fingerprint(job, model, manifest.sha256(), asked, controlnets, loras),
+        pairs_per_shard=size,
+        fingerprint=compute_fingerprint(job, model, manifest.sha256(), size, controlnets, loras),
         occurrences=manifest.repeated_rows(),
         controlnets=tuple(controlnets),
     )
-    refuse_foreign_files(RunPaths(Path(job.output), made.shards))  # also refuses what is no local path
-    return made
+    refuse_foreign_files(RunPaths(Path(job.output), planned.shards))  # also rejects URLs that are not supported
+    return planned
 
 
-def automatic_shard(group_starts: Sequence[int], workers: int) -> int:
-    """Pairs in a shard: the largest tile, of at most 256 pairs, that still gives four shards a worker.
+def choose_pairs_per_shard(group_starts: Sequence[int], workers: int) -> int:
+    """Choose the number of pairs in a shard: as many as possible up to 256, with at least four shards for each worker.
 
-    `group_starts` is the first row of each row group, then the number of rows. `manifest build` writes a tile as a row
-    group, so whole groups, or an even part of one, keep the images of a shard few; else the tile is a square.
+    `group_starts` is the first output row of each row group of the manifest, then the number of output rows. `manifest
+    build` writes each tile as a row group, so a shard of whole groups, or of an even part of one, has few distinct
+    images. A manifest with one row group gets a square number of pairs.
     """
-    rows, wanted = group_starts[-1], SHARDS_PER_WORKER * workers
-    most = max(1, min(LARGEST_SHARD, (rows - 1) // (wanted - 1)))  # ceil(rows / most) >= wanted
+    rows, shards = group_starts[-1], SHARDS_PER_WORKER * workers
+    most = max(1, min(MAX_PAIRS_PER_SHARD, (rows - 1) // (shards - 1)))  # ceil(rows / most) >= shards
     group = group_starts[1] if len(group_starts) > 2 else 0
     if 0 < group <= most:
         return most // group * group
@@ -146,7 +147,7 @@ def automatic_shard(group_starts: Sequence[int], workers: int) -> int:
     return parts[0] if parts else max(side * side for side in range(1, 17) if side * side <= most)
 
 
-def _workers(job: Job) -> int:
+def _worker_count(job: Job) -> int:
     workers = job.cluster.workers
     return workers if isinstance(workers, int) else max(1, (os.cpu_count() or 1) // job.cluster.threads)
 
@@ -156,19 +157,19 @@ def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
     if memory is None:
         return [("memory", "estimated once the model is on this machine")]
     return [
-        ("memory", f"about {_size(memory.total)} a worker in {memory.dtype}, an estimate"),
-        ("  weights", _size(memory.weights)),
-        ("  features", _size(memory.features)),
-        ("  latents", _size(memory.state)),
-        ("  activations", f"{_size(memory.activations)} a pair, {memory.micro_batch} pairs in a micro-batch"),
+        ("memory", f"about {_format_bytes(memory.total)} a worker in {memory.dtype}, an estimate"),
+        ("  weights", _format_bytes(memory.weights)),
+        ("  features", _format_bytes(memory.features)),
+        ("  latents", _format_bytes(memory.state)),
+        ("  activations", f"{_format_bytes(memory.activations)} a pair, {memory.micro_batch} pairs in a micro-batch"),
     ]
 
 
-def _sizes(job: Job) -> str:
+def _size_note(job: Job) -> str:
     if job.image.fit == "keep":
-        return " at most, as each content is (fit: keep); all below are upper bounds"
+        return " at most, in the shape of each content image (fit: keep); all numbers below are upper bounds"
     return f" in windows of {job.sampling.window} latents" if job.sampling.window else ""
 
 
-def _size(count: int) -> str:
+def _format_bytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,1 +1,1 @@
-"""What a run has made, to look at."""
+"""Reports on a run: its status, a summary of its records and the contact sheet."""

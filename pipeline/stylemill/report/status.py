@@ -1,4 +1,4 @@
-"""`stylemill status`: how far a run is, read from its folder while it runs or after. Needs neither Ray nor torch."""
+"""The status of a run, read from its folder during the run or after it. Needs neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ from stylemill.store.run_file import RunFile
 
 @dataclass(frozen=True)
 class Status:
-    """A run's totals, who works on it now (None: nobody), and the shards that have a checkpoint."""
+    """What a run has done, and what is still to do."""
 
     summary: Summary
-    worked_on_by: str | None
-    in_flight: list[str]
-    retrying: int  # shards of a retry that are not done
+    worked_on_by: str | None  # pid and host of the driver; None: the run is finished or stopped
+    in_flight: list[str]  # numbers of the shards that have a checkpoint
+    retrying: int  # number of shards that a retry of failed rows has not finished
 
     @property
     def finished(self) -> bool:
         return self.summary.open_shards == 0
 
     def describe(self) -> str:
+        """The text that `stylemill status` prints."""
         if self.worked_on_by:
             state = f"running: {self.worked_on_by}"
         elif self.retrying:
-            state = f"stopped while failed rows of {self.retrying:,} shards were tried again; `retry-failed` goes on"
+            state = f"stopped during a retry of failed rows in {self.retrying:,} shards; `retry-failed` resumes it"
         elif self.finished:
             state = "finished"
         else:
             state = "stopped; the command that started it resumes it"
-        flight = f"\nin flight {len(self.in_flight)} shards have checkpoints" if self.in_flight else ""
-        return f"{self.summary.paths.output}: {state}\n{self.summary.describe()}{flight}"
+        in_flight = f"\nin flight {len(self.in_flight)} shards have checkpoints" if self.in_flight else ""
+        return f"{self.summary.paths.output}: {state}\n{self.summary.describe()}{in_flight}"
 
 
 def status(output: str | Path) -> Status:
-    """Look at a run folder. Changes nothing. Raises OutputError where `output` is no run folder."""
+    """Read the status of a run folder. Changes nothing. Raises OutputError when `output` is not a run folder."""
     file, paths = RunFile.open(output)
-    folder, ledger = paths.checkpoints_folder, Ledger(paths, read_only=True)
+    ledger, checkpoints = Ledger(paths, read_only=True), paths.checkpoints_folder
     return Status(
         summary=summarize(paths, ledger, file.rows),
         worked_on_by=holder(paths),
-        in_flight=sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.exists() else [],
+        in_flight=sorted(entry.name for entry in checkpoints.iterdir() if entry.is_dir())
+        if checkpoints.exists()
+        else [],
         retrying=len(pending_retry(paths, ledger)),
     )

@@ -1,4 +1,4 @@
-"""What a run has reached, from its records alone."""
+"""Totals of a run, computed from its records, with examples of its errors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
 from stylemill.store.retries import failed_before
 
-EXAMPLES = 3  # messages shown of each error class
-_LOOKS = 100  # shards looked at for them
+EXAMPLES = 3  # messages of each error class
+_MAX_SHARDS = 100  # whose failures files are read for the examples
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Totals of a run. `examples` has a few 'pair_id: message' lines of each error class."""
+    """Totals of a run, in output rows. `examples` has a few lines "pair_id: message" for each error class."""
 
     paths: RunPaths
     rows: int
@@ -30,7 +30,7 @@ class Summary:
         return self.rows - self.rows_ok - self.rows_failed
 
     def describe(self) -> str:
-        """The closing words of a run and the body of `stylemill status`."""
+        """The text that ends the output of `stylemill run` and of `stylemill status`."""
         lines = [f"{self.rows_ok:,} of {self.rows:,} images done, {self.rows_failed:,} failed, {self.rows_open:,} open"]
         for name, count in sorted(self.failed_by_class.items()):
             lines.append(f"  {count:,} × {name}")
@@ -39,17 +39,17 @@ class Summary:
                 lines.append(f"    … all of them in {self.paths.failures_folder}")
         lines.append(f"data     {self.paths.data_folder}")
         if self.rows_ok:
-            files = f'data_dir="{self.paths.data_folder}"'
+            source = f'data_dir="{self.paths.data_folder}"'
             if self.paths.on_bucket:
-                files = f'data_files="{self.paths.data_folder}/*.parquet"'
-            lines.append(f'load it  datasets.load_dataset("parquet", {files}, split="train")')
+                source = f'data_files="{self.paths.data_folder}/*.parquet"'
+            lines.append(f'load it  datasets.load_dataset("parquet", {source}, split="train")')
         if self.paths.contact_sheet.exists():
             lines.append(f"look     {self.paths.contact_sheet}")
         return "\n".join(lines)
 
 
 def summarize(paths: RunPaths, ledger: Ledger, rows: int) -> Summary:
-    """Sum up all records; opens failure files only until every error class has its examples."""
+    """Sum up all records of a run with `rows` output rows. Reads few failures files, however large the run is."""
     ledger.refresh()
     totals = ledger.totals()
     return Summary(
@@ -64,23 +64,23 @@ def summarize(paths: RunPaths, ledger: Ledger, rows: int) -> Summary:
 
 
 def _examples(paths: RunPaths, ledger: Ledger, classes: set[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    looks = 0
+    examples: dict[str, list[str]] = {}
+    shards_read = 0
     for shard in ledger.failed_shards():
-        wanted = {name for name in classes if len(found.get(name, [])) < EXAMPLES}
+        wanted = {name for name in classes if len(examples.get(name, [])) < EXAMPLES}
         if not wanted:
             break
         if not wanted & ledger.classes(shard):
             continue
-        looks += 1
-        if looks > _LOOKS:
+        shards_read += 1
+        if shards_read > _MAX_SHARDS:
             break
         try:
             failures = failed_before(paths, shard, ledger.latest(shard) + 1).values()
         except DamagedError:
-            continue  # a summary shows what it can; `verify` says what is wrong
+            continue  # `verify` reports the damage; the summary does without these examples
         for failure in failures:
-            examples = found.setdefault(failure.error, [])
-            if len(examples) < EXAMPLES:
-                examples.append(f"{failure.pair_id}: {failure.message}")
-    return found
+            messages = examples.setdefault(failure.error, [])
+            if len(messages) < EXAMPLES:
+                messages.append(f"{failure.pair_id}: {failure.message}")
+    return examples

@@ -12,10 +12,11 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from stylemill.config.model import ControlNet
-from stylemill.engine.inputs import InputImage, Pair
+from stylemill.engine.inputs import Pair
 from stylemill.engine.state import PairInputs, ShardInputs
 from stylemill.errors import ModelError
-from stylemill.models.architecture import refuse_other_controlnet
+from stylemill.images.input_image import InputImage
+from stylemill.models.architecture import check_controlnet_architecture
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class LoadedControl:
 def load_control(folder: Path, settings: ControlNet, unet: Any) -> LoadedControl:
     """Load a ControlNet folder for `unet`, safetensors only. Raises ModelError for one of another architecture."""
     try:
-        refuse_other_controlnet(settings.name, ControlNetModel.load_config(folder), unet.config)
+        check_controlnet_architecture(settings.name, ControlNetModel.load_config(folder), unet.config)
         stored = torch.float32 if unet.dtype == torch.float64 else unet.dtype  # float64 exists only in memory
         net = ControlNetModel.from_pretrained(folder, torch_dtype=stored, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

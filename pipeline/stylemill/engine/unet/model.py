@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from stylemill.engine.inputs import Pixels
 from stylemill.engine.unet.controlnet import Control, LoadedControl, residuals
 from stylemill.engine.unet.loading import load_parts
 from stylemill.engine.unet.text import Text
 from stylemill.errors import ModelError
+from stylemill.images.input_image import Pixels
 
 DTYPES = {
     "float16": torch.float16,

@@ -1,0 +1,103 @@
+"""The output of a shard: the tables of its successful and of its failed rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from hashlib import sha256
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stylemill.config.job import Job
+from stylemill.execution.attempt import Attempt, Run
+from stylemill.execution.rows import OutputRow
+from stylemill.manifest import Row
+from stylemill.store.parquet import Failure, output_schema, write_failures, write_shard
+
+
+def write_tables(run: Run, attempt: Attempt, rows: list[OutputRow]) -> tuple[Path | None, Path | None]:
+    """Write the data file and the failures file of a shard into tmp/; None for a file that would have no row."""
+    successful = [place for place, row in enumerate(rows) if row.image is not None]
+    data = failures = None
+    if successful:
+        table = output_table(run, [rows[place] for place in successful])
+        row_range = run.rows_of(attempt.shard)
+        carried = run.manifest.carried_output_rows(row_range.start, row_range.stop)
+        for name in carried.column_names:
+            table = table.append_column(carried.schema.field(name), carried[name].take(successful))
+        data = write_shard(run.paths, attempt.shard, attempt.id, table.cast(_schema(run)), attempt.generation)
+    failed = [
+        Failure(row.source.output_row, row.source.pair_id, **asdict(row.failure))
+        for row in rows
+        if row.failure and row.wanted
+    ]
+    if failed:
+        failures = write_failures(run.paths, attempt.shard, attempt.id, failed, run.fingerprint, attempt.generation)
+    return data, failures
+
+
+def output_table(run: Run, rows: list[OutputRow]) -> pa.Table:
+    """The output columns of successful rows, without the carried ones."""
+    schema = _schema(run)
+    values = [
+        {
+            "pair_id": row.source.pair_id,
+            "row": row.source.output_row,
+            "image": {"bytes": row.image, "path": f"{row.source.pair_id}.{run.job.shards.image_format}"},
+            "content": row.source.content.reference if row.source.content else None,
+            "style": _one_or_list(run, [style.reference for style in row.source.styles]),
+            "width": row.size[0],
+            "height": row.size[1],
+            "seed": _seed(run.job, row.source),
+            "settings": json.dumps(_settings(run.job, row.source), sort_keys=True),
+            **_losses(row),
+            "content_sha256": row.content_sha256,
+            "style_sha256": _one_or_list(run, list(row.style_sha256)),
+            "sha256": sha256(row.image or b"").hexdigest(),
+            "model": run.model,
+        }
+        for row in rows
+    ]
+    return pa.Table.from_pylist(values, schema=pa.schema([schema.field(name) for name in values[0]]))
+
+
+def _schema(run: Run) -> pa.Schema:
+    return output_schema(run.manifest.carried, run.manifest.style_is_list, run.fingerprint)
+
+
+def _seed(job: Job, source: Row) -> int:
+    return job.sampling.seed + source.image_number if source.seed is None else source.seed
+
+
+def _losses(row: OutputRow) -> dict[str, float | None]:
+    first, last = row.losses
+    return {
+        f"{name}_loss_{when}": None if isnan(losses[index]) else losses[index]
+        for index, name in enumerate(("ad", "content"))
+        for when, losses in (("first", first), ("last", last))
+    }
+
+
+def _one_or_list(run: Run, values: list[str]) -> Any:
+    return values if run.manifest.style_is_list else values[0]
+
+
+def _settings(job: Job, source: Row) -> dict[str, Any]:
+    settings = job.sampling.model_dump() | {"fit": job.image.fit}
+    if job.image.style_size is not None:
+        settings["style_size"] = list(job.image.style_width_height)
+    for name in ("content_weight", "prompt", "negative_prompt"):
+        if (value := getattr(source, name)) is not None:
+            settings[name] = value
+    if source.content_mask is not None:
+        settings |= {"content_mask": source.content_mask, "style_mask": list(source.style_masks)}
+    if job.model.controlnet:
+        settings["control"] = [control.reference for control in source.controls]
+        settings["controlnet"] = [
+            {"name": Path(net.name).name, "scale": net.scale, "start": net.start, "end": net.end}
+            for net in job.model.controlnet
+        ]
+    return settings
