@@ -203,10 +203,8 @@ SAMPLING = {"steps": 6}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stylemill.demo.untrained import write_demo_model
-
-    return write_demo_model(tmp_path_factory.mktemp("demo") / "model")
+def model(demo_models: dict[str, Path]) -> Path:
+    return demo_models["sd"]
 
 
 def finish_inline(run: Run, shards: Iterable[int]) -> dict[str, bytes]:

@@ -33,10 +33,8 @@ def local_ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from stylemill.demo.untrained import write_demo_model
-
-    return write_demo_model(tmp_path_factory.mktemp("demo") / "model")
+def model(demo_models: dict[str, Path]) -> Path:
+    return demo_models["sd"]
 
 
 class FailpointWorker(Worker):
