@@ -16,13 +16,13 @@ import ray
 
 from chaos_engine import command, install_engine
 from stylemill.cluster import actors
-from stylemill.cluster.worker import Loaded, Worker
+from stylemill.cluster.worker import LoadedModel, Worker
 
 
 class LoggingWorker(Worker):
     """A worker whose engine logs its steps."""
 
-    def load(self, micro_batch: int | None) -> Loaded:
+    def load(self, micro_batch: int | None) -> LoadedModel:
         _log_leftover(f"pid {os.getpid()}")
         install_engine()
         return super().load(micro_batch)

@@ -1,8 +1,9 @@
-"""Small runs on a Ray of our own, and a listener that keeps what it hears."""
+"""Small runs on a local Ray, and a listener that records the events of a run."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,54 +17,73 @@ import pytest
 import ray
 from PIL import Image
 
-from stylemill.cluster import Timeouts
-from stylemill.cluster.session import session
+from stylemill.cluster import Timeouts, assignment, failures, pool, worker
+from stylemill.cluster.session import ray_session
+from stylemill.cluster.worker import LoadedModel, Worker
 from stylemill.config.job import ClusterSettings, Job
-from stylemill.execution.attempt import Progress, Run
+from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 from stylemill.store.run_file import create_run_folder
 
-PATIENCE = Timeouts(connect=2, place=60, remark=60, leave=30, beat=0.05)
+TIMEOUTS = Timeouts(connect=2, placement=60, placement_notice=60, shutdown=30, poll_interval=0.05)
 
 
 @contextmanager
-def one_ray(tests: ModuleType) -> Iterator[None]:
-    """A Ray for the tests of a module, whose classes go to the workers."""
+def local_ray(module: ModuleType) -> Iterator[None]:
+    """A local Ray for the tests of `module`, whose classes are sent to the workers."""
 
-    def ours(*_: object) -> None: ...
+    def handler(*_: object) -> None: ...
 
-    ray.cloudpickle.register_pickle_by_value(tests)  # workers cannot import that file
-    before = signal.signal(signal.SIGTERM, ours)
+    for sent in (module, sys.modules[__name__]):
+        ray.cloudpickle.register_pickle_by_value(sent)  # workers cannot import it
+    before = signal.signal(signal.SIGTERM, handler)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # must not be joined by accident
-        with session(ClusterSettings(workers=4), 10) as embedded:
-            assert embedded
-            assert signal.getsignal(signal.SIGTERM) is ours, "Ray put its own handler in the place of the run's"
+        for retrying in (assignment, failures):
+            patch.setattr(retrying, "backoff", lambda count: 0.0)
+        patch.setattr(pool, "REPLY_TIMEOUT", TIMEOUTS.poll_interval)  # a longer one would delay the polls
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # a local Ray must not use it
+        with ray_session(ClusterSettings(workers=4), 10) as local:
+            assert local
+            assert signal.getsignal(signal.SIGTERM) is handler, "Ray replaced the SIGTERM handler of the run"
             yield
     signal.signal(signal.SIGTERM, before)
 
 
+class WorkerWithoutModel(Worker):
+    """A worker that starts quickly, since it does not import torch."""
+
+    def __init__(self, run: Run) -> None:
+        worker._import_engine = lambda: None
+        super().__init__(run)
+
+    def load(self, micro_batch: int | None) -> LoadedModel:
+        return LoadedModel({"micro_batch": micro_batch or 7}, 0)
+
+    def run_attempt(self, attempt: Attempt) -> Record | None:
+        return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
+
+
 class RecordingListener:
-    """A listener that keeps what it hears."""
+    """Records what the driver reports."""
 
     def __init__(self, micro_batch: int | None = None) -> None:
         self.micro_batch = micro_batch
-        self.settled: list[dict[str, str | int]] = []
-        self.done: list[int] = []
+        self.numerics: list[dict[str, str | int]] = []
+        self.committed_shards: list[int] = []
         self.warnings: list[str] = []
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
     def record_numerics(self, numerics: dict[str, str | int]) -> None:
-        assert not self.done
-        self.settled.append(numerics)
+        assert not self.committed_shards
+        self.numerics.append(numerics)
 
     def progress(self, progress: Progress) -> None:
         self.on_progress(progress)
 
     def committed(self, record: Record) -> None:
-        self.done.append(record.shard)
+        self.committed_shards.append(record.shard)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)

@@ -1,4 +1,4 @@
-"""Ray: a supervised pool of workers, each with a resident model. The only place that imports ray."""
+"""The executor that runs shards on Ray: a supervised pool of workers, each with the model loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from threading import Event
 
 from stylemill.cluster.pool import Pool
-from stylemill.cluster.session import session
+from stylemill.cluster.session import ray_session
 from stylemill.cluster.timeouts import Timeouts
 from stylemill.execution.attempt import Listener, Run
 
@@ -19,16 +19,16 @@ def run_on_ray(
     occurrences: Mapping[int, int],
     listener: Listener,
     stopping: Event,
-    patience: Timeouts | None = None,
+    timeouts: Timeouts | None = None,
 ) -> dict[int, str]:
-    """Work until each of `shards` is committed or its attempts are used up; returns why the open ones are open.
+    """Process `shards` until each is committed or has no attempts left; returns the open ones with the reason.
 
-    `occurrences` maps manifest row to occurrence, as `Manifest.repeated_rows` gives it. Once `stopping` is set, workers
-    write checkpoints and leave. Raises ClusterError when Ray cannot be reached or has no room, InputError when no
-    attempt can succeed, StylemillError when no worker survives its start, and whatever `listener` raises.
+    `occurrences` maps manifest row to occurrence, as `Manifest.repeated_rows` returns it. Once `stopping` is set,
+    workers write checkpoints and end. Raises ClusterError if Ray cannot be reached or cannot place a worker, InputError
+    if no attempt can succeed, StylemillError if no worker can start, and what `listener` raises.
     """
     if not shards:
         return {}
-    patience = patience or Timeouts()
-    with session(run.job.cluster, patience.connect) as embedded:
-        return Pool(run, shards, occurrences, listener, stopping, embedded, patience).work()
+    timeouts = timeouts or Timeouts()
+    with ray_session(run.job.cluster, timeouts.connect) as local:
+        return Pool(run, shards, occurrences, listener, stopping, local, timeouts).run()

@@ -1,6 +1,6 @@
-"""Which pairs of a shard kill their worker? Found by halving: what dies is cut in two, what survives is acquitted.
+"""Find the poison pairs of a shard: the pairs that kill the worker that processes them.
 
-Policy only, as the attempt book. Nothing of it is kept on disk: after the driver's death a bisection begins anew.
+Policy only, without Ray or files. The state is not saved: after the death of the driver a bisection starts over.
 """
 
 from __future__ import annotations
@@ -9,62 +9,64 @@ from collections.abc import Callable, Sequence
 
 from stylemill.execution.attempt import Probe
 
-MAX_POISON_PAIRS = 8  # of a shard; where more die, it is not the pairs
+MAX_POISON_PAIRS = 8  # per shard; if more pairs kill their workers, the pairs are not the cause
 
 
 class Bisection:
-    """Probes of a shard's pairs, one after another, each in a worker of its own.
+    """A sequence of probes of the pairs of one shard. A group of pairs that kills its worker is split in two.
 
-    Reading is tried first: it is cheap, and tells at which stage a pair kills. Who survives that is sampled.
-    `until` is a step by which the deaths came. A pair is blamed only if two workers die over it alone, for one may have
-    been preempted, and only if others survived the same stage, here or, as `others_survive` says, in other shards: a
-    machine on which all die proves nothing against a pair.
+    All pairs are only read first: that is cheap, and it shows the stage at which a pair kills. If the worker survives,
+    groups of pairs are sampled up to step `until`, which the worker had not passed when it died.
+
+    A pair counts as a poison pair only if two workers died when they processed it alone, since one of them may have
+    been preempted, and only if workers survived the same stage with other pairs of this shard or, if
+    `other_shards_committed()`, with other shards. On a machine where every worker dies, no pair is to blame.
     """
 
-    def __init__(self, places: Sequence[int], until: int, others_survive: Callable[[], bool]) -> None:
-        self.poison_pairs: dict[int, str] = {}  # place -> stage
+    def __init__(self, places: Sequence[int], until: int, other_shards_committed: Callable[[], bool]) -> None:
         self._all = tuple(places)
         self._until = until
-        self._others_survive = others_survive
+        self._other_shards_committed = other_shards_committed
         self._stage = "read"
-        self._groups = [self._all]  # to be tried, the next one last
-        self._suspect: tuple[int, ...] | None = None  # a lone pair, over which a worker died once
-        self._any_survived = False  # whether any group survived this stage
+        self._groups = [self._all]  # still to be probed, the next one last
+        self._killed_once: tuple[int, ...] | None = None  # a group of one pair that is probed a second time
+        self._killed_twice: dict[int, str] = {}  # place -> stage
+        self._any_survived = False  # whether a worker survived a probe of the current stage
 
     @property
     def probe(self) -> Probe | None:
-        """What to try next; None: the bisection is over."""
+        """The next probe, or None when the bisection is finished."""
         return Probe(self._groups[-1], self._stage, self._until) if self._groups else None
 
-    def survived(self) -> None:
+    def worker_survived(self) -> None:
         group = self._groups.pop()
-        self._suspect = None
+        self._killed_once = None
         self._any_survived = True
         if self._stage == "read" and group == self._all:
             self._stage, self._any_survived = "sample", False
             self._groups = _halves(self._all)
 
-    def died(self) -> None:
+    def worker_died(self) -> None:
         group = self._groups.pop()
         if len(group) > 1:
             self._groups += _halves(group)
             return
-        if group != self._suspect:
-            self._suspect = group
+        if group != self._killed_once:
+            self._killed_once = group
             self._groups.append(group)
             return
-        self.poison_pairs[group[0]] = self._stage
-        if len(self.poison_pairs) > MAX_POISON_PAIRS:
+        self._killed_twice[group[0]] = self._stage
+        if len(self._killed_twice) > MAX_POISON_PAIRS:
             self._groups = []
 
     @property
-    def found(self) -> dict[int, str]:
-        """The poison pairs, once the bisection is over; none where too many pairs, or all of them, killed their worker."""
-        proven = (self._any_survived or self._others_survive()) and len(self.poison_pairs) <= MAX_POISON_PAIRS
-        return self.poison_pairs if proven else {}
+    def poison_pairs(self) -> dict[int, str]:
+        """Place and stage of each poison pair. Empty if too many pairs, or all of them, killed their workers."""
+        proven = self._any_survived or self._other_shards_committed()
+        return self._killed_twice if proven and len(self._killed_twice) <= MAX_POISON_PAIRS else {}
 
 
 def _halves(group: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The second one first: groups are taken from the end."""
+    """The two halves, the second one first: groups are taken from the end of the list."""
     middle = (len(group) + 1) // 2
     return [half for half in (group[middle:], group[:middle]) if half]

@@ -1,4 +1,4 @@
-"""What a worker asks of a cluster, and how many workers a cluster has room for."""
+"""The resources that a worker reserves, and the number of workers that a cluster can hold."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from stylemill.config.job import ClusterSettings
 
-Resources = Mapping[str, float]  # as Ray names them: CPU, GPU, memory (bytes)
-SAMPLING_MEMORY = 2  # a CPU worker at work, in units of what it takes once loaded
+Resources = Mapping[str, float]  # of a machine, under Ray's names: CPU, GPU, memory (bytes)
+SAMPLING_MEMORY = 2  # memory of a CPU worker while it samples, as a multiple of its memory after loading the model
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What one worker reserves."""
+    """The CPUs and GPUs that one worker reserves."""
 
     cpus: float
     gpus: float
@@ -22,12 +22,15 @@ class WorkerResources:
         parts = [f"{amount:g} {name}" for amount, name in ((self.gpus, "GPU"), (self.cpus, "CPU")) if amount]
         return " and ".join(parts) or "nothing"
 
-    def fits(self, machine: Resources) -> bool:
+    def fit_on(self, machine: Resources) -> bool:
         return machine.get("CPU", 0) >= self.cpus and machine.get("GPU", 0) >= self.gpus
 
 
 def worker_resources(cluster: ClusterSettings, machines: Sequence[Resources]) -> WorkerResources:
-    """One GPU a worker where there are any, else its CPU threads. A GPU worker's threads mostly wait for the GPU."""
+    """One GPU per worker if any machine has one, else `cluster.threads` CPUs.
+
+    A GPU worker reserves no CPU: its threads mostly wait for the GPU.
+    """
     gpus = cluster.gpus_per_worker
     if gpus == "auto":
         gpus = 1 if any(machine.get("GPU", 0) >= 1 for machine in machines) else 0
@@ -35,19 +38,20 @@ def worker_resources(cluster: ClusterSettings, machines: Sequence[Resources]) ->
 
 
 def worker_capacity(
-    cluster: ClusterSettings, asked: WorkerResources, machines: Sequence[Resources], resident: int = 0
+    cluster: ClusterSettings, resources: WorkerResources, machines: Sequence[Resources], resident_bytes: int = 0
 ) -> int:
-    """Workers to have: the job's own number, or as many as the machines hold, at least one.
+    """The number of workers to run: `cluster.workers`, or for "auto" as many as the machines can hold, at least one.
 
-    On CPUs memory counts too: `resident` bytes is what a worker takes once loaded, 0 when not known yet.
+    For CPU workers memory is a limit too. `resident_bytes` is the memory of a worker that has loaded the model, 0 if it
+    is not known yet.
     """
     if cluster.workers != "auto":
         return cluster.workers
-    name, amount = ("GPU", asked.gpus) if asked.gpus else ("CPU", asked.cpus)
+    name, amount = ("GPU", resources.gpus) if resources.gpus else ("CPU", resources.cpus)
     workers = 0
     for machine in machines:
         fitting = machine.get(name, 0) // amount
-        if resident and not asked.gpus:
-            fitting = min(fitting, machine.get("memory", 0) // (SAMPLING_MEMORY * resident))
+        if resident_bytes and not resources.gpus:
+            fitting = min(fitting, machine.get("memory", 0) // (SAMPLING_MEMORY * resident_bytes))
         workers += int(fitting)
     return max(workers, 1)

@@ -1,4 +1,4 @@
-"""The connection to Ray: one of our own on this machine, or a cluster that is already there."""
+"""The connection to Ray: a local Ray that starts and stops with the run, or a running cluster."""
 
 from __future__ import annotations
 
@@ -10,40 +10,38 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Read by Ray when it is imported or started; what the user has set is left alone.
+# Ray reads these when it is imported or started. Values that the user has set are kept.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about its future default
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
 
 from stylemill.config.job import ClusterSettings
 from stylemill.errors import ClusterError
 
-OBJECT_STORE_BYTES = 80 * 2**20  # about the least Ray accepts: only metadata passes through it
-# An HTTP/2 client's first words. Ray's servers speak gRPC, so they answer with a settings frame.
-GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-SETTINGS_FRAME = 4
+OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray accepts: only metadata passes through it
 
 
 @contextmanager
-def session(cluster: ClusterSettings, timeout: float) -> Iterator[bool]:
-    """Ray for as long as the block lasts; yields whether it is our own (embedded).
+def ray_session(cluster: ClusterSettings, timeout: float) -> Iterator[bool]:
+    """Connect to Ray for the duration of the block; yields whether this is a local Ray started for it.
 
-    A Ray that this process has already started is used and left running. Raises ClusterError when `cluster.address`
-    does not answer within `timeout` seconds or is no Ray cluster that this Ray can join.
+    If this process is already connected to Ray, that connection is used and kept. Raises ClusterError if
+    `cluster.address` does not answer within `timeout` seconds, or is not a Ray cluster that can be joined.
     """
     if ray.is_initialized():
         yield False
     elif cluster.address is None:
-        with _embedded(cluster):
+        with _local_ray(cluster):
             yield True
     else:
-        _connect(cluster.address, timeout)
+        _join(cluster.address, timeout)
         try:
             yield False
         finally:
@@ -51,17 +49,17 @@ def session(cluster: ClusterSettings, timeout: float) -> Iterator[bool]:
 
 
 @contextmanager
-def _embedded(cluster: ClusterSettings) -> Iterator[None]:
+def _local_ray(cluster: ClusterSettings) -> Iterator[None]:
     cores = len(os.sched_getaffinity(0))
     workers = 1 if cluster.workers == "auto" else cluster.workers
-    # Sockets lie in this folder, and their paths may have 107 characters: not below a long TMPDIR.
+    # Ray creates sockets in this folder. Their paths may have 107 characters, so a long TMPDIR cannot be used.
     folder = tempfile.mkdtemp(prefix="stylemill-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # as in many a container: Ray would write its token there
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # as in many containers: Ray would write its token there
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
-        with _our_signal_handlers():
+        with _keep_sigterm_handler():
             ray.init(
-                address="local",  # whatever RAY_ADDRESS says
+                address="local",  # takes precedence over RAY_ADDRESS
                 num_cpus=max(cores, workers * cluster.threads),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -70,46 +68,56 @@ def _embedded(cluster: ClusterSettings) -> Iterator[None]:
             )
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        if ray.is_initialized():  # it came from the block
+        if ray.is_initialized():  # the error was raised in the block
             raise
         raise ClusterError(
-            f"Ray cannot be started on this machine: {_one_line(error)}; --inline works without"
+            f"Ray cannot be started on this machine: {_one_line(error)}; --inline runs without Ray"
         ) from error
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _connect(address: str, timeout: float) -> None:
-    _probe(_resolve(address), address, timeout)
+def _join(address: str, timeout: float) -> None:
+    known = _known_address(address)
+    if known is not None:
+        _check_address(known, address, timeout)
     try:
-        with _our_signal_handlers():
+        with _keep_sigterm_handler():
             ray.init(address=address, logging_level="error")
-    # Ray exits the process when a cluster breaks off the greeting; other Ray or Python versions are a RuntimeError.
+    # Ray exits the process if the cluster ends the connection, and raises RuntimeError for another version of Ray or
+    # Python.
     except (OSError, RuntimeError, ValueError, SystemExit, ray.exceptions.RayError) as error:
+        if isinstance(error, ConnectionError) and known is None:
+            raise ClusterError(
+                f"cluster.address {address}: no Ray runs on this machine ({_one_line(error)}); start one with "
+                "'ray start --head', set the address to host:port, or leave it out"
+            ) from error
+        reason = f"Ray exited with code {error.code}" if isinstance(error, SystemExit) else _one_line(error)
         raise ClusterError(
-            f"cluster.address {address}: this Ray cannot be joined: {_one_line(error)}; if it asks for a token, set "
+            f"cluster.address {address}: cannot join this Ray cluster: {reason}; if it asks for a token, set "
             "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
 
 
-def _resolve(address: str) -> str:
+def _known_address(address: str) -> str | None:
+    """The address that `ray.init` will connect to, or None if only Ray can find it.
+
+    For "auto" it is RAY_ADDRESS, or else what the last `ray start` on this machine recorded (see `ray.init`).
+    """
     if address != "auto":
         return address
+    if named := os.environ.get("RAY_ADDRESS"):
+        return named
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     try:
-        found: str | None = os.environ.get("RAY_ADDRESS") or canonicalize_bootstrap_address("auto")
-    except ConnectionError:
-        found = None
-    if not found:
-        raise ClusterError(
-            "cluster.address auto: no Ray runs on this machine; start one with 'ray start --head', name one as "
-            "host:port, or leave the address out"
-        )
-    return found
+        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None
+    except OSError:
+        return None
 
 
-def _probe(address: str, given: str, timeout: float) -> None:
-    """Look whether a gRPC server answers, since Ray itself tries for minutes and then ends the process."""
+def _check_address(address: str, given: str, timeout: float) -> None:
+    """Raise ClusterError if no gRPC server answers at `address`. `ray.init` would try for minutes, then exit."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port
@@ -117,35 +125,52 @@ def _probe(address: str, given: str, timeout: float) -> None:
         host = port = None
     if not host or not port or parts.scheme not in ("", "ray"):
         raise ClusterError(f"cluster.address {given}: not one of host:port, ray://host:port and auto")
+    advice = "check that the cluster runs and that this machine may reach the port"
     try:
-        with socket.create_connection((host, port), timeout) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return  # the greeting would have to be encrypted; an open port must do
-            connection.settimeout(timeout)
-            connection.sendall(GREETING)
-            answer = connection.recv(9)  # the head of a frame: length (3 bytes), type, ...
+        socket.create_connection((host, port), timeout).close()
     except OSError as error:
+        reason = error.strerror or error
+        raise ClusterError(f"cluster.address {given}: no answer from {host}:{port} ({reason}); {advice}") from error
+    if os.environ.get("RAY_USE_TLS", "0") == "1":
+        return  # the check below would need Ray's certificates
+    try:
+        is_grpc = _speaks_grpc(host, port, timeout)
+    except TimeoutError as error:
+        raise ClusterError(f"cluster.address {given}: no answer from {host}:{port} (timed out); {advice}") from error
+    if not is_grpc:
         raise ClusterError(
-            f"cluster.address {given}: no answer from {host}:{port} ({error.strerror or error}); check that the "
-            "cluster runs and that this machine may reach the port"
-        ) from error
-    if len(answer) < 4 or answer[3] != SETTINGS_FRAME:
-        raise ClusterError(
-            f"cluster.address {given}: what answers at {host}:{port} is not Ray; a head node listens at 6379 "
+            f"cluster.address {given}: the server at {host}:{port} is not Ray; a head node listens at 6379 "
             "(host:port) and at 10001 (ray://host:port); 8265 is its dashboard"
         )
 
 
+def _speaks_grpc(host: str, port: int, timeout: float) -> bool:
+    """Whether an open port belongs to a gRPC server. Raises TimeoutError if it sends nothing for `timeout` seconds."""
+    import grpc  # type: ignore[import-untyped]
+
+    answer: Future[bool] = Future()
+
+    def observe(state: Any) -> None:
+        if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE) and not answer.done():
+            answer.set_result(state is grpc.ChannelConnectivity.READY)
+
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    # Ray's own channels use no proxy either.
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        channel.subscribe(observe, try_to_connect=True)
+        return answer.result(timeout)
+
+
 @contextmanager
-def _our_signal_handlers() -> Iterator[None]:
-    """Ray installs a SIGTERM handler of its own; the run's must stay, since it writes checkpoints."""
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restore the SIGTERM handler, which Ray replaces: the run writes checkpoints when it gets that signal."""
     main = threading.current_thread() is threading.main_thread()
-    ours: Any = signal.getsignal(signal.SIGTERM)
+    handler: Any = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if main and ours is not None:
-            signal.signal(signal.SIGTERM, ours)
+        if main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A worker: a process with a resident engine that brings one shard after the other to its record."""
+"""A worker: a process that keeps an engine loaded and processes shards with it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import resource
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from stylemill import __version__
 from stylemill.execution.attempt import Attempt, Progress, Run
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 # stylemill.execution.shard imports torch. It is imported inside the methods, because the driver imports this module too
 # and needs no torch.
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class WorkerLocation:
-    """Where a worker runs, and with which stylemill."""
+    """The machine and process of a worker, and its version of stylemill."""
 
     host: str
     pid: int
@@ -35,70 +38,68 @@ class WorkerLocation:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What is known once the model is there."""
+class LoadedModel:
+    """What the driver needs to know about the model that a worker has loaded."""
 
     numerics: dict[str, str | int]
-    resident: int  # bytes of memory
+    resident_bytes: int  # peak memory of the process
 
 
 class Worker:
-    """Runs as a Ray actor whose methods are called from several threads; knows nothing of Ray itself."""
+    """The class of the Ray actors. Ray calls its methods from several threads; the class itself does not use Ray."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._engine: Engine | None = None
         self._device = threading.Lock()
         self._stopping = threading.Event()
-        self._progress: dict[str, Progress] = {}
-        threading.Thread(target=_warm_up, daemon=True).start()
+        self._progress: dict[str, Progress] = {}  # by attempt id
+        threading.Thread(target=_import_engine, daemon=True).start()
 
-    def hello(self) -> WorkerLocation:
+    def location(self) -> WorkerLocation:
         return WorkerLocation(socket.gethostname(), os.getpid(), __version__)
 
-    def load(self, micro_batch: int | None) -> Loaded:
-        """Load the model. Raises ModelError when it cannot be, ImportError where stylemill is not whole."""
+    def load(self, micro_batch: int | None) -> LoadedModel:
+        """Load the model. Raises ModelError if that fails, ImportError if a package is missing."""
         from stylemill.execution.worker_engine import load_engine, numerics
 
         self._engine = load_engine(self._run, micro_batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
-        return Loaded(numerics(self._engine), peak * 1024)
+        return LoadedModel(numerics(self._engine), peak * 1024)
 
-    def work(self, attempt: Attempt) -> Record | None:
-        """Bring a shard to its record; None once `stop` was called. Raises what `process_shard` raises."""
+    def run_attempt(self, attempt: Attempt) -> Record | None:
+        """Process a shard. Returns its record, or None after `stop`. Raises what `process_shard` raises."""
         from stylemill.execution.shard import process_shard
 
-        if self._engine is None:
-            raise RuntimeError("a attempt came before the model was loaded")
-        try:
-            return process_shard(self._run, attempt, self._engine, self._device, self._watch, self._stopping.is_set)
-        finally:
-            self._progress.pop(attempt.id, None)
+        return self._with_engine(process_shard, attempt)
 
-    def probe(self, attempt: Attempt) -> bool:
-        """Try the pairs of `attempt.probe`; False when `stop` was called first. Raises what `process_shard` raises."""
+    def run_probe(self, attempt: Attempt) -> bool:
+        """Process the pairs of `attempt.probe`. Returns False after `stop`. Raises what `probe_shard` raises."""
         from stylemill.execution.shard import probe_shard
 
-        if self._engine is None:
-            raise RuntimeError("a attempt came before the model was loaded")
-        try:
-            return probe_shard(self._run, attempt, self._engine, self._device, self._watch, self._stopping.is_set)
-        finally:
-            self._progress.pop(attempt.id, None)
+        return self._with_engine(probe_shard, attempt)
 
-    def beat(self) -> list[Progress]:
-        """A sign of life: the latest of each shard in work."""
+    def progress(self) -> list[Progress]:
+        """The latest progress of each attempt. An answer also shows that the worker is alive."""
         return list(self._progress.copy().values())
 
     def stop(self) -> None:
-        """Shards in work end with a checkpoint after their current step."""
+        """Make the attempts write a checkpoint and end after their current step."""
         self._stopping.set()
 
-    def _watch(self, progress: Progress) -> None:
+    def _with_engine(self, process: Callable[..., Result], attempt: Attempt) -> Result:
+        if self._engine is None:
+            raise RuntimeError(f"shard {attempt.shard} was assigned before the model was loaded")
+        try:
+            return process(self._run, attempt, self._engine, self._device, self._record_progress, self._stopping.is_set)
+        finally:
+            self._progress.pop(attempt.id, None)
+
+    def _record_progress(self, progress: Progress) -> None:
         self._progress[progress.attempt_id] = progress
 
 
-def _warm_up() -> None:
-    """Import torch and all that while the first worker still loads its model."""
-    with suppress(ImportError):  # `load` meets it again, where it can be reported
+def _import_engine() -> None:
+    """Import torch and the engine in a new worker while the first worker still loads its model."""
+    with suppress(ImportError):  # `load` raises it again, and reports it
         import_module("stylemill.execution.shard")
