@@ -17,9 +17,10 @@ from stylemill.config.inputs import DEFAULT_INPUT_SETTINGS, Fit, InputSettings
 from stylemill.config.paths import is_url
 from stylemill.errors import ImageError, StorageError
 from stylemill.images.decode import open_image, to_rgb
-from stylemill.images.download import fetch, shown
+from stylemill.images.download import fetch
 from stylemill.images.fit import fit_image, kept_size
 from stylemill.images.input_image import InputImage
+from stylemill.images.messages import display_name
 
 # The path itself is at fault: asking again gives the same answer. Any other error of the system may pass.
 _PERMANENT = {
@@ -76,7 +77,7 @@ def read_bytes(
 
 def _name(path: str | None, data: bytes | None) -> str:
     if path:
-        return shown(path)
+        return display_name(path)
     if data is not None:
         return f"image bytes sha256:{hashlib.sha256(data).hexdigest()[:16]}…"
     return "image"
