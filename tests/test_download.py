@@ -184,8 +184,8 @@ def test_content_style_and_mask_by_url(answer: Answer, tmp_path: Path) -> None:
     mask = io.BytesIO()
     Image.new("L", (40, 30), 7).save(mask, "PNG")
     with serving(a=answer, mask=status(200, mask.getvalue())) as server:
-        image = load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", limits=LOOPBACK)
-        labels = load_labels(f"{server.url}/mask", None, tmp_path, (32, 24), "crop", limits=LOOPBACK)
+        image = load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", inputs=LOOPBACK)
+        labels = load_labels(f"{server.url}/mask", None, tmp_path, (32, 24), "crop", inputs=LOOPBACK)
     assert image.file_sha256 == hashlib.sha256(PNG).hexdigest()
     assert (labels == 7).all()
 
@@ -343,7 +343,7 @@ def test_bytes_beyond_the_announced_length_give_no_other_image(
     answer: Answer, error: type[Exception] | tuple[type[Exception], ...], tmp_path: Path
 ) -> None:
     with serving(a=answer) as server, pytest.raises(error, match=r"truncated or damaged|broke off"):
-        load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", limits=LOOPBACK)
+        load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", inputs=LOOPBACK)
 
 
 @pytest.mark.parametrize(
@@ -541,10 +541,10 @@ def test_remote_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) ->
     (tmp_path / "link.png").symlink_to("a.png")
     remote_only = InputSettings(remote_only=True)
     with pytest.raises(ImageError, match=r"is a path of this machine, and .*remote_only allows none"):
-        load_image(path, None, tmp_path, (32, 24), "crop", limits=remote_only)
+        load_image(path, None, tmp_path, (32, 24), "crop", inputs=remote_only)
     with pytest.raises(ImageError, match="is a path of this machine"):
-        load_labels(path, None, tmp_path, (32, 24), "crop", limits=remote_only)
-    assert load_image(path, PNG, tmp_path, (32, 24), "crop", limits=remote_only).source_size == (40, 30)  # embedded
+        load_labels(path, None, tmp_path, (32, 24), "crop", inputs=remote_only)
+    assert load_image(path, PNG, tmp_path, (32, 24), "crop", inputs=remote_only).source_size == (40, 30)  # embedded
 
 
 @pytest.mark.parametrize(
@@ -668,7 +668,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.usefixtures("bucket")
 def test_an_image_from_s3(tmp_path: Path) -> None:
     image = load_image(
-        "s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", limits=InputSettings(remote_only=True)
+        "s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", inputs=InputSettings(remote_only=True)
     )
     assert image.file_sha256 == hashlib.sha256(PNG).hexdigest()
 
@@ -685,7 +685,7 @@ def test_an_image_from_s3(tmp_path: Path) -> None:
 )
 def test_objects_that_fail_their_row(url: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=message):
-        load_image(url, None, tmp_path, (32, 24), "crop", limits=InputSettings(max_bytes=4000, retries=0))
+        load_image(url, None, tmp_path, (32, 24), "crop", inputs=InputSettings(max_bytes=4000, retries=0))
 
 
 def _s3_error(code: int, name: str) -> Answer:

@@ -95,7 +95,7 @@ def test_no_bytes_of_an_image_do_more_than_fail(name: str, damage: Damage) -> No
             assert max(image.pixels.shape[:2]) <= 16
             assert image.file_sha256 == hashlib.sha256(data).hexdigest()
     try:
-        labels = load_labels("a.img", data, ".", (16, 16), "crop", limits=SMALL)
+        labels = load_labels("a.img", data, ".", (16, 16), "crop", inputs=SMALL)
         assert labels.shape == (16, 16)
     except ImageError as error:
         said.append(str(error))

@@ -98,7 +98,7 @@ class Payload:
 
 
 LIMIT = r"over the limit of 178,956,970 pixels"
-UNKNOWN = "not an image, or of a format that is not read"
+UNKNOWN = "not an image, or in a format that is not read"
 DAMAGED = "truncated or damaged"
 METADATA = "where clouds keep their metadata, which is never read"
 PRIVATE = "not one of the public Internet"
