@@ -396,7 +396,7 @@ def laughs(levels: int, each: int, merge: bool = False) -> str:
     return "\n".join(lines)
 
 
-MANY = "more than 10,000 values, every alias counted"
+MANY = "more than 10,000 values, with each alias counted"
 NOT = "not a Parquet file, or a damaged one"
 CUT = "truncated or not safetensors"
 
@@ -405,12 +405,12 @@ CORPUS: dict[str, Bad] = {
     "billion laughs": Bad(adds(laughs(10, 10)), JobError, MANY),
     "quadratic aliases": Bad(adds("a: &a [" + "x, " * 150 + "]\nb: [" + "*a, " * 150 + "]"), JobError, MANY),
     "merged laughs": Bad(adds(laughs(9, 9, merge=True)), JobError, MANY),
-    "list in itself": Bad(adds("name: &a [*a]"), JobError, "an alias stands inside of what it names"),
-    "keys in themselves": Bad(adds("name: &a {b: *a}"), JobError, "line 8.*an alias stands inside"),
+    "list in itself": Bad(adds("name: &a [*a]"), JobError, "an alias refers to a value that contains it"),
+    "keys in themselves": Bad(adds("name: &a {b: *a}"), JobError, "line 8.*an alias refers to a value"),
     "deep lists": Bad(adds("name: " + "[" * 700), JobError, "nested too deeply"),
     "deep keys": Bad(adds("name: " + "{a: " * 700), JobError, "nested too deeply"),
     "many values": Bad(adds("name: [" + "1," * 10_000 + "]"), JobError, MANY),
-    "large job": Bad(job_is(b"#" * (2 << 20)), JobError, "larger than 1,048,576 bytes; that is no job file"),
+    "large job": Bad(job_is(b"#" * (2 << 20)), JobError, "is larger than 1,048,576 bytes, the limit of a job file"),
     "endless job": Bad(
         instead(lambda path: path.symlink_to("/dev/zero"), "job.yaml"),
         JobError,
