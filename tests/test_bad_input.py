@@ -326,7 +326,7 @@ def _repeated_name(folder: Path) -> None:
         pytest.param(_damage, ["the Parquet file is damaged"], id="damaged pages"),
         pytest.param(_columns(**{name: pa.array([], "string") for name in GOOD}), ["has no rows"], id="no rows"),
         pytest.param(_columns(style=None), ["no column 'style'", "its columns are: pair_id, content"], id="no style"),
-        pytest.param(_repeated_name, ["column 'style' stands there more than once"], id="style twice"),
+        pytest.param(_repeated_name, ["duplicate column 'style'; keep one of them"], id="style twice"),
         pytest.param(_columns(style=[1, 2, 3, 4]), ["column 'style' is int64, expected string"], id="style: numbers"),
         pytest.param(_columns(content=[True] * 4), ["column 'content' is bool, expected string"], id="content: truth"),
         pytest.param(_columns(seed=[1.5] * 4), ["column 'seed' is double, expected integer"], id="seed: fractions"),

@@ -1,4 +1,4 @@
-"""Manifests: the Parquet table of pairs that a job works through."""
+"""Manifests: the Parquet tables of pairs that jobs process."""
 
 from stylemill.manifest.build import build_manifest
 from stylemill.manifest.read import Manifest, open_manifest
