@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stylemill.errors import InputError, ManifestError
-from stylemill.manifest import KNOWN, OUTPUT_COLUMNS, ImageRef, Manifest, open_manifest
+from stylemill.manifest import KNOWN_COLUMNS, OUTPUT_COLUMNS, ImageRef, Manifest, open_manifest
 from stylemill.manifest.row import parse_row
 
 PAGE = Path(__file__).parents[1] / "manifests" / "README.md"
@@ -47,7 +47,7 @@ def test_every_known_column_arrives_in_the_row(file: Path) -> None:
         "content_weight": pa.array([0.5], pa.float32()),
         "control": [["edges.png"]],
     }
-    assert table.keys() == KNOWN.keys()
+    assert table.keys() == KNOWN_COLUMNS.keys()
     manifest = open_manifest(write(file, table))
     (row,) = manifest.rows()
     assert manifest.style_is_list
@@ -327,7 +327,8 @@ def test_the_documented_columns_are_those_of_the_code() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (yes|no) \| (.+) \|$", page, flags=re.MULTILINE)
     assert rows == [
-        (column.name, column.types, "yes" if column.required else "no", column.meaning) for column in KNOWN.values()
+        (column.name, column.types, "yes" if column.required else "no", column.meaning)
+        for column in KNOWN_COLUMNS.values()
     ]
     listed = re.search(r"^Output columns: (.+?)\.$", page, flags=re.MULTILINE | re.DOTALL)
     assert listed is not None

@@ -82,7 +82,7 @@ class Job(StrictModel):
     def _name_to_model_settings(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    def slot_size(self, pixels_per_latent: int) -> tuple[int, int]:
+    def unet_call_size(self, pixels_per_latent: int) -> tuple[int, int]:
         """The largest width and height, in pixels, in one UNet call: those of an output image or of a window."""
         width, height = self.image.width_height
         side = self.sampling.window * pixels_per_latent if self.sampling.window else max(width, height)

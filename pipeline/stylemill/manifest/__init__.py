@@ -2,12 +2,12 @@
 
 from stylemill.manifest.build import build_manifest
 from stylemill.manifest.read import Manifest, open_manifest
-from stylemill.manifest.schema import KNOWN, OUTPUT_COLUMNS, ImageRef, Problem, Row
+from stylemill.manifest.schema import KNOWN_COLUMNS, OUTPUT_COLUMNS, ImageRef, Problem, Row
 from stylemill.manifest.show import show_manifest
 from stylemill.manifest.validate import ValidationReport, validate_manifest
 
 __all__ = [
-    "KNOWN",
+    "KNOWN_COLUMNS",
     "OUTPUT_COLUMNS",
     "ImageRef",
     "Manifest",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stylemill.errors import ManifestError
-from stylemill.manifest.schema import KNOWN, OUTPUT_COLUMNS
+from stylemill.manifest.schema import KNOWN_COLUMNS, OUTPUT_COLUMNS
 from stylemill.manifest.sources import absolute_path, relative_to_manifest
 
 _IMAGE_COLUMNS = ("content", "style", "content_mask", "style_mask", "control")
@@ -25,7 +25,7 @@ def read_header(path: Path) -> list[str]:
     for name in header:
         if header.count(name) > 1 or not name.strip():
             raise ManifestError(f"{path}: column {name!r} of the header is repeated or has no name")
-        if name not in KNOWN and name in OUTPUT_COLUMNS:
+        if name not in KNOWN_COLUMNS and name in OUTPUT_COLUMNS:
             raise ManifestError(f"{path}: column '{name}' has the name of an output column; rename it")
     if "style" not in header:
         raise ManifestError(f"{path}: no column 'style' in the header; it has: {', '.join(header) or 'nothing'}")
@@ -59,4 +59,4 @@ def _parse_cell(name: str, text: str, path: Path, manifest_folder: Path, where: 
     try:
         return _NUMBERS[name](text) if name in _NUMBERS else text
     except ValueError:
-        raise ManifestError(f"{where}, column '{name}': {text!r}, expected {KNOWN[name].types}") from None
+        raise ManifestError(f"{where}, column '{name}': {text!r}, expected {KNOWN_COLUMNS[name].types}") from None

@@ -21,7 +21,7 @@ from stylemill.config.paths import is_url
 from stylemill.errors import ManifestError, StorageError
 from stylemill.manifest.duplicates import contains_hash, duplicate_hashes, duplicate_id_message, hash64
 from stylemill.manifest.row import UNDECODABLE, number_id, parse_row
-from stylemill.manifest.schema import KNOWN, Problem, Row, carried_schema, is_list, schema_problems
+from stylemill.manifest.schema import KNOWN_COLUMNS, Problem, Row, carried_schema, is_list, schema_problems
 
 _BATCH_BYTES = 16 << 20  # uncompressed; the memory used at once is a small multiple of it
 _BATCH_ROWS = 4096
@@ -97,7 +97,7 @@ class Manifest:
 
     def raw_rows(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Row numbers and unchecked values of the known columns, as `parse_row` takes them."""
-        names = [name for name in KNOWN if name in self.schema.names]
+        names = [name for name in KNOWN_COLUMNS if name in self.schema.names]
         for first, batch in self._batches(start, stop, names):
             columns = [_to_pylist(batch.column(name)) for name in names]
             for offset, values in enumerate(zip(*columns, strict=True)):

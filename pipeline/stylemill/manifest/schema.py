@@ -168,7 +168,7 @@ _COLUMNS = (
         lambda kind: _is_image(kind.value_type) if is_list(kind) else _is_image(kind),
     ),
 )
-KNOWN: dict[str, Column] = {column.name: column for column in _COLUMNS}
+KNOWN_COLUMNS: dict[str, Column] = {column.name: column for column in _COLUMNS}
 
 OUTPUT_COLUMNS = (
     "pair_id",
@@ -197,7 +197,7 @@ def schema_problems(schema: pa.Schema) -> list[str]:
     for name in sorted({name for name in schema.names if schema.names.count(name) > 1}):
         problems.append(f"duplicate column '{name}'; keep one of them")
     for item in schema:
-        known = KNOWN.get(item.name)
+        known = KNOWN_COLUMNS.get(item.name)
         if known is None:
             if item.name in OUTPUT_COLUMNS:
                 problems.append(f"column '{item.name}' has the name of an output column; rename it")
@@ -205,7 +205,7 @@ def schema_problems(schema: pa.Schema) -> list[str]:
         elif not known.accepts(item.type) and (known.required or not pt.is_null(item.type)):
             hint = "; in pandas, astype('Int64') keeps integers with missing values" if item.name == "seed" else ""
             problems.append(f"column '{item.name}' is {item.type}, expected {known.types}{hint}")
-    for known in KNOWN.values():
+    for known in KNOWN_COLUMNS.values():
         if known.required and known.name not in schema.names:
             problems.append(f"no column '{known.name}'; its columns are: {', '.join(schema.names) or 'none'}")
     return problems
@@ -215,7 +215,7 @@ def schema_warnings(schema: pa.Schema) -> list[str]:
     """Warnings about carried columns whose names are like those of known columns or settings."""
     warnings = []
     for name in carried_schema(schema).names:
-        near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.8)
         if name in Sampling.model_fields:
             warnings.append(f"column '{name}' is only carried through: it is a setting of the job, not of a row")
         elif near:
@@ -225,7 +225,7 @@ def schema_warnings(schema: pa.Schema) -> list[str]:
 
 def carried_schema(schema: pa.Schema) -> pa.Schema:
     """The columns that go to the output unchanged, with their Hugging Face metadata."""
-    carried = pa.schema([item for item in schema if item.name not in KNOWN])
+    carried = pa.schema([item for item in schema if item.name not in KNOWN_COLUMNS])
     try:
         features: dict[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         features = {name: features[name] for name in carried.names if name in features}

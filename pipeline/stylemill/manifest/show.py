@@ -7,7 +7,7 @@ from typing import Any
 
 from stylemill.manifest.read import open_manifest
 from stylemill.manifest.row import parse_row
-from stylemill.manifest.schema import KNOWN, Row
+from stylemill.manifest.schema import KNOWN_COLUMNS, Row
 from stylemill.manifest.validate import validate_manifest
 
 
@@ -29,7 +29,7 @@ def show_manifest(path: str | Path, limit: int = 5) -> str:
     lines.append("columns")
     width = max(map(len, manifest.schema.names))
     for item in manifest.schema:
-        role = KNOWN[item.name].meaning if item.name in KNOWN else "carried through to the output"
+        role = KNOWN_COLUMNS[item.name].meaning if item.name in KNOWN_COLUMNS else "carried through to the output"
         lines.append(f"  {item.name:{width}}  {item.type}: {role}")
     lines.append(f"first {min(limit, manifest.num_rows)} rows, counted from 0")
     lines += [f"  {number:>4}  {_describe(number, values)}" for number, values in manifest.raw_rows(0, limit)]
