@@ -429,6 +429,8 @@ PRIVATE = "inputs.allow_private_addresses: true"
         ("gopher://127.0.0.1/", "gopher:// is not read"),
         ("http:///a.png", "names no host"),
         ("http://a b/x.png", "names no host"),
+        ("http://169.254.169.254\\.example.org/", "names no host"),
+        ("http://１６９.254.169.254/", METADATA),
         ("http://[::1/x.png", "is no URL"),
         ("http://h:99999/x.png", "is no URL"),
         ("http://h:0/x.png", "names no host"),
@@ -454,7 +456,7 @@ def test_an_attempt_to_connect_would_be_seen(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "127.1", "2130706433", "0x7f.0.0.1", "localhost"],
+    ["127.0.0.1", "127.1", "2130706433", "0x7f.0.0.1", "１２７.1", "localhost"],
 )
 def test_every_form_of_an_address_is_the_same_host(host: str) -> None:
     with serving(a=status(200, PNG)) as server:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 FieldTable = dict[str, Any]  # the fields of a model by key
 
-# What is said of a value of another type, by pydantic's name of the error.
+# What messages about a value of the wrong type say, by pydantic's name of the error.
 _EXPECTED = {
     "string_type": "expected text (in quotes, where YAML would read another type)",
     "bool_type": "expected true or false",

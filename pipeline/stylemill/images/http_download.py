@@ -1,8 +1,8 @@
 """Download an image over http or https.
 
-A URL comes from a manifest and is not trusted. At every redirect anew, its host is looked up once, all its addresses
-are checked, and only those are connected to. One deadline covers the whole download, so a server cannot hold a worker
-by sending a byte now and then. Proxies of the environment are not used: a proxy would hide the address.
+A URL comes from a manifest and is not trusted. For the URL and for each redirect, the host is looked up once, all its
+addresses are checked, and only those are connected to. One deadline covers the whole download, so a server cannot hold
+a worker by sending a byte now and then. Proxies of the environment are not used: a proxy would hide the address.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ssl
 import string
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -32,9 +32,9 @@ _MAX_REDIRECTS = 5
 _REDIRECT_STATUSES = {301, 302, 303, 307, 308}
 _BUSY_STATUSES = {408, 425, 429}  # and 5xx: another attempt may help
 _PIECE_BYTES = 1 << 20  # read at a time
-_HEADER_BYTES = 1 << 16  # of one line of an answer
+_HEADER_BYTES = 1 << 16  # of one header line
 _HEADERS = {"User-Agent": "stylemill", "Accept": "image/*, */*;q=0.1", "Accept-Encoding": "identity"}
-# Characters that stay as they are; "%" among them, so that what is quoted already is not quoted twice.
+# Characters that are not quoted. With "%", so that a URL that is quoted already is not quoted twice.
 _PATH_CHARACTERS = "/%:@!$&'()*+,;=~"
 _QUERY_CHARACTERS = _PATH_CHARACTERS + "?[]"
 
@@ -49,11 +49,12 @@ def download_http(url: str, inputs: InputSettings) -> bytes:
 
 
 def _run(download: Coroutine[Any, Any, bytes]) -> bytes:
+    """Run `download` in an event loop of its own, also where the calling thread has one, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(download)
-    with ThreadPoolExecutor(1) as thread:  # the caller's thread has an event loop of its own, as in a notebook
+    with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, download).result()
 
 
@@ -65,59 +66,65 @@ async def _follow_redirects(url: str, inputs: InputSettings) -> bytes:
         answer = await _get(target, inputs, deadline, name)
         if not isinstance(answer, _Redirect):
             return answer
-        target = _parse(answer.location, f"{display_name(url)}: redirect target", base=target.url)
-        name = f"{display_name(url)}: redirected to {display_name(target.url)}"
+        target = _parse(answer.location, f"{display_name(url)}: redirect target", base=target.text)
+        name = f"{display_name(url)}: redirected to {display_name(target.text)}"
     raise ImageError(f"{display_name(url)}: redirects more than {_MAX_REDIRECTS} times; name the image's own URL")
 
 
 class _Target(NamedTuple):
-    """A URL to download, taken apart and checked."""
+    """A checked URL."""
 
-    url: str
-    scheme: str
+    text: str  # as it was given
+    url: URL  # as it is requested
     host: str  # a name in ASCII, or an address
     port: int
-    path_and_query: str  # quoted
-
-    def quoted_url(self) -> URL:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return URL(f"{self.scheme}://{host}:{self.port}{self.path_and_query}", encoded=True)
 
 
 def _parse(reference: str, name: str, base: str = "") -> _Target:
-    """Take apart a URL, or a reference relative to the URL `base`. Raises ImageError if it cannot be downloaded."""
+    """Check a URL, or a reference relative to the URL `base`. Raises ImageError if it cannot be downloaded."""
     try:
         reference.encode()  # raises for a lone surrogate, which no URL can contain
-        url = urljoin(base, reference)
-        parts = urlsplit(url)
+        text = urljoin(base, reference)
+        parts = urlsplit(text)
         port = parts.port  # raises if it is not a number
     except ValueError as error:
         raise ImageError(f"{name}: is no URL ({one_line(error)}); correct it") from None
     if parts.scheme not in ("http", "https"):
         raise ImageError(f"{name}: {parts.scheme}:// is not followed, only http:// and https://")
-    if not parts.hostname or port == 0 or re.search(r"[\x00-\x20\x7f]", parts.hostname):
+    if not parts.hostname or port == 0 or re.search(r"[\x00-\x20\x7f\\]", parts.hostname):
         raise ImageError(f"{name}: names no host; correct the URL")
     if parts.username is not None:
         raise ImageError(f"{name}: has a user's name in it, which the output would repeat; use a signed URL")
-    path_and_query = quote(parts.path or "/", safe=_PATH_CHARACTERS)
-    if parts.query:
-        path_and_query += "?" + quote(parts.query, safe=_QUERY_CHARACTERS)
-    port = port or (443 if parts.scheme == "https" else 80)
-    return _Target(url, parts.scheme, _ascii_host(parts.hostname, name), port, path_and_query)
+    host, port = _ascii_host(parts.hostname, name), port or (443 if parts.scheme == "https" else 80)
+    query = f"?{quote(parts.query, safe=_QUERY_CHARACTERS)}" if parts.query else ""
+    request = f"{_authority(parts.scheme, host, port)}{quote(parts.path or '/', safe=_PATH_CHARACTERS)}{query}"
+    try:
+        url = URL(request, encoded=True)
+    except ValueError as error:
+        raise ImageError(f"{name}: is no URL ({one_line(error)}); correct it") from None
+    if (url.raw_host, url.port) != (host, port):  # the checked host and the requested one must be the same
+        raise ImageError(f"{name}: names no host; correct the URL")
+    return _Target(text, url, host, port)
+
+
+def _authority(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _ascii_host(host: str, name: str) -> str:
-    """A host as requests and certificates name it."""
-    with suppress(OSError):  # an IPv4 address in any form: aiohttp takes only the dotted one
-        return socket.inet_ntoa(socket.inet_aton(host))
+    """A host as requests and certificates name it; an IPv4 address in its dotted form, which aiohttp requires."""
     try:
-        return host if ":" in host else host.encode("idna").decode("ascii")
+        host = host if ":" in host else host.encode("idna").decode("ascii")
     except UnicodeError:
         raise ImageError(f"{name}: its host is no valid name; correct the URL") from None
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return host
 
 
 class _CheckedResolver(AbstractResolver):
-    """Gives aiohttp the addresses that were checked, and no others: nothing is looked up a second time."""
+    """Gives aiohttp the checked addresses of a host, so that it does not look the host up again."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
@@ -146,17 +153,17 @@ class _Redirect(NamedTuple):
 
 
 async def _get(target: _Target, inputs: InputSettings, deadline: float, name: str) -> bytes | _Redirect:
-    """Send one request, and read its answer until `deadline` on the clock of the event loop."""
+    """Send one request and read its answer, until `deadline` in the time of the event loop."""
     with _translated_errors(name):
         async with asyncio.timeout_at(deadline):
             addresses = await look_up(target.host, target.port, inputs.allow_private_addresses, name)
             async with (
                 _open_session(target, addresses, name) as session,
-                session.get(target.quoted_url(), allow_redirects=False) as response,
+                session.get(target.url, allow_redirects=False) as response,
             ):
                 if response.status in _REDIRECT_STATUSES:
                     location = response.headers.get("Location", "")
-                    # The server's own bytes, where they are not UTF-8.
+                    # Bytes that are not UTF-8 are sent back to the server unchanged.
                     return _Redirect(quote(location, safe=string.punctuation, errors="surrogateescape"))
                 return await _read_body(response, inputs, name)
 
@@ -178,7 +185,7 @@ def _translated_errors(name: str) -> Iterator[None]:
 
 def _open_session(target: _Target, addresses: Sequence[str], name: str) -> aiohttp.ClientSession:
     async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-        # aiohttp sends a request again where its own errors say that the connection was lost.
+        # aiohttp would catch its own error of a lost connection, and send the request again.
         with _translated_errors(name):
             return await send(request)
 
@@ -186,7 +193,7 @@ def _open_session(target: _Target, addresses: Sequence[str], name: str) -> aioht
         connector=aiohttp.TCPConnector(
             resolver=_CheckedResolver(addresses),
             use_dns_cache=False,
-            ssl=ssl.create_default_context() if target.scheme == "https" else True,
+            ssl=ssl.create_default_context() if target.url.scheme == "https" else True,
             force_close=True,
         ),
         middlewares=[send_once],
@@ -194,7 +201,7 @@ def _open_session(target: _Target, addresses: Sequence[str], name: str) -> aioht
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
-        timeout=aiohttp.ClientTimeout(),  # none: aiohttp's would begin again at every redirect
+        timeout=aiohttp.ClientTimeout(),  # no limits: that of aiohttp would begin again with each redirect
         max_line_size=_HEADER_BYTES,
         max_field_size=_HEADER_BYTES,
     )
