@@ -11,7 +11,6 @@ from pydantic import Field, field_validator, model_validator
 from stylemill.config.base import StrictModel
 
 DType = Literal["auto", "float16", "bfloat16", "float32", "float64"]
-EMBEDDED = "demo"  # the model that comes with the package; write a folder of this name as ./demo
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 

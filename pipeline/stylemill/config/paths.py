@@ -6,8 +6,7 @@ import re
 from pathlib import Path, PurePath
 from typing import Any
 
-from stylemill.config.model import EMBEDDED
-
+EMBEDDED = "demo"  # the model that comes with the package; write a folder of this name as ./demo
 _URL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
 _MODEL_PATHS = ("name", "config", "controlnet", "loras")  # settings of the model that may name folders or files
 
