@@ -100,9 +100,11 @@ class Sampling(StrictModel):
         if any(value < 0 for value in (*self.content_schedule, *(self.layer_weights or ()))):
             raise ValueError("content_schedule and layer_weights take numbers of 0 or more")
         if self.layer_weights is not None and not any(self.layer_weights):
-            raise ValueError("layer_weights are all 0; to turn the gradient steps off, set iterations: 0")
+            raise ValueError("layer_weights need a number above 0; to turn the gradient steps off, set iterations: 0")
         if not any(self.content_schedule):
-            raise ValueError("content_schedule has only zeros; to turn the content loss off, set content_weight: 0")
+            raise ValueError(
+                "content_schedule needs a number above 0; to turn the content loss off, set content_weight: 0"
+            )
         return self
 
     @model_validator(mode="after")

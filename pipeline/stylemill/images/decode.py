@@ -1,4 +1,4 @@
-"""Decode the bytes of an image file safely, whatever they are.
+"""Decode the bytes of an image file safely.
 
 A raster image becomes (H, W, 3) uint8 RGB, as a viewer shows it: EXIF rotation is applied, transparency is composited
 on white, 16 bits are scaled to 8, and of an animation the first frame is taken. An image whose colours would have to be

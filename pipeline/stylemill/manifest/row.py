@@ -19,8 +19,8 @@ _MAX_ID_BYTES = 200
 def parse_row(number: int, values: Mapping[str, Any], occurrence: int = 1) -> tuple[Row | None, list[Problem]]:
     """Check the values of one row, by column. Returns the Row and no problems, or None and at least one problem.
 
-    A row without a pair_id gets a hash of its known columns as its id, whatever its position. `occurrence` (1, 2, …)
-    gives identical rows different ids.
+    A row without a pair_id gets a hash of its known columns as its id, which does not depend on its position.
+    `occurrence` (1, 2, …) gives identical rows different ids.
     """
     parser = _RowParser(number, values)
     row = parser.parse()
