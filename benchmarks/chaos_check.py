@@ -1,4 +1,4 @@
-"""What must hold of a run folder whatever happened while it came to be. Each check answers with what is wrong."""
+"""Checks of the run folder that a chaos run leaves. Each check yields what is wrong."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stylemill.store.verify import verify
 
 _RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): .*", re.MULTILINE)  # the last line of a traceback
 _INJECTED = re.compile(r"injected at|\[Errno (?:5|28)\]")  # EIO, ENOSPC
-_PASSING = ("attempt", "timings", "sha256")  # what a record says of who committed it and when
+_VARYING = ("attempt", "timings", "sha256")  # keys of a record that differ between equal runs
 
 
 def check(run: Path, undisturbed: Path, rows: int) -> list[str]:
-    """What tells a finished run folder from that of an undisturbed run, and from what `verify` wants of one."""
+    """The differences between a finished run folder and that of an undisturbed run, and the problems of `verify`."""
     report = verify(run, deep=True)
     return [
         *rows_once(run, rows),
@@ -29,7 +29,7 @@ def check(run: Path, undisturbed: Path, rows: int) -> list[str]:
 
 
 def rows_once(run: Path, rows: int) -> Iterator[str]:
-    """Each row stands once, in data or failures; counted from the files alone, whatever records say."""
+    """Each row is there once, in data or failures. Counted from the files alone, without the records."""
     files = [*run.glob("data/*.parquet"), *run.glob("failures/*.parquet")]
     count = Counter(row for file in files for row in pq.read_table(file, columns=["row"])["row"].to_pylist())
     if lost := sorted(set(range(rows)) - count.keys()):
@@ -41,20 +41,20 @@ def rows_once(run: Path, rows: int) -> Iterator[str]:
 
 
 def same_files(run: Path, undisturbed: Path) -> Iterator[str]:
-    """The same files with the same bytes. Records may differ in who wrote them and when; job.json names its folder."""
-    found, expected = files(run), files(undisturbed)
-    if stray := sorted(found - expected):
+    """Both have the same files with the same bytes, except job.json and some keys of the records."""
+    actual, expected = files(run), files(undisturbed)
+    if stray := sorted(actual - expected):
         yield f"{len(stray)} stray files: {', '.join(stray[:5])}"
-    if missing := sorted(expected - found):
+    if missing := sorted(expected - actual):
         yield f"{len(missing)} files are missing: {', '.join(missing[:5])}"
-    for name in sorted((found & expected) - {"job.json"}):
-        read = lasting if name.startswith("records/") else Path.read_bytes
+    for name in sorted((actual & expected) - {"job.json"}):
+        read = without_varying if name.startswith("records/") else Path.read_bytes
         if read(run / name) != read(undisturbed / name):
             yield f"{name}: has other content than in an undisturbed run"
 
 
 def files(folder: Path) -> set[str]:
-    """All that is in a folder, by path; an empty folder counts as a file would."""
+    """The relative paths of all files in a folder, and of empty folders."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -62,12 +62,12 @@ def files(folder: Path) -> set[str]:
     }
 
 
-def lasting(record: Path) -> dict[str, Any]:
-    return {name: value for name, value in json.loads(record.read_bytes()).items() if name not in _PASSING}
+def without_varying(record: Path) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(record.read_bytes()).items() if name not in _VARYING}
 
 
 def steps_repeated(taken: int, needed: int, limit: int) -> Iterator[str]:
-    """`needed` steps are those of an undisturbed run."""
+    """Compare the steps taken with those that an undisturbed run needs, and with the allowed number of repetitions."""
     if taken < needed:
         yield f"{needed - taken} steps were left out"
     if taken - needed > limit:
@@ -75,7 +75,7 @@ def steps_repeated(taken: int, needed: int, limit: int) -> Iterator[str]:
 
 
 def tracebacks(log: str) -> Iterator[str]:
-    """Errors that nobody injected and nobody caught, in what a driver said for itself and its workers."""
+    """The errors in the log of a driver and its workers that were neither injected nor caught."""
     for line in dict.fromkeys(_RAISED.findall(log)):
         if not _INJECTED.search(line):
             yield f"not injected: {line}"

@@ -1,4 +1,4 @@
-"""A driver's life in the chaos run: started, watched, sent signals, and cleaned up after."""
+"""Start the driver of a chaos run, watch it, send it signals, and clean up after it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from PIL import Image
 import chaos_engine
 
 if TYPE_CHECKING:
-    from chaos import Life
+    from chaos import FaultPlan
 
-GRACE = 30  # seconds that a driver has to leave after SIGTERM, as schedulers give them
-PATIENCE = 30  # times that pace without a step, and a driver's life is no life
+GRACE_PERIOD = 30  # seconds between SIGTERM and SIGKILL, as schedulers give them
+STEP_TIMEOUT = 30  # a driver that takes no step for so many times the pace is given up
 SIZE = 64
-warm = multiprocessing.get_context("forkserver")  # what it forks has torch imported already
-warm.set_forkserver_preload(["chaos_engine", "stylemill.execution.driver", "stylemill.execution.local"])
+forkserver = multiprocessing.get_context("forkserver")  # the processes that it forks have imported torch already
+forkserver.set_forkserver_preload(["chaos_engine", "stylemill.execution.driver", "stylemill.execution.local"])
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The job that is disturbed, and where all files of the chaos run are."""
+    """The job of a chaos run, and the folder for all files."""
 
     folder: Path
     engine: str
@@ -57,15 +57,15 @@ class Setting:
 
 
 def write_job(setting: Setting) -> float:
-    """Model, images, manifest and job file; of some rows, the content is not there.
+    """Write the model, images, manifest and job file. Some rows name a content image that does not exist.
 
-    Returns the seconds in which this machine imports torch and makes the small model, as it is loaded now.
+    Returns the pace of this machine under its present load: the seconds to import torch and write the model.
     """
-    begun = time.monotonic()
-    maker = warm.Process(target=chaos_engine.write_model, args=(setting.folder / "model",))
-    maker.start()
-    maker.join()
-    pace = time.monotonic() - begun
+    started = time.monotonic()
+    process = forkserver.Process(target=chaos_engine.write_model, args=(setting.folder / "model",))
+    process.start()
+    process.join()
+    pace = time.monotonic() - started
     noise = np.random.default_rng(0)
     for number in range(8):
         pixels = noise.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -78,7 +78,7 @@ def write_job(setting: Setting) -> float:
         "caption": [f"picture {row}" for row in rows],
     }
     pq.write_table(pa.table(columns), setting.folder / "pairs.parquet")
-    # A worker that is killed for being slow, on a busy machine, makes the run longer and shows nothing.
+    # The timeouts depend on the pace: to kill slow workers on a busy machine would only make the run longer.
     cluster = {"workers": setting.workers, "micro_batch": 2, "step_timeout": max(5, pace), "stage_timeout": 8 * pace}
     job = {
         "manifest": "pairs.parquet",
@@ -95,48 +95,48 @@ def write_job(setting: Setting) -> float:
 
 
 class Driver:
-    """The command for one run folder, which may be started again and again."""
+    """The driver of one run folder, which can be started many times."""
 
     def __init__(self, setting: Setting, name: str, pace: float) -> None:
         self.setting = setting
-        self.patience = PATIENCE * pace
+        self.step_timeout = STEP_TIMEOUT * pace
         self.run = setting.folder / name
         self.log = setting.folder / f"{name}.log"
-        self.noted = setting.folder / f"{name}.steps"
-        self.noted.touch()
-        self.left = setting.folder / f"{name}.left"
-        self.befell: list[str] = []  # in the last life
-        self.may_repeat = 0
+        self.step_log = setting.folder / f"{name}.steps"
+        self.step_log.touch()
+        self.leftovers = setting.folder / f"{name}.leftovers"
+        self.injected: list[str] = []  # the faults of the last start
+        self.may_repeat = 0  # steps
 
     @property
-    def taken(self) -> int:
-        """Steps, over all lives."""
-        return self.noted.stat().st_size // chaos_engine.LINE_BYTES
+    def steps_taken(self) -> int:
+        """The steps of all starts."""
+        return self.step_log.stat().st_size // chaos_engine.LINE_BYTES
 
-    def live(self, life: Life, number: int) -> int | None:
-        """One start of the driver, until it ends; returns its exit code, None where it had to be given up."""
+    def start(self, plan: FaultPlan, number: int) -> int | None:
+        """Start the driver and wait for its end; returns the exit code, None if it was given up."""
         hits = self.setting.folder / f"hits-{self.run.name}-{number}"
         hits.mkdir()
         environment = {
             "CHAOS_ENGINE": self.setting.engine,
-            "CHAOS_SECONDS": "0.1" if life.on_ray else "0",
-            "CHAOS_STEPS": str(self.noted),
-            "CHAOS_LEFT": str(self.left),
-            "STYLEMILL_FAILPOINTS": ";".join(life.rules),
+            "FAKE_STEP_SECONDS": "0.1" if plan.on_ray else "0",
+            "CHAOS_STEPS": str(self.step_log),
+            "CHAOS_LEFTOVERS": str(self.leftovers),
+            "STYLEMILL_FAILPOINTS": ";".join(plan.rules),
             "STYLEMILL_FAILPOINTS_STATE": str(hits),
         }
-        self.befell = []
-        pid, ended = (self._on_ray if life.on_ray else self._inline)(environment)
-        rules = {hits / hit_file(place, rule): rule for place, rule in enumerate(life.rules)}
-        hangs = [hit for hit, rule in rules.items() if ":hang:" in rule and not life.on_ray]
+        self.injected = []
+        pid, ended = (self._on_ray if plan.on_ray else self._inline)(environment)
+        rules = {hits / hit_file(position, rule): rule for position, rule in enumerate(plan.rules)}
+        hangs = [hit for hit, rule in rules.items() if ":hang:" in rule and not plan.on_ray]
         try:
-            code = self._watch(life, pid, ended, hangs)
+            code = self._watch(plan, pid, ended, hangs)
         finally:
-            if ended() is None:  # Ctrl-C, or nobody waits for it any more
+            if ended() is None:  # given up, or this process was interrupted
                 self._send(pid, signal.SIGKILL)
-        self.befell += [rule.rpartition(":")[0].replace(":", " ", 1) for hit, rule in rules.items() if hit.exists()]
+        self.injected += [rule.rpartition(":")[0].replace(":", " ", 1) for hit, rule in rules.items() if hit.exists()]
         self._clean_up()
-        shutil.rmtree(hits, ignore_errors=True)  # workers of a killed driver may still be at it
+        shutil.rmtree(hits, ignore_errors=True)  # workers of a killed driver may still write there
         return code
 
     def _arguments(self) -> list[str]:
@@ -144,73 +144,73 @@ class Driver:
 
     def _inline(self, environment: dict[str, str]) -> tuple[int, Callable[[], int | None]]:
         arguments = [*self._arguments(), "--inline"]
-        process = warm.Process(target=chaos_engine.drive, args=(arguments, str(self.log), environment))
+        process = forkserver.Process(target=chaos_engine.drive, args=(arguments, str(self.log), environment))
         process.start()
         assert process.pid
         return process.pid, lambda: process.exitcode
 
     def _on_ray(self, environment: dict[str, str]) -> tuple[int, Callable[[], int | None]]:
-        here = os.environ | environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        here["RAY_worker_niceness"] = "0"  # Ray's own is 15: on a busy machine, no worker would ever be ready
+        variables = os.environ | environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        variables["RAY_worker_niceness"] = "0"  # the default is 15, with which no worker gets ready on a busy machine
         command = [sys.executable, str(Path(__file__).with_name("chaos_ray.py")), *self._arguments()]
         with self.log.open("ab") as log:
-            process = subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
         return process.pid, process.poll
 
-    def _watch(self, life: Life, pid: int, ended: Callable[[], int | None], hangs: list[Path]) -> int | None:
-        before = seen = self.taken
-        signals, heard, leave_by = [*life.signals], time.monotonic(), float("inf")
+    def _watch(self, plan: FaultPlan, pid: int, ended: Callable[[], int | None], hangs: list[Path]) -> int | None:
+        first = latest = self.steps_taken
+        signals, last_step_at, kill_at = [*plan.signals], time.monotonic(), float("inf")
         while (code := ended()) is None:
             time.sleep(0.02)
-            now, taken = time.monotonic(), self.taken
-            if taken > seen:
-                seen, heard = taken, now
-            if signals and taken - before >= signals[0][0]:
-                _, who, what = signals[0]
-                if self._send(pid if who == "driver" or not life.on_ray else self._last_worker(), what):
-                    self.befell.append(f"{who} {what.name}")
+            now, taken = time.monotonic(), self.steps_taken
+            if taken > latest:
+                latest, last_step_at = taken, now
+            if signals and taken - first >= signals[0][0]:
+                _, target, number = signals[0]
+                if self._send(pid if target == "driver" or not plan.on_ray else self._last_worker(), number):
+                    self.injected.append(f"{target} {number.name}")
                     del signals[0]
-                    leave_by = min(leave_by, now + GRACE) if who == "driver" else leave_by
-            # Only an operator misses a driver that stands still, or one inline that hangs.
-            if now > leave_by:
-                self.befell.append("driver SIGKILL")
-            if now > leave_by or _is_stopped(pid) or any(hang.exists() for hang in hangs):
+                    kill_at = min(kill_at, now + GRACE_PERIOD) if target == "driver" else kill_at
+            # A stopped driver, or an inline driver that hangs, is killed as an operator would do.
+            if now > kill_at:
+                self.injected.append("driver SIGKILL")
+            if now > kill_at or _is_stopped(pid) or any(hang.exists() for hang in hangs):
                 self._send(pid, signal.SIGKILL)
-                leave_by = float("inf")
-            if now > heard + self.patience:
+                kill_at = float("inf")
+            if now > last_step_at + self.step_timeout:
                 return None
         return code
 
     def _last_worker(self) -> int:
-        """The pid of the worker that took the last step; 0 where it is no worker any more."""
-        with self.noted.open("rb") as file:
-            file.seek(max(self.taken - 1, 0) * chaos_engine.LINE_BYTES)
-            words = file.readline().split()
-        return int(words[0]) if words and _is_worker(int(words[0])) else 0
+        """The pid of the worker that took the last step; 0 if it has ended."""
+        with self.step_log.open("rb") as file:
+            file.seek(max(self.steps_taken - 1, 0) * chaos_engine.LINE_BYTES)
+            fields = file.readline().split()
+        return int(fields[0]) if fields and _is_worker(int(fields[0])) else 0
 
     @staticmethod
-    def _send(pid: int, what: signal.Signals) -> bool:
+    def _send(pid: int, number: signal.Signals) -> bool:
         with suppress(ProcessLookupError):
             if pid:
-                os.kill(pid, what)
+                os.kill(pid, number)
                 return True
         return False
 
     def _clean_up(self) -> None:
-        """What Ray leaves behind a killed driver: a folder, and workers that stand still and so do not notice."""
-        lines = self.left.read_text().splitlines() if self.left.exists() else []
-        for kind, what in (line.split(" ", 1) for line in lines):
+        """Remove what a killed driver on Ray leaves: the folder of Ray, and workers that are stopped."""
+        lines = self.leftovers.read_text().splitlines() if self.leftovers.exists() else []
+        for kind, name in (line.split(" ", 1) for line in lines):
             if kind == "folder":
-                shutil.rmtree(what, ignore_errors=True)
-            elif _is_worker(int(what)):
-                self._send(int(what), signal.SIGKILL)
-        self.left.unlink(missing_ok=True)
+                shutil.rmtree(name, ignore_errors=True)
+            elif _is_worker(int(name)):
+                self._send(int(name), signal.SIGKILL)
+        self.leftovers.unlink(missing_ok=True)
 
 
-def hit_file(place: int, rule: str) -> str:
-    """The name of the file that `faults` makes where the rule at this place of its list acts."""
+def hit_file(position: int, rule: str) -> str:
+    """The name of the file that `failpoints` creates when the rule at this position of the list acts."""
     point, *_, hit = rule.split(":")
-    return f"{place}-{point}-{hit.removeprefix('hit=')}"
+    return f"{position}-{point}-{hit.removeprefix('hit=')}"
 
 
 def _is_worker(pid: int) -> bool:

@@ -1,8 +1,8 @@
-"""The driver of the chaos run on Ray: the command line of `stylemill`, with workers that record their steps.
+"""The driver of a chaos run on Ray: the command line of stylemill, with workers whose engine logs its steps.
 
-    CHAOS_LEFT=FILE     records what a killed driver may leave behind: the folder of Ray and the pids of the workers
+    CHAOS_LEFTOVERS=FILE     lists what a killed driver may leave: the folder of Ray, and the pids of workers
 
-The other environment variables are those of `chaos_engine`.
+`chaos_engine` describes the other variables.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from stylemill.cluster import actors
 from stylemill.cluster.worker import LoadedModel, Worker
 
 
-class RecordingWorker(Worker):
-    """A worker whose engine records its steps."""
+class LoggingWorker(Worker):
+    """A worker whose engine logs its steps."""
 
     def load(self, micro_batch: int | None) -> LoadedModel:
-        _record_left(f"pid {os.getpid()}")
+        _log_leftover(f"pid {os.getpid()}")
         install_engine()
         return super().load(micro_batch)
 
 
-def _record_left(line: str) -> None:
-    with open(os.environ["CHAOS_LEFT"], "a") as file:
+def _log_leftover(line: str) -> None:
+    with open(os.environ["CHAOS_LEFTOVERS"], "a") as file:
         file.write(f"{line}\n")
 
 
 def drive(arguments: Sequence[str]) -> int:
-    original_init = ray.init
+    real_init = ray.init
 
     def init(**options: Any) -> Any:
-        _record_left(f"folder {options['_temp_dir']}")
-        return original_init(**options)
+        _log_leftover(f"folder {options['_temp_dir']}")
+        return real_init(**options)
 
     ray.init = init
-    actors.Worker = RecordingWorker  # type: ignore[misc]
+    actors.Worker = LoggingWorker  # type: ignore[misc]
     return command(arguments)
 
 
 if __name__ == "__main__":
-    import chaos_ray  # workers import RecordingWorker from this module; they cannot import it from __main__
+    import chaos_ray  # workers import LoggingWorker from this module, not from __main__
 
     sys.exit(chaos_ray.drive(sys.argv[1:]))

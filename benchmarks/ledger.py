@@ -1,11 +1,10 @@
-"""How long a run of many shards takes to open, and how much memory: the ledger at size.
+"""Measure the time and the memory that opening a run with many shards takes.
 
     python benchmarks/ledger.py /tmp/ledger 1000000
 
-Makes a run folder whose records but the last are compacted, by the function that a run uses, and opens it in a fresh
-process: as the driver does (`Ledger`), and as `stylemill status` does. The data files are empty: what opening asks of
-them is their size.
-A folder that an earlier call made is used again.
+Creates a run folder whose records are compacted, except the last ones, by the function that a run uses. Opens it in a
+new process as the driver does (`Ledger`), and as `stylemill status` does. The data files are empty, because opening a
+run only looks at their sizes. A folder of an earlier call is used again.
 """
 
 from __future__ import annotations
@@ -17,38 +16,38 @@ import sys
 import time
 from pathlib import Path
 
-from stylemill.store.compaction import pack
+from stylemill.store.compaction import write_segment
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
-from stylemill.store.run_file import RunFile
-from stylemill.store.segments import ROWS
+from stylemill.store.run_file import RunFile, create_run_folder
+from stylemill.store.segments import RECORDS_PER_SEGMENT
 
 PAIRS = 256
-EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 MEASURE = """
 import resource, sys, time
 start = time.perf_counter()
-{what}
+{code}
 seconds = time.perf_counter() - start
 print(f"{{seconds:.1f}} s, {{time.process_time():.1f}} of CPU;", end=" ")
-print(f"{{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}} MB peak: {{found}}")
+print(f"{{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f}} MB peak: {{result}}")
 """
 DRIVER = """
 from stylemill.store.ledger import Ledger
 from stylemill.store.run_file import RunFile
 _, paths = RunFile.open(sys.argv[1])
-found = f"{len(Ledger(paths).open_shards(paths.shards)):,} shards open"
+result = f"{len(Ledger(paths).open_shards(paths.shards)):,} shards open"
 """
 STATUS = """
 from stylemill.report.status import status
-found = f"{status(sys.argv[1]).summary.rows_ok:,} images"
+result = f"{status(sys.argv[1]).summary.rows_ok:,} images"
 """
 
 
-def make(output: Path, shards: int) -> None:
-    """A finished run: `shards` shards, one in a hundred with a failed row."""
+def create_run(output: Path, shards: int) -> None:
+    """Create a finished run with `shards` shards, of which every hundredth has a failed row."""
     paths = RunPaths(output, shards)
-    paths.create()
+    create_run_folder(paths)
     numerics = {"device": "cpu", "dtype": "float32", "threads": 1, "micro_batch": 4, "torch": "2.6.0"}
     paths.job.write_bytes(RunFile({}, "f" * 64, shards * PAIRS, shards, PAIRS, {"manifest": "m"}, {}).to_bytes())
     records: list[Record] = []
@@ -65,14 +64,14 @@ def make(output: Path, shards: int) -> None:
             rows_ok=PAIRS - failed,
             rows_failed=int(failed),
             data=FileEntry(paths.relative(paths.data(shard)), PAIRS - failed, 0, os.urandom(32).hex()),
-            failures=FileEntry(paths.relative(paths.failures(shard)), 1, 0, EMPTY) if failed else None,
+            failures=FileEntry(paths.relative(paths.failures(shard)), 1, 0, EMPTY_SHA256) if failed else None,
             failed_by_class={"ImageError": 1} if failed else {},
             numerics=numerics,
             timings={"read": 1.25, "sample": 812.5, "decode": 20.25, "write": 3.125},
         )
         records.append(record)
-        if len(records) == ROWS:
-            pack(paths, records)
+        if len(records) == RECORDS_PER_SEGMENT:
+            write_segment(paths, records)
             records.clear()
     for record in records:
         paths.record(record.shard).write_bytes(record.to_bytes())
@@ -82,17 +81,17 @@ def main(folder: str, count: str) -> None:
     output, shards = Path(folder) / f"run-{count}", int(count)
     if not (output / "done").exists():
         start = time.perf_counter()
-        make(output, shards)
+        create_run(output, shards)
         (output / "done").touch()
-        print(f"made {shards:,} records in {time.perf_counter() - start:.0f} s")
+        print(f"created {shards:,} records in {time.perf_counter() - start:.0f} s")
     records = output / "records"
     size = sum(entry.stat().st_size for entry in os.scandir(records)) / 2**20
     print(f"{platform.machine()}, {os.cpu_count()} cores; {len(os.listdir(records)):,} record files, {size:.0f} MB")
-    for name, what in (("driver", DRIVER), ("status", STATUS)):
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE.format(what=what), output], capture_output=True, text=True, check=True
+    for name, code in (("driver", DRIVER), ("status", STATUS)):
+        process = subprocess.run(
+            [sys.executable, "-c", MEASURE.format(code=code), output], capture_output=True, text=True, check=True
         )
-        print(f"{name}: {done.stdout.strip()}")
+        print(f"{name}: {process.stdout.strip()}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Fixtures of the tests that compare the engine with the oracle, and of those that run a job, killed and undisturbed.
+"""Fixtures of the tests that compare the engine with the oracle, and of those that run jobs, killed and undisturbed.
 
-A test file may define its own of the same name.
+A test file may override them.
 """
 
 from __future__ import annotations
@@ -58,17 +58,23 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs that job, or another, in processes that have imported all they need: a `demo_job.Warm`."""
-    import demo_job
-
-    return demo_job.Warm(tmp_path_factory.mktemp("logs"))
+def with_fake_engine() -> bool:
+    """Whether `commands` run with the fake engine: a test file overrides it where the engine is not the subject."""
+    return False
 
 
 @pytest.fixture(scope="module")
-def whole(job: Path, warm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def commands(tmp_path_factory: pytest.TempPathFactory, with_fake_engine: bool) -> Any:
+    """Runs that job, or another, in forked processes: a `demo_job.ForkedCommands`."""
+    import demo_job
+
+    return demo_job.ForkedCommands(tmp_path_factory.mktemp("logs"), with_fake_engine)
+
+
+@pytest.fixture(scope="module")
+def whole(job: Path, commands: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder, on a disk, of an undisturbed run."""
     output: Path = tmp_path_factory.mktemp("whole") / "run"
-    ended = warm.run(output, job)
+    ended = commands.run(output, job)
     assert ended.exit_code == 3, ended.output
     return output

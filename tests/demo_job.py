@@ -1,8 +1,8 @@
-"""A small job with everything in it, and processes that run it: watched, and killed at a chosen moment.
+"""A small job that uses most features, and processes that run it and can be killed at a chosen moment.
 
-`Warm` forks a server that has imported torch once, and there runs the very command line. What a kill leaves behind
-follows from the files changed before it, so a moment is a number of changes: "before the third change that shard 1
-makes while it is sampled". A torn file is left where the change was to be a file's beginning.
+`ForkedCommands` forks processes from a server that has imported torch once, and runs the command line in them. What a
+kill leaves behind follows from the file changes before it, so a moment is a number of changes: "before the third change
+that shard 1 makes while it is sampled". Where the change creates a file, a part of that file is left.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+import fake_engine
 from store_shards import files
 
 STEPS, EVERY_STEPS, PAIRS_PER_SHARD, SHARDS = 5, 2, 3, 3
@@ -132,14 +133,14 @@ def stylemill(*arguments: object) -> tuple[int, str]:
 
 # --- the command, forked ----------------------------------------------------------------------------------------------
 
-# A stage of a run, and its shard where it has one. start: until the first shard; sample: checkpoints; write: encoding
-# and publishing; end: from the contact sheet on. "step" counts the steps of a shard instead of changes.
+# A stage of a run, and its shard where it has one. start: before the first shard; sample: checkpoints; write: encoding
+# and publishing; end: from the contact sheet on. "step" counts the steps of a shard and not changes.
 Stage = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Just before the `count`th change (from 0) of the run folder in a stage, where `signal` comes."""
+    """The moment before change number `count` (from 0) of the run folder in a stage. The process gets `signal` then."""
 
     stage: Stage
     count: int
@@ -147,12 +148,12 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A finished process: exit code (negative: the signal that killed it), output, steps taken, changes made."""
+class EndedProcess:
+    """A process that ended: exit code (negative: the signal that killed it), output, steps and changes."""
 
     exit_code: int
     output: str
-    steps: list[tuple[int, int]]  # (shard, step), as they were taken
+    steps: list[tuple[int, int]]  # (shard, step), in order
     stages: list[Stage]  # of each change
 
     def changes(self) -> dict[Stage, int]:
@@ -163,11 +164,15 @@ class Ended:
         return counts
 
 
-class Warm:
-    """Runs commands in processes forked from one that has imported all they need."""
+class ForkedCommands:
+    """Runs commands in processes forked from one that has imported all that they need.
 
-    def __init__(self, logs: Path) -> None:
+    With `fake_engine`, workers load the fake engine in place of the real one.
+    """
+
+    def __init__(self, logs: Path, fake_engine: bool = False) -> None:
         self.logs = logs
+        self.fake_engine = fake_engine
         self.started = 0
         self.context = multiprocessing.get_context("forkserver")
         transformers = ["transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"]
@@ -183,38 +188,39 @@ class Warm:
         order: Sequence[int] = (),
         faults: dict[str, str] | None = None,
         constants: dict[str, object] | None = None,
-    ) -> WarmRun:
-        """Begin `stylemill run … --inline --output OUTPUT`.
+    ) -> ForkedProcess:
+        """Start `stylemill run … --inline --output OUTPUT`.
 
-        Where the first argument is `retry-failed` or `repair`, it begins that of the run folder OUTPUT.
-        `order` is that in which shards are worked off, `faults` what stands in the environment, `constants` what
-        modules of stylemill have in place of their own, by `module:name`.
+        If the first argument is `retry-failed` or `repair`, start that command on the run folder OUTPUT. `order` is the
+        order of the shards, `faults` goes into the environment, and `constants` maps `module:name` to a value that
+        replaces the module's own.
         """
         self.started += 1
         log = self.logs / str(self.started)
-        verb, rest = str(arguments[0]), [*map(str, arguments[1:]), "--inline"]
-        if verb in ("retry-failed", "repair"):
-            command = [verb, str(output), *rest]
+        first, rest = str(arguments[0]), [*map(str, arguments[1:]), "--inline"]
+        if first in ("retry-failed", "repair"):
+            command = [first, str(output), *rest]
         else:
-            command = ["run", verb, *rest, "--output", str(output)]
-        how = (at, order, faults or {}, constants or {})
-        process = self.context.Process(target=_run, args=(command, str(output), log, *how), daemon=True)
+            command = ["run", first, *rest, "--output", str(output)]
+        settings = (at, order, faults or {}, constants or {}, self.fake_engine)
+        process = self.context.Process(target=_run, args=(command, str(output), log, *settings), daemon=True)
         process.start()
-        return WarmRun(process, log)
+        return ForkedProcess(process, log)
 
-    def run(self, output: Path | str, *arguments: object, **how: Any) -> Ended:
-        return self.start(output, *arguments, **how).ended()
+    def run(self, output: Path | str, *arguments: object, **options: Any) -> EndedProcess:
+        """`start`, and wait for the end."""
+        return self.start(output, *arguments, **options).ended()
 
 
-class WarmRun:
+class ForkedProcess:
     def __init__(self, process: Any, log: Path) -> None:
         self.process = process
         self.log = log
 
-    def ended(self) -> Ended:
+    def ended(self) -> EndedProcess:
         self.process.join()
         lines = [json.loads(line) for line in self.log.with_suffix(".log").read_text().splitlines()]
-        return Ended(
+        return EndedProcess(
             exit_code=self.process.exitcode,
             output=self.log.with_suffix(".out").read_text(),
             steps=[(line["shard"], line["step"]) for line in lines if "step" in line],
@@ -230,11 +236,14 @@ def _run(
     order: Sequence[int],
     faults: dict[str, str],
     constants: dict[str, object],
+    with_fake_engine: bool,
 ) -> None:
     os.environ.update(faults)
-    tempfile.tempdir = None  # where TMPDIR says
-    for place, value in constants.items():
-        module, name = place.split(":")
+    tempfile.tempdir = None  # so that it is read from TMPDIR again
+    if with_fake_engine:
+        fake_engine.install()
+    for constant, value in constants.items():
+        module, name = constant.split(":")
         setattr(importlib.import_module(module), name, value)
     with open(log.with_suffix(".out"), "w") as out:
         os.dup2(out.fileno(), 1)
@@ -248,28 +257,28 @@ def _run(
     from stylemill.cli import main
     from stylemill.execution.listener import RunListener
 
-    watch, heard = _Watch(output, note, at), RunListener.progress
+    watcher, original_progress = _FolderWatcher(output, note, at), RunListener.progress
 
     def progress(self: Any, progress: Any) -> None:
         if progress.stage == "sample":
             note(shard=progress.shard, step=progress.step)
-            watch.reached(("step", progress.shard))
-        heard(self, progress)
+            watcher.reached(("step", progress.shard))
+        original_progress(self, progress)
 
     RunListener.progress = progress  # type: ignore[method-assign]
     if order:
-        in_order = stylemill.execution.local.run_inline
+        run_inline = stylemill.execution.local.run_inline
 
-        def shuffled(run: Any, shards: Sequence[int], *rest: Any) -> dict[int, str]:
-            return in_order(run, [shard for shard in order if shard in shards], *rest)
+        def run_in_order(run: Any, shards: Sequence[int], *rest: Any) -> dict[int, str]:
+            return run_inline(run, [shard for shard in order if shard in shards], *rest)
 
-        stylemill.execution.local.run_inline = shuffled
-    sys.addaudithook(watch)
+        stylemill.execution.local.run_inline = run_in_order
+    sys.addaudithook(watcher)
     sys.exit(main(command))
 
 
-class _Watch:
-    """Sees every change of a run folder just before Python makes it."""
+class _FolderWatcher:
+    """An audit hook that notes every change of a run folder before Python makes it."""
 
     _PATH: ClassVar = {"open": 0, "os.mkdir": 0, "os.remove": 0, "shutil.rmtree": 0, "os.link": 1, "os.rename": 1}
     _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT

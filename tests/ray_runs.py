@@ -25,6 +25,7 @@ from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
+from stylemill.store.run_file import create_run_folder
 
 TIMEOUTS = Timeouts(connect=2, placement=60, placement_notice=60, shutdown=30, poll_interval=0.05)
 
@@ -110,7 +111,7 @@ def make_run(folder: Path, rows: int, pairs_per_shard: int, **job: Any) -> Run:
         **job,
     }
     paths = RunPaths(folder / "out", -(-rows // pairs_per_shard))
-    paths.create()
+    create_run_folder(paths)
     return Run(Job.parse(values), paths, open_manifest(values["manifest"]), "f" * 64, pairs_per_shard, "demo")
 
 

@@ -1,4 +1,4 @@
-"""An S3 server on loopback, and a gate before it where requests are refused, delayed, or robbed of their conditions."""
+"""An S3 server on the loopback interface, and a proxy that can refuse, delay, lose or change requests to it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from typing import Any
 from urllib.parse import urlsplit
 
 BUCKET = "runs"
-# What a gate does with a request: a status to answer instead, None to let it pass; silent: no answer at all; lost: it
-# is done, and the answer never arrives; slow: it is done late; plain: as by a store without conditional requests.
+# What the proxy does with a request. None: forward it; a status: respond with it instead; "silent": never respond;
+# "lost": forward it and lose the response; "slow": forward it late; "plain": forward it without its conditions, as if
+# the store had no conditional requests.
 Treatment = int | str | None
 Rule = Callable[[str, str], Treatment]
 
 
 @dataclass
-class Store:
+class ObjectStore:
     """A real S3 server with one bucket, `runs`."""
 
     url: str
     client: Any
 
     def environment(self, machine: Path, url: str | None = None) -> dict[str, str]:
-        """What a process of `machine`, a folder of its own, has in its environment; `url` is that of a gate."""
+        """The environment of a process whose machine has the local disk `machine`; `url` is that of a proxy."""
         machine.mkdir(parents=True, exist_ok=True)
         none = str(machine / "none")
         return {
@@ -43,10 +44,14 @@ class Store:
         }
 
     def objects(self, folder: str) -> dict[str, bytes]:
-        """What stands below s3://runs/folder, by the rest of the name."""
+        """The objects in s3://runs/folder, by their key relative to the folder."""
+        return {name: self.get(f"{folder}/{name}") for name in self.names(folder)}
+
+    def names(self, folder: str) -> list[str]:
+        """The keys in s3://runs/folder, relative to the folder."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{folder}/")
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        return {key.removeprefix(f"{folder}/"): self.get(key) for key in keys}
+        return [key.removeprefix(f"{folder}/") for key in keys]
 
     def get(self, key: str) -> bytes:
         return bytes(self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
@@ -58,12 +63,12 @@ class Store:
         self.client.delete_object(Bucket=BUCKET, Key=key)
 
     def uploads(self) -> list[str]:
-        """Keys of uploads in parts that were begun and neither completed nor aborted."""
+        """The keys of multipart uploads that were neither completed nor aborted."""
         return [entry["Key"] for entry in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())]
 
 
 @contextmanager
-def serving_s3() -> Iterator[Store]:
+def serving_s3() -> Iterator[ObjectStore]:
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -74,22 +79,25 @@ def serving_s3() -> Iterator[Store]:
     keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing", "region_name": "us-east-1"}
     client = boto3.client("s3", endpoint_url=url, **keys)
     client.create_bucket(Bucket=BUCKET)
-    yield Store(url, client)
+    yield ObjectStore(url, client)
     server.stop()
 
 
 @dataclass
-class Gate:
-    """`rule` is asked what to do with each request, by its method and path with query; `asked` are those so far."""
+class Proxy:
+    """A running proxy. `rule` returns what to do with a request, given its method, and its path with the query.
+
+    `requests` holds the requests so far, `treated` counts those that were not just forwarded.
+    """
 
     url: str
     rule: Rule = lambda method, path: None
-    asked: list[tuple[str, str]] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
     treated: int = 0
 
 
 @contextmanager
-def gate(store: Store, rule: Rule = lambda method, path: None) -> Iterator[Gate]:
+def running_proxy(store: ObjectStore, rule: Rule = lambda method, path: None) -> Iterator[Proxy]:
     behind = urlsplit(store.url).netloc
     ended = threading.Event()
 
@@ -98,15 +106,15 @@ def gate(store: Store, rule: Rule = lambda method, path: None) -> Iterator[Gate]
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-            made.asked.append((self.command, self.path))
-            treatment = made.rule(self.command, self.path)
-            made.treated += treatment is not None
+            proxy.requests.append((self.command, self.path))
+            treatment = proxy.rule(self.command, self.path)
+            proxy.treated += treatment is not None
             if treatment == "silent":
                 ended.wait()
             if treatment == "slow":
                 time.sleep(0.2)
             if isinstance(treatment, int):
-                self.answer(treatment, {}, _error(treatment))
+                self.respond(treatment, {}, _error(treatment))
                 return
             headers = dict(self.headers)
             if treatment == "plain":
@@ -118,10 +126,10 @@ def gate(store: Store, rule: Rule = lambda method, path: None) -> Iterator[Gate]
             if treatment == "lost":
                 self.close_connection = True
             else:
-                self.answer(response.status, dict(response.headers), data)
+                self.respond(response.status, dict(response.headers), data)
             connection.close()
 
-        def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        def respond(self, status: int, headers: dict[str, str], data: bytes) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
                 if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -138,12 +146,12 @@ def gate(store: Store, rule: Rule = lambda method, path: None) -> Iterator[Gate]
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of clients that were killed
-    made = Gate(f"http://127.0.0.1:{server.server_port}", rule)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients are killed
+    proxy = Proxy(f"http://127.0.0.1:{server.server_port}", rule)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield made
+        yield proxy
     finally:
         ended.set()
         server.shutdown()
@@ -156,18 +164,18 @@ def _error(status: int) -> bytes:
     return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
 
 
-def every(number: int, treatment: Treatment) -> Rule:
-    """The `number`th of each so many requests is treated so."""
+def every_nth(number: int, treatment: Treatment) -> Rule:
+    """Apply the treatment to every `number`th request."""
     counted = iter(range(1, 1 << 30))
     return lambda method, path: treatment if next(counted) % number == 0 else None
 
 
-def times(count: int, treatment: Treatment, method: str = "") -> Rule:
-    """The first `count` requests (of a method) are."""
+def first_requests(count: int, treatment: Treatment, method: str = "") -> Rule:
+    """Apply the treatment to the first `count` requests, or to those of one method."""
     left = [count]
 
-    def rule(asked: str, path: str) -> Treatment:
-        if (method and asked != method) or not left[0]:
+    def rule(request_method: str, path: str) -> Treatment:
+        if (method and request_method != method) or not left[0]:
             return None
         left[0] -= 1
         return treatment
@@ -175,20 +183,20 @@ def times(count: int, treatment: Treatment, method: str = "") -> Rule:
     return rule
 
 
-def forget_connections() -> None:
-    """What is asked next goes where the environment says now."""
+def close_connections() -> None:
+    """Make the next request read the environment again."""
     from stylemill import s3
-    from stylemill.store.object_store.bucket import bucket
+    from stylemill.store.object_store.bucket import open_bucket
 
     s3._filesystem.cache_clear()
-    bucket.cache_clear()
+    open_bucket.cache_clear()
 
 
-def here(environment: dict[str, str], patch: Any) -> None:
-    """Let this process be one with that environment."""
+def use_environment(environment: dict[str, str], patch: Any) -> None:
+    """Give this process the environment of a machine."""
     import tempfile
 
     for name, value in environment.items():
         patch.setenv(name, value)
     patch.setattr(tempfile, "tempdir", environment["TMPDIR"])
-    forget_connections()
+    close_connections()

@@ -1,4 +1,4 @@
-"""Small real shards for the tests of the store: 4 rows each, images of 4 × 3 pixels."""
+"""Small real shards for the tests of the store: 4 rows each, with images of 4 × 3 pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from stylemill.store.parquet import Failure, output_schema, write_failures, write_shard
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.run_file import RunFile
+from stylemill.store.run_file import RunFile, create_run_folder
 
 ROWS = 4
 FINGERPRINT = "f" * 64
@@ -24,7 +24,7 @@ Attempt = tuple[Record, Path | None, Path | None]
 
 def run_folder(folder: Path, shards: int = 1) -> RunPaths:
     paths = RunPaths(folder / "run", shards)
-    paths.create()
+    create_run_folder(paths)
     file = RunFile({}, FINGERPRINT, shards * ROWS, shards, ROWS, {"manifest": "pairs.parquet"}, {})
     paths.job.write_bytes(file.to_bytes())
     return paths
@@ -58,6 +58,10 @@ def table(rows: Collection[int], fingerprint: str = FINGERPRINT, model: str = "d
     )
 
 
+def failures_of(rows: Collection[int]) -> list[Failure]:
+    return [Failure(row, f"pair-{row}", "read", "ImageError", "zero bytes") for row in rows]
+
+
 def attempt(
     paths: RunPaths,
     name: str,
@@ -66,12 +70,11 @@ def attempt(
     fingerprint: str = FINGERPRINT,
     **columns: str,
 ) -> Attempt:
-    """What a worker hands to `commit`; `failed` are row numbers."""
+    """The arguments of a worker's `commit`. `failed` are row numbers."""
     rows = range(shard * ROWS, (shard + 1) * ROWS)
-    good = [row for row in rows if row not in failed]
-    lost = [Failure(row, f"pair-{row}", "read", "ImageError", "zero bytes") for row in failed]
-    data = write_shard(paths, shard, name, table(good, fingerprint, **columns)) if good else None
-    failures = write_failures(paths, shard, name, lost, fingerprint) if lost else None
+    ok = [row for row in rows if row not in failed]
+    data = write_shard(paths, shard, name, table(ok, fingerprint, **columns)) if ok else None
+    failures = write_failures(paths, shard, name, failures_of(failed), fingerprint) if failed else None
     record = Record(
         shard=shard,
         fingerprint=fingerprint,
@@ -83,18 +86,17 @@ def attempt(
     return record, data, failures
 
 
-def second_try(paths: RunPaths, good: Collection[int], lost: Collection[int] = (), shard: int = 0) -> Attempt:
-    """What a worker hands to `commit` for generation 1 of a shard."""
-    again = [Failure(row, f"pair-{row}", "read", "ImageError", "zero bytes") for row in lost]
-    data = write_shard(paths, shard, "again", table(good), 1) if good else None
-    failures = write_failures(paths, shard, "again", again, FINGERPRINT, 1) if again else None
+def retry_attempt(paths: RunPaths, ok: Collection[int], failed: Collection[int] = (), shard: int = 0) -> Attempt:
+    """The arguments of a worker's `commit` for generation 1 of a shard."""
+    data = write_shard(paths, shard, "again", table(ok), 1) if ok else None
+    failures = write_failures(paths, shard, "again", failures_of(failed), FINGERPRINT, 1) if failed else None
     rows = range(shard * ROWS, (shard + 1) * ROWS)
     record = Record(shard, FINGERPRINT, rows.start, rows.stop, attempt="again", generation=1)
     return record, data, failures
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` by its path."""
+    """The bytes of every file in `folder` and its subfolders, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -113,14 +115,12 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at(module: object, names: Collection[str], call: int, log: list[str] | None = None) -> None:
-    """Let the process be killed by SIGKILL just before its `call`th call (from 0) of the named functions."""
+def kill_at(module: object, names: Collection[str], call: int) -> None:
+    """Kill the process with SIGKILL just before its `call`th call (from 0) of the named functions."""
     calls = iter(range(1 << 30))
 
-    def deadly(name: str, real: Callable[..., object]) -> Callable[..., object]:
+    def killing(real: Callable[..., object]) -> Callable[..., object]:
         def wrapper(*args: object, **options: object) -> object:
-            if log is not None:
-                log.append(name)
             if next(calls) == call:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **options)
@@ -128,4 +128,4 @@ def kill_at(module: object, names: Collection[str], call: int, log: list[str] | 
         return wrapper
 
     for name in names:
-        setattr(module, name, deadly(name, getattr(module, name)))
+        setattr(module, name, killing(getattr(module, name)))

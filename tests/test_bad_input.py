@@ -232,7 +232,7 @@ def test_folders_that_are_not_run_folders(run_command, here, command, name):
         pytest.param("sampling: {steps: 0}", [], ["job.yaml: sampling.steps", "1, not 0"], id="no steps"),
         pytest.param("sampling: {content_weight: -1}", [], ["job.yaml: sampling.content_weight"], id="λ < 0"),
         pytest.param("image: {size: 100}", [], ["image.size 100×100", "multiples of 64", "128×128"], id="off the grid"),
-        pytest.param("name: x\nname: y", [], ["job.yaml: line 10", "'name' stands there twice"], id="key twice"),
+        pytest.param("name: x\nname: y", [], ["job.yaml: line 10", "duplicate key 'name'"], id="key twice"),
         pytest.param("\tname: x", [], ["job.yaml: line 9, column 1", "indent with spaces"], id="a tab"),
         pytest.param("", ["--set", "sampling.stepz=2"], ["flag", "'sampling.stepz'", "'steps'"], id="--set unknown"),
         pytest.param("", ["--set", "sampling.steps=two"], ["flag", "sampling.steps", "not 'two'"], id="--set mistyped"),
@@ -262,8 +262,8 @@ def test_bad_jobs(run_command, here, command, yaml, flags, words):
     [
         pytest.param("absent.yaml", None, "absent.yaml: no such job file", id="absent"),
         pytest.param(".", None, ".: the job file cannot be read: Is a directory", id="a folder"),
-        pytest.param("x.yaml", b"", "x.yaml: a job file holds keys and values", id="empty"),
-        pytest.param("x.yaml", b"- manifest: a", "x.yaml: a job file holds keys and values", id="a list"),
+        pytest.param("x.yaml", b"", "x.yaml: a job file has keys and values", id="empty"),
+        pytest.param("x.yaml", b"- manifest: a", "x.yaml: a job file has keys and values", id="a list"),
         pytest.param("x.yaml", b"output: run\nmodel: m", "x.yaml: key 'manifest' is missing", id="without manifest"),
         pytest.param("x.yaml", b"manifest: a\nmodel: m", "x.yaml: key 'output' is missing", id="without output"),
         pytest.param("x.yaml", b"PAR1\xff\x00", "x.yaml: not a text file in UTF-8", id="not text"),
@@ -326,7 +326,7 @@ def _repeated_name(folder: Path) -> None:
         pytest.param(_damage, ["the Parquet file is damaged"], id="damaged pages"),
         pytest.param(_columns(**{name: pa.array([], "string") for name in GOOD}), ["has no rows"], id="no rows"),
         pytest.param(_columns(style=None), ["no column 'style'", "its columns are: pair_id, content"], id="no style"),
-        pytest.param(_repeated_name, ["column 'style' stands there more than once"], id="style twice"),
+        pytest.param(_repeated_name, ["duplicate column 'style'; keep one of them"], id="style twice"),
         pytest.param(_columns(style=[1, 2, 3, 4]), ["column 'style' is int64, expected string"], id="style: numbers"),
         pytest.param(_columns(content=[True] * 4), ["column 'content' is bool, expected string"], id="content: truth"),
         pytest.param(_columns(seed=[1.5] * 4), ["column 'seed' is double, expected integer"], id="seed: fractions"),
@@ -692,7 +692,7 @@ def test_a_full_disk_loses_nothing(run_command, here, disk, monkeypatch):
     disk.fill()
     result = run_command(*command)
     assert result.code == 2  # before anything was sampled
-    assert "disk/out: cannot be written (No space left on device); make room" in result.error
+    assert "disk/out: cannot be written (No space left on device); free some space" in result.error
     disk.empty()
 
     process_shard = stylemill.execution.local.process_shard
@@ -726,7 +726,10 @@ def test_a_read_only_disk(run_command, here):
     try:
         result = run_command("run", "job.yaml", "--inline", "--output", "read-only/out")
         refused(
-            result, here, "read-only/out: cannot be written (Read-only file system); make room or rights", "--output"
+            result,
+            here,
+            "read-only/out: cannot be written (Read-only file system); free some space, fix the permissions",
+            "--output",
         )
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)

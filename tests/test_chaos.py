@@ -1,4 +1,4 @@
-"""The chaos run in small, and that its checks can fail."""
+"""A small chaos run, and tests that each of its checks can fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import chaos
 from chaos_check import check, steps_repeated, tracebacks
 from store_shards import ROWS, attempt, run_folder
 from stylemill.store.commit import clean, commit
-from stylemill.testing.failpoints import POINTS, parse
+from stylemill.testing.failpoints import POINTS, parse_rules
 
 SHARDS = 2
 FIRST = "data/train-00000-of-00002.parquet"
@@ -33,11 +33,11 @@ def run(undisturbed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(undisturbed, tmp_path / "disturbed")
 
 
-def lose_a_row(run: Path) -> None:
+def remove_a_row(run: Path) -> None:
     pq.write_table(pq.read_table(run / FIRST).slice(1), run / FIRST)
 
 
-def flip_a_byte(run: Path) -> None:
+def flip_a_bit(run: Path) -> None:
     data = bytearray((run / FIRST).read_bytes())
     data[100] ^= 1
     (run / FIRST).write_bytes(data)
@@ -47,64 +47,64 @@ def commit_rows_twice(run: Path) -> None:
     shutil.copy(run / FIRST, run / FIRST.replace("-of-00002", "-of-00002-r1"))
 
 
-def test_the_checker_passes_a_run_like_the_undisturbed_one(run: Path, undisturbed: Path) -> None:
+def test_a_run_that_equals_the_undisturbed_one_has_no_problems(run: Path, undisturbed: Path) -> None:
     assert check(run, undisturbed, SHARDS * ROWS) == []
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "problem"),
     [
-        (lose_a_row, "1 rows are lost: [1]"),
+        (remove_a_row, "1 rows are lost: [1]"),
         (lambda run: (run / "failures/00001.parquet").unlink(), "1 rows are lost: [4]"),
         (commit_rows_twice, "3 rows are there more than once: [1, 2, 3]"),
-        (flip_a_byte, f"{FIRST}: has other content"),
-        (flip_a_byte, "verify --deep: "),
+        (flip_a_bit, f"{FIRST}: has other content"),
+        (flip_a_bit, "verify --deep: "),
         (lambda run: (run / FIRST).unlink(), f"1 files are missing: {FIRST}"),
         (lambda run: (run / "data/left.tmp").touch(), "1 stray files: data/left.tmp"),
         (lambda run: (run / "tmp").mkdir(), "1 stray files: tmp"),
         (lambda run: (run / "quarantine/1").mkdir(parents=True), "1 stray files: quarantine/1"),
     ],
 )
-def test_the_checker_sees_each_damage(run: Path, undisturbed: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_each_damage_is_reported(run: Path, undisturbed: Path, damage: Callable[[Path], None], problem: str) -> None:
     damage(run)
-    found = check(run, undisturbed, SHARDS * ROWS)
-    assert any(problem.startswith(said) for problem in found), found
+    reported = check(run, undisturbed, SHARDS * ROWS)
+    assert any(line.startswith(problem) for line in reported), reported
 
 
-def test_a_step_repeated_too_often_or_left_out_is_seen() -> None:
+def test_too_many_repeated_steps_and_missing_steps_are_reported() -> None:
     assert list(steps_repeated(taken=130, needed=100, limit=30)) == []
     assert list(steps_repeated(taken=131, needed=100, limit=30)) == ["31 steps were repeated, 30 at most may be"]
     assert list(steps_repeated(taken=99, needed=100, limit=30)) == ["1 steps were left out"]
 
 
-def test_an_error_that_nobody_injected_is_seen() -> None:
+def test_errors_that_were_not_injected_are_reported() -> None:
     injected = "OSError: [Errno 28] No space left on device\nRuntimeError: injected at load\nerror: disk full\n"
     assert list(tracebacks(injected)) == []
-    assert list(tracebacks(f"{injected}Traceback (…)\n  in dismiss\nKeyError: 2\n")) == ["not injected: KeyError: 2"]
+    assert list(tracebacks(f"{injected}Traceback (…)\n  in remove\nKeyError: 2\n")) == ["not injected: KeyError: 2"]
 
 
-def test_a_seed_draws_the_same_faults_again_and_in_the_end_all_kinds() -> None:
-    lives = [chaos.draw(seed, 3, on_ray=True, faults=12, gap=5, steps=10) for seed in (1, 1, *range(2, 40))]
-    assert lives[0] == lives[1]
-    assert lives[0] != lives[2]
-    rules = [rule for life in lives for rule in parse(";".join(life.rules))]
+def test_a_seed_draws_the_same_faults_again_and_many_seeds_draw_all_kinds() -> None:
+    plans = [chaos.draw(seed, 3, on_ray=True, faults=12, gap=5, steps=10) for seed in (1, 1, *range(2, 40))]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+    rules = [rule for plan in plans for rule in parse_rules(";".join(plan.rules))]
     assert {rule.point for rule in rules} == set(POINTS)
     assert {rule.action for rule in rules} == {action.partition(":")[0] for action in chaos.ACTIONS}
-    assert {(who, what) for life in lives for _, who, what in life.signals} > set(chaos.SIGNALS)
+    assert {(target, number) for plan in plans for _, target, number in plan.signals} > set(chaos.SIGNALS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "how",
+    "arguments",
     [
         ["--engine", "fake", "--faults", "25", "--pairs", "128", "--ray-share", "0.4", "--seed", "11"],
         ["--engine", "demo", "--faults", "5", "--pairs", "16", "--ray-share", "0", "--seed", "12"],
     ],
     ids=["fake engine", "demo model"],
 )
-def test_whatever_befalls_a_job_it_ends_as_if_nothing_had(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: list[str]
+def test_a_job_with_random_faults_ends_like_an_undisturbed_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    ended = chaos.main([*how, "--folder", str(tmp_path)])
-    assert ended == 0, capsys.readouterr().out
+    code = chaos.main([*arguments, "--folder", str(tmp_path)])
+    assert code == 0, capsys.readouterr().out

@@ -18,6 +18,7 @@ from stylemill.report.contact_sheet import GAP, LABEL, THUMB, write_contact_shee
 from stylemill.store import atomic
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
+from stylemill.store.run_file import create_run_folder
 
 RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 160, 30), (30, 30, 200), (214, 214, 214)
 
@@ -55,7 +56,7 @@ def shows(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
 @pytest.fixture
 def paths(tmp_path):
     paths = RunPaths(tmp_path / "run", 2)
-    paths.create()
+    create_run_folder(paths)
     return paths
 
 

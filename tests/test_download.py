@@ -1,17 +1,23 @@
-"""Images by URL, against real servers on loopback: what is read, refused, tried again, and for how long.
+"""Images by URL, from real servers on loopback: which are read, which are refused, and which are retried, for how long.
 
-A refusal or a 404 costs the row (ImageError); a server that is slow, busy or cuts connections costs the attempt
+A refused URL or a 404 fails the row (ImageError). A server that is slow, busy or drops connections fails the attempt
 (DownloadError), never the row.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import socket
 import ssl
+import subprocess
+import sys
 import threading
+import time
+from asyncio.selector_events import BaseSelectorEventLoop
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,13 +33,15 @@ from stylemill import s3
 from stylemill.cli import main
 from stylemill.config.inputs import InputSettings
 from stylemill.errors import DownloadError, ImageError, TransientError
-from stylemill.images import download as remote
-from stylemill.images.download import address_problem, fetch, shown
+from stylemill.images import addresses, download
+from stylemill.images.addresses import address_problem
+from stylemill.images.download import fetch
 from stylemill.images.masks import load_labels
+from stylemill.images.messages import display_name
 from stylemill.images.read import load_image
 
-OWN = InputSettings(allow_private_addresses=True, timeout=20, retries=2)  # loopback is a private address
-BRIEF = OWN.model_copy(update={"timeout": 0.3, "retries": 0})
+LOOPBACK = InputSettings(allow_private_addresses=True, timeout=20, retries=2)  # loopback is a private address
+BRIEF = LOOPBACK.model_copy(update={"timeout": 0.15, "retries": 0})
 
 
 def png(seed: int = 0) -> bytes:
@@ -44,28 +52,28 @@ def png(seed: int = 0) -> bytes:
 
 
 PNG = png()
-Answer = Callable[[BaseHTTPRequestHandler, int], None]  # what is asked, and for which time
+Answer = Callable[[BaseHTTPRequestHandler, int], None]  # takes the request, and how often its path was requested
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `answers` by path; counts what it is asked."""
+    """Serves `answers` by path, and records the paths that are requested."""
 
     daemon_threads = True
 
     def __init__(self, answers: dict[str, Answer]) -> None:
-        self.asked: list[str] = []
-        self.leave = threading.Event()
-        counting = threading.Lock()
+        self.requested: list[str] = []
+        self.stopping = threading.Event()
+        lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                with counting:
-                    server.asked.append(self.path)
-                    times = server.asked.count(self.path)
-                with suppress(OSError):  # the other side went away, as it should
+                with lock:
+                    server.requested.append(self.path)
+                    times = server.requested.count(self.path)
+                with suppress(OSError):  # the client closed the connection, as it should
                     answers.get(self.path.partition("?")[0], status(404))(self, times)
                 self.close_connection = True
 
@@ -87,7 +95,7 @@ def serving(**answers: Answer) -> Iterator[Server]:
     try:
         yield server
     finally:
-        server.leave.set()
+        server.stopping.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -105,27 +113,20 @@ def status(code: int, body: bytes = b"", **headers: str) -> Answer:
     return answer
 
 
-def claims(length: int | None, body: bytes) -> Answer:
-    """A body of another length than is said; None: no length is said."""
+def announces(length: int | None, body: bytes) -> Answer:
+    """A body whose Content-Length is `length`; None: without Content-Length. Sent with the headers in one piece."""
 
     def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
-        handler.send_response(200)
-        if length is not None:
-            handler.send_header("Content-Length", str(length))
-        handler.end_headers()
-        handler.wfile.write(body)
+        announced = b"" if length is None else b"Content-Length: %d\r\n" % length
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + announced + b"\r\n" + body)
 
     return answer
 
 
 def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> Answer:
     def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        for chunk in chunks:
-            handler.wfile.write(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n")
-        handler.wfile.write(end)
+        body = b"".join(f"{len(chunk):x}\r\n".encode() + chunk + b"\r\n" for chunk in chunks)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body + end)
 
     return answer
 
@@ -133,25 +134,25 @@ def chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n") -> Answer:
 def endless(begin: bytes) -> Answer:
     def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
         handler.wfile.write(begin)
-        while not handler.server.leave.is_set():  # type: ignore[attr-defined]
+        while not handler.server.stopping.is_set():  # type: ignore[attr-defined]
             handler.wfile.write(bytes(1 << 16))
 
     return answer
 
 
 def drips(begin: bytes) -> Answer:
-    """A byte now and then, for ever: a limit on each read alone would never be reached."""
+    """One byte now and then without end, so that a limit on each read alone would never be reached."""
 
     def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
         handler.wfile.write(begin)
-        while not handler.server.leave.wait(0.05):  # type: ignore[attr-defined]
+        while not handler.server.stopping.wait(0.02):  # type: ignore[attr-defined]
             handler.wfile.write(b"x")
 
     return answer
 
 
 def silent(handler: BaseHTTPRequestHandler, times: int) -> None:
-    handler.server.leave.wait()  # type: ignore[attr-defined]
+    handler.server.stopping.wait()  # type: ignore[attr-defined]
 
 
 def hangs_up(handler: BaseHTTPRequestHandler, times: int) -> None:
@@ -163,9 +164,9 @@ def after(failures: int, first: Answer, then: Answer) -> Answer:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_cache", remote._Cache())
-    monkeypatch.setattr(remote, "_PAUSE", 0.001)
+def _empty_cache_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_cache", download._FileCache())
+    monkeypatch.setattr(download, "_FIRST_PAUSE", 0.001)
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     "answer",
     [
         pytest.param(status(200, PNG), id="with a length"),
-        pytest.param(claims(None, PNG), id="without a length"),
+        pytest.param(announces(None, PNG), id="without a length"),
         pytest.param(chunked(PNG[:100], PNG[100:]), id="in chunks"),
     ],
 )
@@ -183,44 +184,89 @@ def test_content_style_and_mask_by_url(answer: Answer, tmp_path: Path) -> None:
     mask = io.BytesIO()
     Image.new("L", (40, 30), 7).save(mask, "PNG")
     with serving(a=answer, mask=status(200, mask.getvalue())) as server:
-        image = load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", limits=OWN)
-        labels = load_labels(f"{server.url}/mask", None, tmp_path, (32, 24), "crop", limits=OWN)
+        image = load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", inputs=LOOPBACK)
+        labels = load_labels(f"{server.url}/mask", None, tmp_path, (32, 24), "crop", inputs=LOOPBACK)
     assert image.file_sha256 == hashlib.sha256(PNG).hexdigest()
     assert (labels == 7).all()
 
 
-def test_redirects_are_followed(tmp_path: Path) -> None:
+def test_redirects_are_followed() -> None:
     with serving(a=status(302, Location="/b?x=1"), b=status(301, Location="c"), c=status(200, PNG)) as server:
-        assert fetch(f"{server.url}/a#part", OWN) == PNG
-        assert server.asked == ["/a", "/b?x=1", "/c"]
+        assert fetch(f"{server.url}/a#part", LOOPBACK) == PNG
+        assert server.requested == ["/a", "/b?x=1", "/c"]
 
 
-def test_characters_of_a_url_arrive_quoted_once(tmp_path: Path) -> None:
+def test_a_redirect_is_followed_with_the_bytes_that_the_server_sent() -> None:
+    """http.server writes headers as latin-1, so these are UTF-8 and latin-1 as a server may send them."""
+    with serving(a=status(302, Location="/é".encode().decode("latin-1")), b=status(302, Location="/é")) as server:
+        for path in ("a", "b"):
+            with pytest.raises(ImageError, match="answers 404"):
+                fetch(f"{server.url}/{path}", LOOPBACK)
+        assert server.requested == ["/a", "/%C3%A9", "/b", "/%E9"]
+
+
+def test_characters_of_a_url_are_quoted_once() -> None:
     with serving() as server:
         for path in ("/é e?k=[1]&l=a%20b", "/%C3%A9%20e?k=[1]&l=a%20b"):
             with pytest.raises(ImageError, match="answers 404"):
-                fetch(server.url + path, OWN)
-        assert server.asked == ["/%C3%A9%20e?k=[1]&l=a%20b"] * 2
+                fetch(server.url + path, LOOPBACK)
+        assert server.requested == ["/%C3%A9%20e?k=[1]&l=a%20b"] * 2
 
 
-def test_what_was_read_is_asked_for_once_and_the_cache_keeps_within_its_size() -> None:
+def test_a_file_is_requested_once_and_the_cache_stays_within_its_size() -> None:
     with serving(a=status(200, PNG), b=status(200, bytes(1 << 20))) as server:
         for _ in range(3):
-            assert fetch(f"{server.url}/a", OWN) == PNG
-        assert server.asked == ["/a"]
+            assert fetch(f"{server.url}/a", LOOPBACK) == PNG
+        assert server.requested == ["/a"]
         with pytest.raises(ImageError, match="allow_private_addresses"):
-            fetch(f"{server.url}/a", InputSettings())  # another job's limits hold for what is there, too
-        small = OWN.model_copy(update={"cache_mb": 1})
-        for path in ("a", "b", "b", "a"):  # b takes the whole cache
+            fetch(f"{server.url}/a", InputSettings())  # the limits of another job apply to cached files too
+        small = LOOPBACK.model_copy(update={"cache_mb": 1})
+        for path in ("a", "b", "b", "a"):  # b fills the whole cache
             fetch(f"{server.url}/{path}", small)
-        assert server.asked == ["/a", "/b", "/a"]
-        none = OWN.model_copy(update={"cache_mb": 0})
+        assert server.requested == ["/a", "/b", "/a"]
+        none = LOOPBACK.model_copy(update={"cache_mb": 0})
         fetch(f"{server.url}/b", none)
         fetch(f"{server.url}/b", none)
-        assert server.asked[3:] == ["/b", "/b"]
+        assert server.requested[3:] == ["/b", "/b"]
 
 
-# --- what is tried again, and what never is ---------------------------------------------------------------------------
+def test_several_threads_download_at_once() -> None:
+    """Each download is answered only while four of them are open."""
+    open_at_once = threading.Barrier(4, timeout=20)
+
+    def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
+        open_at_once.wait()
+        status(200, handler.path.encode())(handler, times)
+
+    paths = [f"/{number}" for number in range(8)]
+    with serving(**{path[1:]: answer for path in paths}) as server, ThreadPoolExecutor(4) as pool:
+        bodies = list(pool.map(lambda path: fetch(server.url + path, LOOPBACK), paths))
+    assert bodies == [path.encode() for path in paths]
+
+
+def test_a_thread_with_an_event_loop_of_its_own_can_download() -> None:
+    """As the cells of a notebook do."""
+
+    async def cell() -> bytes:
+        return fetch(f"{server.url}/a", LOOPBACK)
+
+    with serving(a=status(200, PNG)) as server:
+        assert asyncio.run(cell()) == PNG
+
+
+def test_a_local_file_is_read_without_loading_aiohttp(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    code = f"""
+import sys
+from stylemill.images.read import load_image
+load_image("a.png", None, {str(tmp_path)!r}, (32, 24), "crop")
+print("aiohttp" in sys.modules, "s3fs" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+# --- what is retried, and what is not ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -228,90 +274,122 @@ def test_what_was_read_is_asked_for_once_and_the_cache_keeps_within_its_size() -
     [
         *(pytest.param(status(code), id=str(code)) for code in (408, 425, 429, 500, 502, 503, 504)),
         pytest.param(hangs_up, id="hangs up"),
-        pytest.param(claims(len(PNG) + 9, PNG), id="says a longer length"),
-        pytest.param(claims(len(PNG), PNG[:50]), id="cut in the middle"),
+        pytest.param(announces(len(PNG) + 9, PNG), id="announces a longer length"),
+        pytest.param(announces(len(PNG), PNG[:50]), id="cut in the middle"),
         pytest.param(chunked(PNG[:50], end=b""), id="cut between chunks"),
-        pytest.param(chunked(PNG[:50], end=b"zz\r\n"), id="no chunk"),
-        pytest.param(lambda handler, _: handler.wfile.write(b"SSH-2.0-x\r\n\r\n"), id="no HTTP"),
-        pytest.param(lambda handler, _: handler.wfile.write(b"HTTP/1.1 200 \r\n" + b"A: b\r\n" * 999), id="headers"),
+        pytest.param(chunked(PNG[:50], end=b"zz\r\n"), id="not a chunk"),
+        pytest.param(lambda handler, _: handler.wfile.write(b"SSH-2.0-x\r\n\r\n"), id="not HTTP"),
+        pytest.param(
+            lambda handler, _: handler.wfile.write(b"HTTP/1.1 200 \r\n" + b"A: b\r\n" * 999), id="too many headers"
+        ),
     ],
 )
-def test_trouble_that_may_pass_is_tried_again_and_never_costs_the_row(failing: Answer) -> None:
+def test_failures_that_may_pass_are_retried_and_never_fail_the_row(failing: Answer) -> None:
     with serving(a=after(2, failing, status(200, PNG)), b=failing) as server:
-        assert fetch(f"{server.url}/a", OWN) == PNG
-        assert len(server.asked) == 3
+        assert fetch(f"{server.url}/a", LOOPBACK) == PNG
+        assert len(server.requested) == 3
         with pytest.raises(DownloadError, match=r"^http://127\.0\.0\.1:[0-9]+/b: .") as caught:
-            fetch(f"{server.url}/b", OWN)
-        assert server.asked.count("/b") == 3
+            fetch(f"{server.url}/b", LOOPBACK)
+        assert server.requested.count("/b") == 3
         assert isinstance(caught.value, TransientError)
         assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_names_a_pause_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     busy = status(429, Retry_After="7")
     with serving(a=after(1, busy, status(200, PNG)), b=status(503, Retry_After="9999")) as server:
-        fetch(f"{server.url}/a", OWN)
+        fetch(f"{server.url}/a", LOOPBACK)
         assert pauses == [7.0]
         with pytest.raises(DownloadError):
-            fetch(f"{server.url}/b", OWN)
-        assert pauses[1:] == [60.0, 60.0]  # not for hours, whatever it says
+            fetch(f"{server.url}/b", LOOPBACK)
+        assert pauses[1:] == [60.0, 60.0]  # at most a minute
 
 
-def test_nobody_at_the_address_is_transient() -> None:
+def test_a_refused_connection_is_transient() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(DownloadError, match="ConnectionRefusedError"):
-            fetch(f"http://127.0.0.1:{unused.getsockname()[1]}/a.png", OWN)
+            fetch(f"http://127.0.0.1:{unused.getsockname()[1]}/a.png", LOOPBACK)
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 410, 418, 204])
-def test_an_answer_for_good_costs_the_row_at_once(code: int) -> None:
+def test_a_permanent_answer_fails_the_row_at_once(code: int) -> None:
     with serving(a=status(code)) as server:
         with pytest.raises(ImageError, match=f"/a: the server answers {code}; correct the URL or remove its rows"):
-            fetch(f"{server.url}/a", OWN)
-        assert len(server.asked) == 1
+            fetch(f"{server.url}/a", LOOPBACK)
+        assert len(server.requested) == 1
 
 
-def test_a_shorter_length_than_the_body_gives_a_damaged_image_and_never_another_one(tmp_path: Path) -> None:
-    with serving(a=claims(500, PNG)) as server, pytest.raises(ImageError, match="truncated or damaged"):
-        load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", limits=OWN)
+def later(announced: bytes, surplus: bytes) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
+        announces(len(announced), announced)(handler, times)
+        handler.connection.recv(1)  # returns when the client has what was announced, and closes the connection
+        handler.wfile.write(surplus)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        pytest.param(later(PNG[:500], PNG[500:]), ImageError, id="later"),
+        # aiohttp's parser in C takes the surplus for a second answer, its parser in Python leaves it out.
+        pytest.param(announces(500, PNG), (ImageError, DownloadError), id="at once"),
+    ],
+)
+def test_bytes_beyond_the_announced_length_give_no_other_image(
+    answer: Answer, error: type[Exception] | tuple[type[Exception], ...], tmp_path: Path
+) -> None:
+    with serving(a=answer) as server, pytest.raises(error, match=r"truncated or damaged|broke off"):
+        load_image(f"{server.url}/a", None, tmp_path, (32, 24), "crop", inputs=LOOPBACK)
 
 
 @pytest.mark.parametrize(
     "slow",
     [
         pytest.param(silent, id="silence"),
-        pytest.param(drips(b"HTTP/1.1 200 OK\r\nA: "), id="a header that drips"),
-        pytest.param(drips(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"), id="a body that drips"),
-        pytest.param(drips(b"HTTP/1.1 200 OK\r\n\r\n"), id="a body without length that drips"),
-        pytest.param(drips(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), id="a chunk size that drips"),
+        pytest.param(drips(b"HTTP/1.1 200 OK\r\nA: "), id="slow header"),
+        pytest.param(drips(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"), id="slow body"),
+        pytest.param(drips(b"HTTP/1.1 200 OK\r\n\r\n"), id="slow body without a length"),
+        pytest.param(drips(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"), id="slow chunk size"),
     ],
 )
-def test_a_slow_server_is_left_at_the_deadline_however_it_is_slow(slow: Answer) -> None:
+def test_a_slow_server_is_given_up_at_the_deadline(slow: Answer) -> None:
     with serving(a=slow) as server, pytest.raises(DownloadError, match=r"/a: the download took longer than inputs\.t"):
         fetch(f"{server.url}/a", BRIEF)
 
 
-def test_a_server_that_never_shakes_hands_is_left_at_the_deadline() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(DownloadError, match="took longer than"):
-        fetch(f"https://127.0.0.1:{deaf.getsockname()[1]}/a.png", BRIEF)
+def test_a_server_without_a_tls_handshake_is_given_up_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DownloadError, match="took longer than"):
+        fetch(f"https://127.0.0.1:{silent.getsockname()[1]}/a.png", BRIEF)
+
+
+def test_all_redirects_share_one_deadline() -> None:
+    """Each answer alone is in time."""
+
+    def answer(handler: BaseHTTPRequestHandler, times: int) -> None:
+        handler.server.stopping.wait(0.4 * BRIEF.timeout)  # type: ignore[attr-defined]
+        status(302, Location="/a")(handler, times)
+
+    with serving(a=answer) as server, pytest.raises(DownloadError, match=r"redirected to .*: the download took longer"):
+        fetch(f"{server.url}/a", BRIEF)
 
 
 @pytest.mark.parametrize(
-    ("large", "asked"),
+    "large",
     [
-        pytest.param(claims(10**15, b""), 1, id="as it says"),
-        pytest.param(endless(b"HTTP/1.1 200 OK\r\n\r\n"), 1, id="without end"),
-        pytest.param(endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"), 1, id="one chunk"),
+        pytest.param(announces(10**15, b""), id="announced"),
+        pytest.param(endless(b"HTTP/1.1 200 OK\r\n\r\n"), id="without end"),
+        pytest.param(endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n"), id="one chunk"),
     ],
 )
-def test_no_more_is_read_than_the_limit(large: Answer, asked: int) -> None:
-    limits = OWN.model_copy(update={"max_bytes": 1 << 20})
+def test_no_more_than_the_limit_is_read(large: Answer) -> None:
+    limits = LOOPBACK.model_copy(update={"max_bytes": 1 << 20})
     with serving(a=large) as server, pytest.raises(ImageError, match=r"larger than the limit of 1,048,576 bytes"):
         fetch(f"{server.url}/a", limits)
-    assert len(server.asked) == asked
+    assert len(server.requested) == 1
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -321,7 +399,7 @@ PRIVATE = "inputs.allow_private_addresses: true"
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("http://169.254.169.254/latest/meta-data/", METADATA),
         ("http://[fe80::1]/", METADATA),
@@ -351,6 +429,8 @@ PRIVATE = "inputs.allow_private_addresses: true"
         ("gopher://127.0.0.1/", "gopher:// is not read"),
         ("http:///a.png", "names no host"),
         ("http://a b/x.png", "names no host"),
+        ("http://169.254.169.254\\.example.org/", "names no host"),
+        ("http://１６９.254.169.254/", METADATA),
         ("http://[::1/x.png", "is no URL"),
         ("http://h:99999/x.png", "is no URL"),
         ("http://h:0/x.png", "names no host"),
@@ -360,15 +440,31 @@ PRIVATE = "inputs.allow_private_addresses: true"
         ("http://me:secret@example.org/a.png", "a user's name"),
     ],
 )
-def test_urls_that_are_refused_unasked(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "create_connection", lambda *_: pytest.fail("connected"))
-    with pytest.raises((ImageError, DownloadError), match=said) as caught:
+def test_urls_that_are_refused_before_any_connection(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_connect", lambda *_: pytest.fail("connected"))
+    with pytest.raises((ImageError, DownloadError), match=message) as caught:
         fetch(url, InputSettings(retries=0))
     assert "secret" not in str(caught.value)
 
 
+def test_an_attempt_to_connect_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above fails where a URL is not refused: every connection goes through this method."""
+    monkeypatch.setattr(BaseSelectorEventLoop, "sock_connect", lambda *_: pytest.fail("connected"))
+    with pytest.raises(pytest.fail.Exception, match="connected"):
+        fetch("http://127.0.0.1:1/", LOOPBACK)
+
+
 @pytest.mark.parametrize(
-    ("target", "said"),
+    "host",
+    ["127.0.0.1", "127.1", "2130706433", "0x7f.0.0.1", "１２７.1", "localhost"],
+)
+def test_every_form_of_an_address_is_the_same_host(host: str) -> None:
+    with serving(a=status(200, PNG)) as server:
+        assert fetch(f"http://{host}:{server.server_port}/a", LOOPBACK) == PNG
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
     [
         ("file:///etc/passwd", "file:// is not followed"),
         ("ftp://example.org/", "ftp:// is not followed"),
@@ -380,33 +476,33 @@ def test_urls_that_are_refused_unasked(url: str, said: str, monkeypatch: pytest.
         ("", "redirects more than 5 times"),
     ],
 )
-def test_redirects_that_are_not_followed(target: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the own network is allowed, and where it is a name that leads there."""
+def test_redirects_that_are_not_followed(target: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private addresses are allowed here; some redirects lead to a refused address by a name."""
     look_up = socket.getaddrinfo
     entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("169.254.169.254", 80))
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda host, *rest, **more: [entry] if "meta" in host else look_up(host, *rest, **more)
     )
-    with serving(a=status(307, Location=target)) as server, pytest.raises(ImageError, match=said) as caught:
-        fetch(f"{server.url}/a", OWN)
+    with serving(a=status(307, Location=target)) as server, pytest.raises(ImageError, match=message) as caught:
+        fetch(f"{server.url}/a", LOOPBACK)
     assert "secret" not in str(caught.value)
 
 
-def test_a_redirect_into_the_own_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check, checked = remote.address_problem, []
+def test_a_redirect_to_a_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, checked = addresses.address_problem, []
 
-    def public_at_first(address: str, allow_private: bool) -> str | None:
+    def first_address_is_public(address: str, allow_private: bool) -> str | None:
         checked.append(address)
         return check(address, allow_private) if len(checked) > 1 else None
 
-    monkeypatch.setattr(remote, "address_problem", public_at_first)
+    monkeypatch.setattr(addresses, "address_problem", first_address_is_public)
     with serving(a=status(302, Location="/b")) as server, pytest.raises(ImageError, match=PRIVATE):
         fetch(f"{server.url}/a", InputSettings(retries=0))
-    assert server.asked == ["/a"]
+    assert server.requested == ["/a"]
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that is looked up a second time may give another address (DNS rebinding): there is no second look."""
+def test_only_the_checked_address_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second lookup of a host may give another address (DNS rebinding), so there is only one."""
     looked_up: list[str] = []
     with serving(a=status(200, PNG)) as server:
         port = server.server_port
@@ -417,7 +513,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_asked(monkeypatch: pyte
             return [entry]
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
-        assert fetch(f"http://images.example:{port}/a", OWN) == PNG
+        assert fetch(f"http://images.example:{port}/a", LOOPBACK) == PNG
     assert [host for host in looked_up if host != "127.0.0.1"] == ["images.example"]
 
 
@@ -433,28 +529,28 @@ def test_public_addresses_are_allowed() -> None:
         assert address_problem(address, allow_private=False) is None
 
 
-def test_proxies_of_the_environment_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as proxy, serving(a=status(200, PNG)) as server:
         monkeypatch.setenv("http_proxy", proxy.url)
         monkeypatch.setenv("ALL_PROXY", proxy.url)
-        assert fetch(f"{server.url}/a", OWN) == PNG
-        assert proxy.asked == []
+        assert fetch(f"{server.url}/a", LOOPBACK) == PNG
+        assert proxy.requested == []
 
 
 @pytest.mark.parametrize("path", ["a.png", "../a.png", "/etc/passwd", "link.png"])
-def test_download_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) -> None:
+def test_remote_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "link.png").symlink_to("a.png")
-    strangers = InputSettings(remote_only=True)
+    remote_only = InputSettings(remote_only=True)
     with pytest.raises(ImageError, match=r"is a path of this machine, and .*remote_only allows none"):
-        load_image(path, None, tmp_path, (32, 24), "crop", limits=strangers)
+        load_image(path, None, tmp_path, (32, 24), "crop", inputs=remote_only)
     with pytest.raises(ImageError, match="is a path of this machine"):
-        load_labels(path, None, tmp_path, (32, 24), "crop", limits=strangers)
-    assert load_image(path, PNG, tmp_path, (32, 24), "crop", limits=strangers).source_size == (40, 30)  # embedded
+        load_labels(path, None, tmp_path, (32, 24), "crop", inputs=remote_only)
+    assert load_image(path, PNG, tmp_path, (32, 24), "crop", inputs=remote_only).source_size == (40, 30)  # embedded
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "name"),
     [
         ("https://h/a.png?X-Amz-Signature=secret#secret", "https://h/a.png?…"),
         ("https://me:secret@h/a.png", "https://…@h/a.png"),
@@ -464,8 +560,8 @@ def test_download_only_reads_no_file_of_this_machine(path: str, tmp_path: Path) 
         ("photos/é 1?.png", "photos/é 1?.png"),
     ],
 )
-def test_messages_name_a_path_on_one_short_line_without_secrets(path: str, words: str) -> None:
-    assert shown(path) == words
+def test_messages_name_a_path_on_one_short_line_without_secrets(path: str, name: str) -> None:
+    assert display_name(path) == name
 
 
 # --- https ------------------------------------------------------------------------------------------------------------
@@ -473,14 +569,14 @@ def test_messages_name_a_path_on_one_short_line_without_secrets(path: str, words
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate of localhost that has signed itself, with its key, in one file."""
+    """A self-signed certificate of localhost and its key, in one file."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
     now = datetime.now(UTC)
-    made = (
+    built = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
@@ -491,37 +587,35 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = serialization.NoEncryption()
     form = serialization.PrivateFormat.PKCS8
     path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, form, plain) + made.public_bytes(serialization.Encoding.PEM)
+        key.private_bytes(serialization.Encoding.PEM, form, plain) + built.public_bytes(serialization.Encoding.PEM)
     )
     return path
 
 
-def test_https_reads_from_whom_the_certificate_names_and_from_nobody_else(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_https_requires_a_trusted_certificate_of_the_host(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(a=status(200, PNG)) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
         server.socket = context.wrap_socket(server.socket, server_side=True)
-        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of handshakes that break off
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of failed handshakes
         port = server.server_port
         with pytest.raises(ImageError, match="/a: its certificate is not valid: self-signed certificate"):
-            fetch(f"https://localhost:{port}/a", OWN)
+            fetch(f"https://localhost:{port}/a", LOOPBACK)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         with pytest.raises(ImageError, match=r"/a: its certificate is not valid: .*IP address mismatch"):
-            fetch(f"https://127.0.0.1:{port}/a", OWN)
-        assert server.asked == []
-        assert fetch(f"https://localhost:{port}/a", OWN) == PNG
+            fetch(f"https://127.0.0.1:{port}/a", LOOPBACK)
+        assert server.requested == []
+        assert fetch(f"https://localhost:{port}/a", LOOPBACK) == PNG
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def test_an_outage_leaves_the_run_open_and_the_next_start_finishes_it(tmp_path: Path, folder: Path) -> None:
-    """404 is a recorded failure; 503 is never one, however often it comes."""
+def test_an_outage_leaves_the_run_incomplete_and_the_next_start_completes_it(tmp_path: Path, folder: Path) -> None:
+    """404 is a recorded failure; 503 is not, however often the server answers it."""
     up = threading.Event()
     busy, good = status(503), status(200, PNG)
-    with serving(style=lambda *asked: (good if up.is_set() else busy)(*asked), content=good) as server:
+    with serving(style=lambda *request: (good if up.is_set() else busy)(*request), content=good) as server:
         content = [f"{server.url}/content", f"{server.url}/gone"]
         pq.write_table(pa.table({"content": content, "style": [f"{server.url}/style"] * 2}), tmp_path / "p.parquet")
         job = tmp_path / "job.yaml"
@@ -539,7 +633,7 @@ def test_an_outage_leaves_the_run_open_and_the_next_start_finishes_it(tmp_path: 
         assert "/gone: the server answers 404" in failure["message"]
         (row,) = pq.read_table(tmp_path / "run" / "data").to_pylist()
         assert (row["content"], row["content_sha256"]) == (content[0], hashlib.sha256(PNG).hexdigest())
-        assert server.asked.count("/content") == 1  # the second start, and the contact sheet, had it in the cache
+        assert server.requested.count("/content") == 1  # the second start and the contact sheet read it from the cache
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------
@@ -547,7 +641,7 @@ def test_an_outage_leaves_the_run_open_and_the_next_start_finishes_it(tmp_path: 
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An S3 server on loopback with objects in the bucket `images`; the environment leads to it."""
+    """An S3 server on loopback with objects in the bucket `images`; the environment names its endpoint."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -576,14 +670,14 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.usefixtures("bucket")
 def test_an_image_from_s3(tmp_path: Path) -> None:
     image = load_image(
-        "s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", limits=InputSettings(remote_only=True)
+        "s3://images/deep/é a.png", None, tmp_path, (32, 24), "crop", inputs=InputSettings(remote_only=True)
     )
     assert image.file_sha256 == hashlib.sha256(PNG).hexdigest()
 
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("s3://images/none.png", "there is no such object"),
         ("s3://nowhere/none.png", "there is no such object"),
@@ -591,32 +685,32 @@ def test_an_image_from_s3(tmp_path: Path) -> None:
         ("s3://images/large.png", "larger than the limit of 4,000 bytes"),
     ],
 )
-def test_objects_that_cost_their_row(url: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=said):
-        load_image(url, None, tmp_path, (32, 24), "crop", limits=InputSettings(max_bytes=4000, retries=0))
+def test_objects_that_fail_their_row(url: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(url, None, tmp_path, (32, 24), "crop", inputs=InputSettings(max_bytes=4000, retries=0))
 
 
-def _s3_says(code: int, name: str) -> Answer:
+def _s3_error(code: int, name: str) -> Answer:
     body = f"<?xml version='1.0'?><Error><Code>{name}</Code><Message>no</Message></Error>".encode()
     return status(code, body, Content_Type="application/xml")
 
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize(
-    ("answer", "error", "said"),
+    ("answer", "error", "message"),
     [
-        (_s3_says(403, "AccessDenied"), ImageError, "access is denied"),
-        (_s3_says(400, "ExpiredToken"), DownloadError, "the download broke off"),
-        (_s3_says(403, "SignatureDoesNotMatch"), DownloadError, "the download broke off"),
+        (_s3_error(403, "AccessDenied"), ImageError, "access is denied"),
+        (_s3_error(400, "ExpiredToken"), DownloadError, "the download broke off"),
+        (_s3_error(403, "SignatureDoesNotMatch"), DownloadError, "the download broke off"),
         (silent, DownloadError, "took longer than inputs.timeout|broke off"),
     ],
 )
-def test_denied_objects_cost_their_row_but_bad_credentials_do_not(
-    answer: Answer, error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+def test_denied_objects_fail_their_row_but_bad_credentials_do_not(
+    answer: Answer, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(**{"images/a.png": answer}) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         s3._filesystem.cache_clear()
-        with pytest.raises(error, match=said):
-            fetch("s3://images/a.png", BRIEF if answer is silent else OWN)
+        with pytest.raises(error, match=message):
+            fetch("s3://images/a.png", BRIEF if answer is silent else LOOPBACK.model_copy(update={"retries": 0}))
         s3._filesystem.cache_clear()

@@ -27,10 +27,10 @@ from demo_job import (
     EVERY_STEPS,
     SHARDS,
     STEPS,
-    Ended,
+    EndedProcess,
+    ForkedCommands,
     Moment,
     Stage,
-    Warm,
     check_same,
     start,
     stylemill,
@@ -51,16 +51,16 @@ ALL_STEPS = [(shard, step) for shard in range(SHARDS) for step in range(1, STEPS
 
 
 @pytest.fixture(scope="module")
-def whole(job: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+def whole(job: Path, commands: ForkedCommands, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EndedProcess]:
     """The run folder of an undisturbed run, which no test may change, and how the run ended."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    return output, warm.run(output, job)
+    return output, commands.run(output, job)
 
 
 # --- one undisturbed run ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_commits_every_row_once_as_an_image_or_as_a_failure(whole: tuple[Path, Ended]) -> None:
+def test_a_run_commits_every_row_once_as_an_image_or_as_a_failure(whole: tuple[Path, EndedProcess]) -> None:
     run, ended = whole
     assert ended.exit_code == 3, ended.output
     assert "6 of 7 images done, 1 failed, 0 open" in ended.output
@@ -71,7 +71,9 @@ def test_a_run_commits_every_row_once_as_an_image_or_as_a_failure(whole: tuple[P
     assert (report.problems, report.shards, report.rows_ok, report.rows_failed) == ([], SHARDS, 6, 1)
 
 
-def test_the_data_folder_is_a_dataset_with_all_carried_columns(whole: tuple[Path, Ended], tmp_path: Path) -> None:
+def test_the_data_folder_is_a_dataset_with_all_carried_columns(
+    whole: tuple[Path, EndedProcess], tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets")
     data = datasets.load_dataset(
         "parquet", data_dir=str(whole[0] / "data"), split="train", cache_dir=str(tmp_path / "cache")
@@ -91,7 +93,9 @@ def test_the_data_folder_is_a_dataset_with_all_carried_columns(whole: tuple[Path
     assert [json.loads(row["settings"])["content_weight"] for row in rows] == [0.25, 0.0, 0.25, 0.5, 0.25, 0.25]
 
 
-def test_the_python_functions_do_what_the_commands_do(job: Path, whole: tuple[Path, Ended], tmp_path: Path) -> None:
+def test_the_python_functions_do_what_the_commands_do(
+    job: Path, whole: tuple[Path, EndedProcess], tmp_path: Path
+) -> None:
     import stylemill
 
     run = tmp_path / "run"
@@ -121,7 +125,9 @@ sys.exit(code)
 
 
 @pytest.mark.parametrize("executor", [(), ("--inline",)], ids=["ray", "inline"])
-def test_a_finished_run_is_only_summarized(job: Path, whole: tuple[Path, Ended], executor: tuple[str, ...]) -> None:
+def test_a_finished_run_is_only_summarized(
+    job: Path, whole: tuple[Path, EndedProcess], executor: tuple[str, ...]
+) -> None:
     run, ended = whole
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     command = ["run", str(job), "--output", str(run), "--failures-ok", *executor]
@@ -133,7 +139,7 @@ def test_a_finished_run_is_only_summarized(job: Path, whole: tuple[Path, Ended],
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_of_another_job_is_refused_naming_each_difference(job: Path, whole: tuple[Path, Ended]) -> None:
+def test_a_folder_of_another_job_is_refused_naming_each_difference(job: Path, whole: tuple[Path, EndedProcess]) -> None:
     before = files(whole[0])
     options = ("--set", "sampling.steps=7", "--set", "image.fit=pad", "--workers", "2")
     code, output = stylemill("run", job, "--output", whole[0], *options)
@@ -145,10 +151,10 @@ def test_a_folder_of_another_job_is_refused_naming_each_difference(job: Path, wh
 
 
 def test_a_second_run_in_the_folder_is_refused_naming_the_first(
-    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path
+    job: Path, whole: tuple[Path, EndedProcess], commands: ForkedCommands, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    first = warm.start(run, job, at=Moment(("sample", 1), 0, signal.SIGSTOP))
+    first = commands.start(run, job, at=Moment(("sample", 1), 0, signal.SIGSTOP))
     try:
         until(lambda: stopped(first.process.pid))
         code, output = stylemill("run", job, "--output", run)
@@ -163,7 +169,7 @@ def test_a_second_run_in_the_folder_is_refused_naming_the_first(
 # --- killed and interrupted runs --------------------------------------------------------------------------------------
 
 
-def check_resumed(before: Ended, after: Ended, lost: int) -> None:
+def check_resumed(before: EndedProcess, after: EndedProcess, lost: int) -> None:
     """Assert that no shard repeats more than `lost` steps after a kill."""
     reached = dict(before.steps)  # the last step of each shard
     for shard in {shard for shard, _ in after.steps} & set(reached):
@@ -174,50 +180,55 @@ def check_resumed(before: Ended, after: Ended, lost: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_killed_in_every_stage_is_finished_by_the_same_command(
-    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, seed: int
+    job: Path, whole: tuple[Path, EndedProcess], commands: ForkedCommands, tmp_path: Path, seed: int
 ) -> None:
     draw, changes = random.Random(seed), whole[1].changes()
     of_shards: list[Stage] = [(stage, shard) for shard in range(SHARDS) for stage in ("sample", "write")]
     before = None
     for stage in [("start", None), *of_shards, ("end", None)]:
         moment = Moment(stage, draw.randrange(changes[stage]))
-        killed = warm.run(tmp_path / "run", job, at=moment)
+        killed = commands.run(tmp_path / "run", job, at=moment)
         assert killed.exit_code == -signal.SIGKILL, (moment, killed.output)
         if before:
             check_resumed(before, killed, lost=EVERY_STEPS)
         before = killed
-    last = warm.run(tmp_path / "run", job)
+    last = commands.run(tmp_path / "run", job)
     assert (last.exit_code, last.steps) == (3, []), last.output
     check_same(tmp_path / "run", whole[0])
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, EVERY_STEPS + 1)])
 def test_a_run_that_is_asked_to_stop_loses_no_step(
-    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path, number: signal.Signals, step: int
+    job: Path,
+    whole: tuple[Path, EndedProcess],
+    commands: ForkedCommands,
+    tmp_path: Path,
+    number: signal.Signals,
+    step: int,
 ) -> None:
     assert step % EVERY_STEPS, "at other steps a checkpoint is written anyway"
     run = tmp_path / "run"
-    stopped = warm.run(run, job, at=Moment(("step", 1), step - 1, number))
+    stopped = commands.run(run, job, at=Moment(("step", 1), step - 1, number))
     assert stopped.exit_code == 128 + number, stopped.output
     assert stopped.steps[-1] == (1, step)
     assert "2 shards are open; the same command resumes" in stopped.output
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00001"]
     assert os.listdir(run / "tmp") == []
     assert "stopped; the command that started it resumes it" in stylemill("status", run)[1]
-    resumed = warm.run(run, job)
+    resumed = commands.run(run, job)
     assert resumed.exit_code == 3, resumed.output
     assert stopped.steps + resumed.steps == ALL_STEPS
     check_same(run, whole[0])
 
 
 def test_shards_in_another_order_give_the_same_bytes(
-    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path
+    job: Path, whole: tuple[Path, EndedProcess], commands: ForkedCommands, tmp_path: Path
 ) -> None:
     run, order = tmp_path / "run", [2, 0, 1]
-    killed = warm.run(run, job, order=order, at=Moment(("sample", 0), whole[1].changes()["sample", 0] - 1))
+    killed = commands.run(run, job, order=order, at=Moment(("sample", 0), whole[1].changes()["sample", 0] - 1))
     assert killed.exit_code == -signal.SIGKILL, killed.output
     assert killed.steps == [(shard, step) for shard in (2, 0) for step in range(1, STEPS + 1)]
-    finished = warm.run(run, job, order=[1, 0, 2])
+    finished = commands.run(run, job, order=[1, 0, 2])
     assert (finished.exit_code, finished.steps[0]) == (3, (1, 1)), finished.output
     check_same(run, whole[0])
 
@@ -230,10 +241,10 @@ def truncate(path: Path) -> None:
 
 
 def test_damaged_files_go_to_quarantine_and_are_redone(
-    job: Path, whole: tuple[Path, Ended], warm: Warm, tmp_path: Path
+    job: Path, whole: tuple[Path, EndedProcess], commands: ForkedCommands, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    killed = warm.run(run, job, at=Moment(("write", 2), 0))
+    killed = commands.run(run, job, at=Moment(("write", 2), 0))
     assert killed.exit_code == -signal.SIGKILL, killed.output
     older, newest = sorted((run / "checkpoints" / "00002").glob("progress-*"))
     damaged = [run / "records" / "00000.json", run / "data" / "train-00001-of-00003.parquet", newest]
@@ -241,7 +252,7 @@ def test_damaged_files_go_to_quarantine_and_are_redone(
         truncate(path)
     assert not verify(run).ok
 
-    finished = warm.run(run, job)
+    finished = commands.run(run, job)
     assert finished.exit_code == 3, finished.output
     # Shard 0 lost its record, shard 1 its data file, shard 2 the steps after its older checkpoint.
     kept = int(older.name.split("-")[1])
@@ -319,7 +330,7 @@ def terminal() -> Iterator[Terminal]:
 
 @pytest.mark.slow
 def test_ray_runs_resume_after_ctrl_c_and_after_a_killed_driver(
-    job: Path, warm: Warm, terminal: Terminal, tmp_path: Path
+    job: Path, commands: ForkedCommands, terminal: Terminal, tmp_path: Path
 ) -> None:
     """The job has more steps than in other tests, so that the runs are still working when they are interrupted."""
     run = tmp_path / "run"
@@ -351,6 +362,6 @@ def test_ray_runs_resume_after_ctrl_c_and_after_a_killed_driver(
     assert third.returncode == 3, output
     until(lambda: not terminal.workers())  # other processes of Ray exit a minute after their driver
 
-    undisturbed = warm.run(tmp_path / "whole", job, *longer)
+    undisturbed = commands.run(tmp_path / "whole", job, *longer)
     assert undisturbed.exit_code == 3, undisturbed.output
     check_same(run, tmp_path / "whole")

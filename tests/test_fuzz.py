@@ -1,7 +1,7 @@
-"""Fuzzing: whatever the bytes, only errors of our own tree come out; never a crash, a hang or a wrong success.
+"""Fuzzing: any bytes are read, or raise an error of stylemill; they never crash, hang, or are read as something else.
 
-Each target takes what is read in good shape and lets hypothesis cut, insert and overwrite bytes of it: damage that is
-near to good finds its way deeper into a reader than noise does.
+Each test takes a valid file, and hypothesis removes, inserts and overwrites some of its bytes. A reader processes more
+of such a file than of noise.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from stylemill.manifest import open_manifest, validate_manifest
 from stylemill.store.checkpoints import load, save_inputs, save_progress
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record
+from stylemill.store.run_file import create_run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -36,21 +37,19 @@ bounded = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 Damage = Callable[[bytes], bytes]
-
-
-FEW = st.binary(max_size=4)
+FEW_BYTES = st.binary(max_size=4)
 
 
 @st.composite
-def damages(draw: st.DrawFn, pieces: st.SearchStrategy[bytes] = FEW) -> Damage:
-    """A few places, each as a share of the length, where some bytes go and others come."""
+def damages(draw: st.DrawFn, pieces: st.SearchStrategy[bytes] = FEW_BYTES) -> Damage:
+    """Edits at a few places, given as fractions of the length: some bytes are removed and others inserted."""
     edits = draw(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), pieces), min_size=1, max_size=6))
     kept = draw(st.floats(0, 1)) if draw(st.integers(0, 4)) == 0 else 1.0
 
     def damage(data: bytes) -> bytes:
-        for place, gone, come in edits:
-            at = int(place * len(data))
-            data = data[:at] + come + data[at + gone :]
+        for place, removed, inserted in edits:
+            index = int(place * len(data))
+            data = data[:index] + inserted + data[index + removed :]
         return data[: int(kept * len(data))]
 
     return damage
@@ -62,7 +61,7 @@ def damages(draw: st.DrawFn, pieces: st.SearchStrategy[bytes] = FEW) -> Damage:
 def _images() -> dict[str, bytes]:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     image = Image.fromarray(pixels)
-    found = {}
+    files = {}
     for kind, mode in (
         *(("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGBA")),
         *(("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "F"), ("BMP", "RGB"), ("PPM", "RGB"), ("JPEG2000", "RGB")),
@@ -71,34 +70,34 @@ def _images() -> dict[str, bytes]:
         if kind in Image.SAVE:
             buffer = io.BytesIO()
             (Image.new(mode, (32, 24), 7) if mode in ("I;16", "F") else image.convert(mode)).save(buffer, kind)
-            found[f"{kind} {mode}"] = buffer.getvalue()
-    return found
+            files[f"{kind} {mode}"] = buffer.getvalue()
+    return files
 
 
 IMAGES = _images()
-SMALL = InputSettings(max_pixels=1 << 20)  # a changed header may ask for much, and 300 of them for a long time
+SMALL = InputSettings(max_pixels=1 << 20)  # 300 images with headers of huge sizes would take long
 
 
 @pytest.mark.filterwarnings("ignore")  # of Pillow, about what it reads
 @bounded
 @given(name=st.sampled_from(sorted(IMAGES)), damage=damages())
-def test_no_bytes_of_an_image_do_more_than_fail(name: str, damage: Damage) -> None:
-    data, said = damage(IMAGES[name]), []
+def test_changed_bytes_of_an_image_are_read_or_refused(name: str, damage: Damage) -> None:
+    data, messages = damage(IMAGES[name]), []
     for fit in ("crop", "keep"):
         try:
             image = load_image("a.img", data, ".", (16, 16), fit, 8, SMALL)
         except ImageError as error:
-            said.append(str(error))
+            messages.append(str(error))
         else:
             assert (image.pixels.shape[2], image.pixels.dtype) == (3, np.uint8)
             assert max(image.pixels.shape[:2]) <= 16
             assert image.file_sha256 == hashlib.sha256(data).hexdigest()
     try:
-        labels = load_labels("a.img", data, ".", (16, 16), "crop", limits=SMALL)
+        labels = load_labels("a.img", data, ".", (16, 16), "crop", inputs=SMALL)
         assert labels.shape == (16, 16)
     except ImageError as error:
-        said.append(str(error))
-    assert all(words.startswith("a.img: ") for words in said), said
+        messages.append(str(error))
+    assert all(message.startswith("a.img: ") for message in messages), messages
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ MANIFEST = _manifest()
 
 @bounded
 @given(damage=damages(), in_footer=st.booleans())
-def test_no_bytes_of_a_manifest_do_more_than_fail(tmp_path: Path, damage: Damage, in_footer: bool) -> None:
+def test_changed_bytes_of_a_manifest_are_read_or_refused(tmp_path: Path, damage: Damage, in_footer: bool) -> None:
     footer = len(MANIFEST) - 8 - int.from_bytes(MANIFEST[-8:-4], "little")
     data = MANIFEST[:footer] + damage(MANIFEST[footer:-8]) + MANIFEST[-8:] if in_footer else damage(MANIFEST)
     path = tmp_path / "pairs.parquet"
@@ -201,7 +200,7 @@ YAML_PIECES = st.one_of(
 
 @bounded
 @given(damage=damages(YAML_PIECES))
-def test_no_bytes_of_a_job_do_more_than_fail(tmp_path: Path, damage: Damage) -> None:
+def test_changed_bytes_of_a_job_are_read_or_refused(tmp_path: Path, damage: Damage) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(damage(JOB))
     try:
@@ -231,7 +230,7 @@ RECORD = Record(
 
 @bounded
 @given(damage=damages(st.one_of(st.binary(max_size=4), st.sampled_from([b"null", b"1e999", b"[", b"}", b'"', b"-1"]))))
-def test_no_other_bytes_are_a_record(damage: Damage) -> None:
+def test_a_changed_record_is_damaged(damage: Damage) -> None:
     data = damage(RECORD)
     if data == RECORD:
         assert Record.from_bytes(data).shard == 3
@@ -245,40 +244,40 @@ LATENTS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a good checkpoint, by name."""
+    """The files of a valid checkpoint, by name."""
     paths = RunPaths(tmp_path_factory.mktemp("run"), 1)
-    paths.create()
+    create_run_folder(paths)
     inputs = save_inputs(paths, 0, "a1", {"clean": LATENTS}, {"fingerprint": "f", "items": []})
     save_progress(paths, 0, 5, "a1", {"latents": LATENTS + 1}, {"fingerprint": "f"}, inputs)
     return {path.name: path.read_bytes() for path in paths.checkpoints(0).iterdir()}
 
 
 @bounded
-@given(damage=damages(), which=st.sampled_from(["inputs", "progress"]), named_anew=st.booleans())
-def test_no_other_bytes_are_a_checkpoint(
+@given(damage=damages(), which=st.sampled_from(["inputs", "progress"]), renamed=st.booleans())
+def test_a_changed_checkpoint_is_not_loaded(
     tmp_path: Path,
     checkpoint: dict[str, bytes],
     damage: Damage,
     which: str,
-    named_anew: bool,
+    renamed: bool,
 ) -> None:
-    """Damage is noticed by the digest in a file's name; and where even that was made to fit, by what the file says."""
+    """The digest in a file's name detects a change. Where the digest was changed too, the content of the file does."""
     paths = RunPaths(tmp_path / uuid4().hex, 1)
     for folder in (paths.checkpoints(0), paths.tmp):
         folder.mkdir(parents=True)
     changed = False
-    for name, good in checkpoint.items():
-        data = damage(good) if name.startswith(which) else good
-        changed |= data != good
-        if data != good and named_anew:
+    for name, valid in checkpoint.items():
+        data = damage(valid) if name.startswith(which) else valid
+        changed |= data != valid
+        if data != valid and renamed:
             digest = hashlib.sha256(data).hexdigest()[:32]
             name = f"{name.rpartition('-')[0]}-{digest}.safetensors"
         (paths.checkpoints(0) / name).write_bytes(data)
-    found = load(paths, 0, {"fingerprint": "f"})
+    loaded = load(paths, 0, {"fingerprint": "f"})
     if not changed:
-        assert found is not None
-    elif not named_anew or which == "inputs":  # whose name the progress holds
-        assert found is None
-    if found is not None:
-        assert (found.step, found.meta["fingerprint"], found.inputs_name in checkpoint) == (5, "f", True)
-        assert np.array_equal(found.inputs["clean"], LATENTS)
+        assert loaded is not None
+    elif not renamed or which == "inputs":  # the progress file has its name
+        assert loaded is None
+    if loaded is not None:
+        assert (loaded.step, loaded.meta["fingerprint"], loaded.inputs_name in checkpoint) == (5, "f", True)
+        assert np.array_equal(loaded.inputs["clean"], LATENTS)

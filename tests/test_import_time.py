@@ -15,7 +15,10 @@ import pytest
 
 from cli_commands import COMMANDS, words_of
 
-HEAVY = {"torch", "ray", "pyarrow", "diffusers", "transformers", "accelerate", "datasets", "pandas", "numpy", "PIL"}
+HEAVY = {
+    *("torch", "ray", "pyarrow", "diffusers", "transformers", "accelerate", "datasets", "pandas", "numpy", "PIL"),
+    "aiohttp",
+}
 HELP = """
 import sys
 from stylemill.cli import main

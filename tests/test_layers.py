@@ -62,6 +62,7 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": TORCH_PARTS,
     "accelerate": TORCH_PARTS,
     "ray": {"cluster"},
+    "aiohttp": {"images"},
     "pyarrow": {"manifest", "store", "execution", "report"},
 }
 
@@ -202,6 +203,46 @@ def test_module_is_short_and_says_what_it_is(module: Path):
     assert ast.get_docstring(ast.parse(source)), f"{module.relative_to(ROOT)} has no docstring"
     lines = len(source.splitlines())
     assert lines <= LONGEST, f"{module.relative_to(ROOT)}: {lines} lines, {LONGEST} at most: split it"
+
+
+def test_no_two_classes_have_one_name():
+    """A reader who meets a name in a message or a diff must not have to ask which class it is."""
+    modules: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                modules.setdefault(node.name, []).append(name_of(module))
+    assert {name: places for name, places in modules.items() if len(places) > 1} == {}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    imports: dict[str, set[str]] = {}
+    for module, _, imported in IMPORTS:
+        if imported in NAMES and imported != name_of(module):
+            imports.setdefault(name_of(module), set()).add(imported)
+    # Packages hand on the names of their modules: an import of the package counts as one of its own module only.
+    graph = {name: targets for name, targets in imports.items() if not is_package(name)}
+    circles = list(find_circles(graph))
+    assert not circles, "\n".join(" -> ".join(circle) for circle in circles)
+
+
+def is_package(name: str) -> bool:
+    return (PACKAGE.parent / name.replace(".", "/") / "__init__.py").exists()
+
+
+def find_circles(graph: dict[str, set[str]]) -> Iterator[list[str]]:
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> Iterator[list[str]]:
+        if name in path:
+            yield [*path[path.index(name) :], name]
+        elif name not in done:
+            for target in sorted(graph.get(name, ())):
+                yield from visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        yield from visit(name, [])
 
 
 def test_the_driver_runs_without_torch_and_ray():

@@ -1,4 +1,4 @@
-"""Building manifests: sources, pairings, tile order, names and paths, and what happens when it fails midway."""
+"""Building manifests: sources, pairings, tile order, ids and paths, and what a failed build leaves."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from PIL import Image
 
 from stylemill.errors import ManifestError
 from stylemill.manifest import build_manifest, open_manifest, validate_manifest
-from stylemill.manifest.build import TileOrder
-from stylemill.manifest.sources import IMAGE_EXTENSIONS, find_images, labels
+from stylemill.manifest.image_names import unique_names
+from stylemill.manifest.sources import IMAGE_EXTENSIONS, find_images
+from stylemill.manifest.tile_order import TileOrder
 
 Folder = Callable[..., Path]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """Makes a folder of empty files: building opens no image."""
+    """Makes a folder of empty files, since building opens no image."""
 
     def make(name: str, *files: str) -> Path:
         for file in files:
@@ -52,39 +53,39 @@ def pairs(path: Path) -> list[tuple[str, str]]:
     rows=st.integers(1, 100),
     tile=st.none() | st.tuples(st.integers(1, 12), st.integers(1, 12)),
 )
-def test_a_product_holds_each_pair_once_in_any_tile(
+def test_a_product_has_each_pair_once_with_any_tile(
     contents: int, styles: int, rows: int, tile: tuple[int, int] | None
 ) -> None:
     order = TileOrder.of(contents, styles, rows, tile)
-    found = [order.pair(position) for position in range(len(order))]
-    assert sorted(found) == [(content, style) for content in range(contents) for style in range(styles)]
+    ordered = [order.pair(position) for position in range(len(order))]
+    assert sorted(ordered) == [(content, style) for content in range(contents) for style in range(styles)]
 
 
 @given(contents=st.integers(1, 60), styles=st.integers(1, 60), start=st.integers(0, 3600))
-def test_any_64_neighbours_share_images(contents: int, styles: int, start: int) -> None:
+def test_any_64_neighbouring_pairs_share_images(contents: int, styles: int, start: int) -> None:
     order = TileOrder.of(contents, styles, 64)
     stop = min(start + 64, len(order))
-    found = [order.pair(position) for position in range(start, stop)]
-    images = len({content for content, _ in found}) + len({style for _, style in found})
-    # The best tile of 64 needs 16 images, or as long a strip as the shorter side allows. Being cut anywhere, bands
-    # narrower than 8 and their borders cost some more; a plain double loop needs 65 for 64 styles.
+    neighbours = [order.pair(position) for position in range(start, stop)]
+    images = len({content for content, _ in neighbours}) + len({style for _, style in neighbours})
+    # The best tile of 64 pairs has 16 images, or those of a strip where a side is shorter. A start within a tile, bands
+    # narrower than 8 and their borders add some; a nested loop over 64 styles has 65.
     short = min(contents, styles, 8)
     assert images <= short + math.ceil(64 / short) + 12
 
 
-def test_blocks_are_tiles_where_they_fit(folder: Folder, tmp_path: Path) -> None:
+def test_a_row_group_is_a_tile_where_it_fits(folder: Folder, tmp_path: Path) -> None:
     contents = folder("contents", *(f"c{index}.png" for index in range(8)))
     styles = folder("styles", *(f"s{index}.png" for index in range(6)))
     out = tmp_path / "pairs.parquet"
     assert build_manifest(out, contents, styles, tile=(4, 2)) == 48
-    found = pairs(out)
+    all_pairs = pairs(out)
     starts = open_manifest(out).group_starts
     assert starts == (0, 8, 16, 24, 32, 40, 48)
     for start, stop in pairwise(starts):
-        block = found[start:stop]
-        assert len({content for content, _ in block}) == 4
-        assert len({style for _, style in block}) == 2
-    assert len(set(found)) == 48
+        group = all_pairs[start:stop]
+        assert len({content for content, _ in group}) == 4
+        assert len({style for _, style in group}) == 2
+    assert len(set(all_pairs)) == 48
 
 
 def test_the_default_row_group_is_a_tile_of_64(folder: Folder, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_the_same_sources_give_the_same_bytes(folder: Folder, tmp_path: Path) ->
     assert len(digests) == 1
 
 
-def test_zip_keeps_the_order_of_lists_and_names_repeated_pairs(folder: Folder, tmp_path: Path) -> None:
+def test_zip_keeps_the_order_of_lists_and_numbers_repeated_pairs(folder: Folder, tmp_path: Path) -> None:
     images = folder("images", "a.png", "b.png", "x.png")
     out = tmp_path / "pairs.parquet"
     contents = [images / name for name in ("b.png", "a.png", "b.png")]
@@ -115,7 +116,7 @@ def test_zip_keeps_the_order_of_lists_and_names_repeated_pairs(folder: Folder, t
         build_manifest(out, contents, images / "x.png", pairing="zip")
 
 
-def test_samples_are_distinct_and_depend_on_the_seed(folder: Folder, tmp_path: Path) -> None:
+def test_samples_are_different_pairs_and_depend_on_the_seed(folder: Folder, tmp_path: Path) -> None:
     images = folder("images", *(f"{index}.png" for index in range(9)))
     drawn = []
     for seed in (0, 1):
@@ -131,7 +132,7 @@ def test_samples_are_distinct_and_depend_on_the_seed(folder: Folder, tmp_path: P
             build_manifest(out, images, images, pairing="sample", samples=samples)
 
 
-def test_styles_alone_make_rows_without_content(folder: Folder, tmp_path: Path) -> None:
+def test_styles_without_contents_give_rows_without_content(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "textures.parquet"
     build_manifest(out, styles=folder("styles", "wood.png", "stone.png"), prompt="p", seed=3, content_weight=0.5)
     assert pq.read_schema(out).names == ["pair_id", "style", "prompt", "seed", "content_weight"]
@@ -145,7 +146,7 @@ def test_styles_alone_make_rows_without_content(folder: Folder, tmp_path: Path) 
     }
 
 
-def test_folders_are_searched_deeply_in_natural_order(folder: Folder) -> None:
+def test_folders_are_searched_with_subfolders_in_natural_order(folder: Folder) -> None:
     images = folder(
         "images", "10.PNG", "9.jpg", "sub/2.webp", "sub/10.webp", "notes.txt", "v.svg", "._9.jpg", ".x/1.png"
     )
@@ -154,7 +155,7 @@ def test_folders_are_searched_deeply_in_natural_order(folder: Folder) -> None:
     assert [Path(path).name for path in find_images(f"{images}/**/*.webp", "content")] == ["2.webp", "10.webp"]
 
 
-def test_lists_of_images(folder: Folder, tmp_path: Path) -> None:
+def test_images_are_read_from_lists(folder: Folder, tmp_path: Path) -> None:
     images = folder("images", "a.png", "b.png")
     (tmp_path / "list.txt").write_text("images/b.png\n\ns3://bucket/c.png\n")
     (tmp_path / "list.csv").write_text("\ufeffpath,note\nimages/b.png,x\nimages/a.png,y\n", encoding="utf-8")
@@ -166,7 +167,7 @@ def test_lists_of_images(folder: Folder, tmp_path: Path) -> None:
         find_images(tmp_path / "list.csv", "style")
 
 
-def test_sources_without_images_say_what_was_looked_for(folder: Folder, tmp_path: Path) -> None:
+def test_a_source_without_images_is_an_error_with_what_was_looked_for(folder: Folder, tmp_path: Path) -> None:
     empty = folder("empty", "readme.md")
     for source, message in [
         (empty, r"empty: no style images there; looked for files ending in .*\.jpg"),
@@ -182,7 +183,7 @@ def test_sources_without_images_say_what_was_looked_for(folder: Folder, tmp_path
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_paths_are_relative_where_the_manifest_lies_near(folder: Folder, tmp_path: Path) -> None:
+def test_paths_are_relative_where_the_manifest_is_near_the_images(folder: Folder, tmp_path: Path) -> None:
     images = folder("images", "a.png")
     far = tmp_path / "one" / "two" / "three"
     for out, written in [
@@ -195,27 +196,27 @@ def test_paths_are_relative_where_the_manifest_lies_near(folder: Folder, tmp_pat
         assert validate_manifest(out).ok
 
 
-def test_labels_stay_readable_unique_and_safe() -> None:
-    found = labels(
+def test_names_are_readable_unique_and_safe() -> None:
+    names = unique_names(
         ["/p/cat.jpg", "/p/dog.png", "/q/dog.png", "/q/r/Dog.jpg", "/q/r/dog.gif", "/p/a__b_.png", "/p/é" * 60]
     )
-    assert found["/p/cat.jpg"] == "cat"
-    assert found["/p/dog.png"] == "p-dog"
-    assert found["/q/dog.png"] == "q-dog"
-    assert found["/q/r/Dog.jpg"].startswith("Dog-")
-    assert found["/p/a__b_.png"] == "a_b"
-    assert len(set(found.values())) == len(found)
+    assert names["/p/cat.jpg"] == "cat"
+    assert names["/p/dog.png"] == "p-dog"
+    assert names["/q/dog.png"] == "q-dog"
+    assert names["/q/r/Dog.jpg"].startswith("Dog-")
+    assert names["/p/a__b_.png"] == "a_b"
+    assert len(set(names.values())) == len(names)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from("ab_-. é\t\\"), min_size=1, max_size=4), min_size=1, max_size=12, unique=True))
-def test_pair_ids_never_collide(names: list[str]) -> None:
-    found = labels(f"/f/{name}.png" for name in names)
-    joined = {f"{one}__{two}" for one in found.values() for two in found.values()}
-    assert len(joined) == len(names) ** 2
+def test_pair_ids_are_unique(stems: list[str]) -> None:
+    names = unique_names(f"/f/{stem}.png" for stem in stems)
+    joined = {f"{content}__{style}" for content in names.values() for style in names.values()}
+    assert len(joined) == len(stems) ** 2
 
 
-def test_long_stems_give_valid_ids(folder: Folder, tmp_path: Path) -> None:
+def test_long_file_names_give_valid_ids(folder: Folder, tmp_path: Path) -> None:
     images = folder("images", "é" * 110 + "1.png", "é" * 110 + "2.png")
     out = tmp_path / "pairs.parquet"
     build_manifest(out, images, images)
@@ -262,7 +263,7 @@ def test_a_csv_of_pairs_becomes_typed_columns(folder: Folder, tmp_path: Path) ->
         ("", "no column 'style'"),
     ],
 )
-def test_a_bad_csv_names_its_place_and_leaves_nothing(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_csv_is_reported_with_its_line_and_leaves_no_file(tmp_path: Path, text: str, message: str) -> None:
     csv = tmp_path / "pairs.csv"
     csv.write_text(text)
     with pytest.raises(ManifestError, match=message):
@@ -275,7 +276,7 @@ def test_a_failed_build_keeps_the_old_manifest(folder: Folder, tmp_path: Path) -
     build_manifest(out, styles=folder("styles", "x.png"))
     before = out.read_bytes()
     csv = tmp_path / "pairs.csv"
-    # The first row group is complete and written when the bad line is met.
+    # The first row group is written before the bad line is read.
     csv.write_text("style,seed\n" + "x.png,1\n" * 200 + "x.png,bad\n")
     with pytest.raises(ManifestError, match="line 202"):
         build_manifest(out, pairs=csv)
@@ -296,13 +297,13 @@ def test_bad_arguments_are_refused(folder: Folder, tmp_path: Path) -> None:
         (out, {"samples": 3}, "belongs to the pairing 'sample'"),
         (out, {"seed": -1}, "column 'seed': is -1"),
         (out, {"content_weight": math.nan}, "column 'content_weight': is nan"),
-        (out, {"pairs": "pairs.csv"}, "taken as it is"),
+        (out, {"pairs": "pairs.csv"}, "give no contents, styles or samples with a CSV"),
     ]:
         with pytest.raises(ManifestError, match=message):
             build_manifest(path, styles=images, **options)
     assert not out.exists()
 
 
-def test_pillow_reads_every_extension_looked_for() -> None:
+def test_pillow_reads_every_extension_that_is_searched_for() -> None:
     known = Image.registered_extensions()
     assert {extension for extension in IMAGE_EXTENSIONS if known.get(extension) not in Image.OPEN} == set()

@@ -1,4 +1,4 @@
-"""Opening manifests, reading ranges of rows, names of rows, and the page that documents the columns."""
+"""Manifests: how they are opened, how ranges of rows are read, the ids of rows, and the documented columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stylemill.errors import InputError, ManifestError
-from stylemill.manifest import KNOWN, OUTPUT_COLUMNS, ImageRef, Manifest, open_manifest
+from stylemill.manifest import KNOWN_COLUMNS, OUTPUT_COLUMNS, ImageRef, Manifest, open_manifest
 from stylemill.manifest.row import parse_row
 
 PAGE = Path(__file__).parents[1] / "manifests" / "README.md"
@@ -47,7 +47,7 @@ def test_every_known_column_arrives_in_the_row(file: Path) -> None:
         "content_weight": pa.array([0.5], pa.float32()),
         "control": [["edges.png"]],
     }
-    assert table.keys() == KNOWN.keys()
+    assert table.keys() == KNOWN_COLUMNS.keys()
     manifest = open_manifest(write(file, table))
     (row,) = manifest.rows()
     assert manifest.style_is_list
@@ -72,12 +72,12 @@ def test_only_style_is_needed_and_null_columns_count_as_absent(file: Path) -> No
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
-def test_every_kind_of_string_is_a_string(file: Path, kind: pa.DataType) -> None:
+def test_every_arrow_string_type_is_read(file: Path, kind: pa.DataType) -> None:
     (row,) = open_manifest(write(file, {"style": pa.array(["x.png"]).cast(kind)})).rows()
     assert row.styles == (ImageRef("x.png"),)
 
 
-def test_hugging_face_images_are_read_alone_and_in_lists(file: Path) -> None:
+def test_hugging_face_images_are_read_singly_and_in_lists(file: Path) -> None:
     image, name = {"bytes": b"abc", "path": "001.png"}, {"bytes": None, "path": "b.png"}
     write(file, {"content": pa.array([image], HF_IMAGE), "style": pa.array([[image, name]], pa.list_(HF_IMAGE))})
     (row,) = open_manifest(file).rows()
@@ -85,7 +85,7 @@ def test_hugging_face_images_are_read_alone_and_in_lists(file: Path) -> None:
     assert row.styles == (ImageRef("001.png", b"abc"), ImageRef("b.png", None))
 
 
-def test_images_are_told_apart_by_bytes_before_names() -> None:
+def test_images_are_identified_by_bytes_and_else_by_path() -> None:
     assert ImageRef("001.png", b"a").key != ImageRef("001.png", b"b").key
     assert ImageRef("001.png", b"a").key == ImageRef("2.png", b"a").key == ImageRef(None, b"a").reference
     assert ImageRef("001.png", b"a").reference == "001.png" == ImageRef("001.png").key
@@ -110,14 +110,16 @@ def test_images_are_told_apart_by_bytes_before_names() -> None:
         ({"style": pa.array([], pa.string())}, "the manifest has no rows"),
     ],
 )
-def test_a_table_that_is_no_manifest_is_refused_by_name(file: Path, columns: dict[str, Any], message: str) -> None:
+def test_a_table_that_is_no_manifest_is_refused_with_the_column(
+    file: Path, columns: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ManifestError, match=re.escape(message)) as caught:
         open_manifest(write(file, columns))
     assert str(file) in str(caught.value)
     assert caught.value.exit_code == 2
 
 
-def test_all_schema_problems_are_told_at_once(file: Path) -> None:
+def test_all_problems_of_the_schema_are_reported_at_once(file: Path) -> None:
     with pytest.raises(ManifestError) as caught:
         open_manifest(write(file, {"width": [1], "seed": ["x"]}))
     assert len(str(caught.value).splitlines()) == 3
@@ -125,11 +127,11 @@ def test_all_schema_problems_are_told_at_once(file: Path) -> None:
 
 def test_repeated_column_names_are_refused(file: Path) -> None:
     write(file, pa.table([["x"], ["y"]], names=["style", "style"]))
-    with pytest.raises(ManifestError, match="column 'style' stands there more than once"):
+    with pytest.raises(ManifestError, match="duplicate column 'style'; keep one of them"):
         open_manifest(file)
 
 
-def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.parquet"
     text.write_text("style\nx.png\n")
     empty = tmp_path / "empty.parquet"
@@ -158,24 +160,24 @@ def test_a_damaged_page_is_a_manifest_error(file: Path) -> None:
         list(open_manifest(file).rows())
 
 
-def test_a_file_that_claims_more_rows_than_it_has_is_no_shorter_manifest(file: Path) -> None:
+def test_a_file_with_fewer_rows_than_its_metadata_says_is_damaged(file: Path) -> None:
     good = write(file, {"style": ["x.png"] * 40}).read_bytes()
-    claims = [place for place in range(len(good) - 400, len(good)) if good[place] == 80]  # zigzag of 40
-    said = []
-    for first, second in itertools.combinations(claims, 2):
+    counts = [index for index in range(len(good) - 400, len(good)) if good[index] == 80]  # zigzag of 40
+    messages = []
+    for first, second in itertools.combinations(counts, 2):
         changed = bytearray(good)
         changed[first] = changed[second] = 82
         file.write_bytes(changed)
         try:
-            assert len(list(open_manifest(file).rows())) == 40  # what was changed was no claim
+            assert len(list(open_manifest(file).rows())) == 40  # the changed bytes were no counts of rows
         except ManifestError as error:
-            said.append(str(error))
-    assert any("the Parquet file is damaged: it has fewer rows than it claims" in words for words in said)
-    assert any("a damaged Parquet file: it claims 41 rows and has others" in words for words in said)
+            messages.append(str(error))
+    assert any("is damaged: it has fewer rows than its metadata says" in message for message in messages)
+    assert any("is damaged: its row groups do not add up to its 41 rows" in message for message in messages)
 
 
-def test_few_bytes_that_stand_for_many_do_not_fill_the_memory(file: Path) -> None:
-    """4,096 prompts of 8 MB in a file of some KB: read as batches of at most 1 GiB."""
+def test_a_small_file_of_repeated_large_values_does_not_fill_the_memory(file: Path) -> None:
+    """4,096 prompts of 8 MB in a file of some KB are read in batches of at most 1 GiB."""
     prompts = pa.DictionaryArray.from_arrays(pa.array([0] * 4096, pa.int32()), ["x" * (8 << 20)])
     write(file, {"style": ["x.png"] * 4096, "prompt": prompts}, dictionary_pagesize_limit=1 << 28)
     assert file.stat().st_size < 1 << 20
@@ -192,7 +194,7 @@ def test_column_names_that_are_not_utf8_are_a_damaged_file(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 1), (9, 11), (10, 20), (35, 1000), (5, 5), (37, 40)])
-def test_ranges_cross_row_groups(file: Path, start: int, stop: int | None) -> None:
+def test_ranges_of_rows_cross_row_groups(file: Path, start: int, stop: int | None) -> None:
     names = [f"{index}.png" for index in range(37)]
     table = {"style": names, "number": list(range(37)), "style.name": names, "a.b": names}
     manifest = open_manifest(write(file, table, row_group_size=10))
@@ -214,7 +216,7 @@ def test_large_rows_are_read_in_small_batches(file: Path) -> None:
         assert pa.total_allocated_bytes() - before < 40_000_000
 
 
-def test_an_opened_manifest_travels_to_workers(file: Path) -> None:
+def test_an_opened_manifest_can_be_sent_to_workers(file: Path) -> None:
     manifest = open_manifest(write(file, {"style": ["x.png"], "caption": ["c"]}))
     copy: Manifest = pickle.loads(pickle.dumps(manifest))
     assert list(copy.rows()) == list(manifest.rows())
@@ -232,7 +234,7 @@ def test_metadata_of_carried_features_is_kept(file: Path) -> None:
     assert manifest.carried_rows(0, 1).schema.equals(manifest.carried, check_metadata=True)
 
 
-def test_a_bad_row_is_named_when_it_is_reached(file: Path) -> None:
+def test_a_bad_row_is_reported_when_it_is_read(file: Path) -> None:
     manifest = open_manifest(write(file, {"style": ["x", "y", None, "z"]}))
     with pytest.raises(ManifestError, match="row 2, column 'style': is null"):
         list(manifest.rows())
@@ -248,7 +250,7 @@ def test_strings_that_are_not_utf8_are_a_problem_of_their_row(file: Path) -> Non
         list(manifest.rows())
 
 
-def test_identical_rows_are_told_apart_by_occurrence_in_any_range(file: Path) -> None:
+def test_identical_rows_get_different_ids_in_any_range(file: Path) -> None:
     styles = ["x", "y", "x", "x", "z", "y"]
     manifest = open_manifest(write(file, {"style": styles, "caption": list("abcdef")}))
     repeated = manifest.repeated_rows()
@@ -259,7 +261,7 @@ def test_identical_rows_are_told_apart_by_occurrence_in_any_range(file: Path) ->
     assert [row.pair_id for row in manifest.rows(3, 6, repeated)] == names[3:]
 
 
-def test_an_occurrence_never_takes_a_given_name(file: Path) -> None:
+def test_a_generated_id_is_never_that_of_another_row(file: Path) -> None:
     (row,) = open_manifest(write(file, {"style": ["x"]})).rows()
     manifest = open_manifest(write(file, {"style": ["x"] * 4, "pair_id": [f"{row.pair_id}-2", None, None, None]}))
     repeated = manifest.repeated_rows()
@@ -267,7 +269,7 @@ def test_an_occurrence_never_takes_a_given_name(file: Path) -> None:
     assert len({row.pair_id for row in manifest.rows(occurrences=repeated)}) == 4
 
 
-def test_a_given_name_twice_is_refused(file: Path) -> None:
+def test_a_duplicate_pair_id_is_refused(file: Path) -> None:
     manifest = open_manifest(write(file, {"style": ["x", "y", "z"], "pair_id": ["a", "b", "a"]}))
     with pytest.raises(ManifestError, match="row 2, column 'pair_id': 'a' is already the id of row 0"):
         manifest.repeated_rows()
@@ -290,26 +292,26 @@ def test_a_given_name_twice_is_refused(file: Path) -> None:
     ),
     order=st.randoms(use_true_random=False),
 )
-def test_names_belong_to_rows_not_to_places(
+def test_generated_ids_do_not_depend_on_the_order_of_the_rows(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], order: random.Random
 ) -> None:
-    def named(rows: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    def by_id(rows: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
         schema = pa.schema(
             [(name, pa.string()) for name in ("content", "style", "prompt")]
             + [("seed", pa.int64()), ("content_weight", pa.float64())]
         )
         path = tmp_path_factory.getbasetemp() / "permuted.parquet"
         manifest = open_manifest(write(path, pa.Table.from_pylist(rows, schema=schema), row_group_size=3))
-        found = list(manifest.rows(occurrences=manifest.repeated_rows()))
-        return {row.pair_id: (row.content, row.styles, row.prompt, row.seed, row.content_weight) for row in found}
+        ordered = list(manifest.rows(occurrences=manifest.repeated_rows()))
+        return {row.pair_id: (row.content, row.styles, row.prompt, row.seed, row.content_weight) for row in ordered}
 
-    before = named(rows)
+    before = by_id(rows)
     order.shuffle(rows)
     assert len(before) == len(rows)
-    assert named(rows) == before
+    assert by_id(rows) == before
 
 
-def test_the_name_of_a_row_ignores_empty_columns_and_list_form() -> None:
+def test_a_generated_id_ignores_null_columns_and_single_item_lists() -> None:
     def name(**values: Any) -> str:
         row, problems = parse_row(0, values)
         assert row is not None, problems
@@ -321,11 +323,12 @@ def test_the_name_of_a_row_ignores_empty_columns_and_list_form() -> None:
     )
 
 
-def test_the_page_has_the_table_of_the_code() -> None:
+def test_the_documented_columns_are_those_of_the_code() -> None:
     page = PAGE.read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (yes|no) \| (.+) \|$", page, flags=re.MULTILINE)
     assert rows == [
-        (column.name, column.types, "yes" if column.required else "no", column.meaning) for column in KNOWN.values()
+        (column.name, column.types, "yes" if column.required else "no", column.meaning)
+        for column in KNOWN_COLUMNS.values()
     ]
     listed = re.search(r"^Output columns: (.+?)\.$", page, flags=re.MULTILINE | re.DOTALL)
     assert listed is not None

@@ -1,4 +1,4 @@
-"""Validation finds every problem of every row, and `show` describes what is there."""
+"""`validate` finds every problem of every row, and `show` describes a manifest."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "pairs.parquet"
 
 
-def found(file: Path, columns: dict[str, Any], **options: Any) -> list[str]:
+def problems_of(file: Path, columns: dict[str, Any], **options: Any) -> list[str]:
     pq.write_table(pa.table(columns), file, row_group_size=2)
     return [str(problem) for problem in validate_manifest(file, **options).problems]
 
 
-def test_a_good_manifest_is_summed_up(file: Path) -> None:
-    assert found(file, {"style": ["x.png", "y.png", "x.png"], "content": ["a.png", "a.png", None]}) == []
+def test_a_valid_manifest_is_summarized(file: Path) -> None:
+    assert problems_of(file, {"style": ["x.png", "y.png", "x.png"], "content": ["a.png", "a.png", None]}) == []
     report = validate_manifest(file)
     assert report.ok
     assert (report.rows, report.contents, report.styles, report.rows_without_content) == (3, 1, 2, 1)
@@ -68,13 +68,13 @@ def test_a_good_manifest_is_summed_up(file: Path) -> None:
         ("pair_id", ["a", "a"], "'a' is already the id of row 0; ids must be unique"),
     ],
 )
-def test_every_problem_has_row_and_column(file: Path, column: str, values: Any, problem: str) -> None:
+def test_every_problem_is_reported_with_row_and_column(file: Path, column: str, values: Any, problem: str) -> None:
     columns = {"style": ["x.png", "y.png"], column: values}
-    assert found(file, columns) == [f"row 1, column '{column}': {problem}"]
+    assert problems_of(file, columns) == [f"row 1, column '{column}': {problem}"]
 
 
-def test_problems_of_one_row_are_all_found(file: Path) -> None:
-    problems = found(file, {"style": pa.nulls(1, pa.string()), "seed": [-1], "pair_id": ["a/b"]})
+def test_all_problems_of_a_row_are_reported(file: Path) -> None:
+    problems = problems_of(file, {"style": pa.nulls(1, pa.string()), "seed": [-1], "pair_id": ["a/b"]})
     assert len(problems) == 3
     assert (
         str(validate_manifest(file))
@@ -83,19 +83,19 @@ def test_problems_of_one_row_are_all_found(file: Path) -> None:
     )
 
 
-def test_missing_files_are_told_once_at_their_first_row(file: Path) -> None:
+def test_a_missing_file_is_reported_once_at_its_first_row(file: Path) -> None:
     (file.parent / "folder").mkdir()
     columns = {"style": ["x.png", "gone.png", "gone.png", "folder", "s3://bucket/x.png", str(file.parent / "y.png")]}
-    assert found(file, columns) == [
-        f"row 1, column 'style': {file.parent / 'gone.png'} is not there",
+    assert problems_of(file, columns) == [
+        f"row 1, column 'style': {file.parent / 'gone.png'} does not exist",
         f"row 3, column 'style': {file.parent / 'folder'} is not a file",
     ]
-    assert found(file, columns, check_files=False) == []
+    assert problems_of(file, columns, check_files=False) == []
 
 
-def test_the_first_problems_are_kept_and_all_are_counted(file: Path) -> None:
+def test_the_first_problems_are_returned_and_all_are_counted(file: Path) -> None:
     columns = {"style": pa.nulls(500, pa.string()), "pair_id": ["twice", "twice", *map(str, range(498))]}
-    problems = found(file, columns, limit=3)
+    problems = problems_of(file, columns, limit=3)
     assert [problem.split(":")[0] for problem in problems] == [
         "row 0, column 'style'",
         "row 1, column 'style'",
@@ -106,7 +106,7 @@ def test_the_first_problems_are_kept_and_all_are_counted(file: Path) -> None:
     assert "… and 498 more" in str(report)
 
 
-def test_decoding_opens_each_image_once_in_parallel(file: Path) -> None:
+def test_each_image_is_decoded_once_and_several_in_parallel(file: Path) -> None:
     opened: list[str] = []
     meeting = threading.Barrier(2, timeout=20)  # breaks unless two images are open at the same time
 
@@ -118,27 +118,27 @@ def test_decoding_opens_each_image_once_in_parallel(file: Path) -> None:
             raise ImageError("y.png is truncated")
 
     columns = {"style": ["x.png", "y.png", "y.png"], "content": ["a.png", "x.png", None]}
-    assert found(file, columns, decode=decode, workers=2) == ["row 1, column 'style': y.png is truncated"]
+    assert problems_of(file, columns, decode=decode, workers=2) == ["row 1, column 'style': y.png is truncated"]
     assert sorted(opened) == ["a.png", "x.png", "y.png"]
 
 
-def test_an_unforeseen_error_of_decoding_is_not_swallowed(file: Path) -> None:
+def test_an_unexpected_error_of_decoding_is_raised(file: Path) -> None:
     def decode(column: str, ref: ImageRef) -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        found(file, {"style": ["x.png"]}, decode=decode)
+        problems_of(file, {"style": ["x.png"]}, decode=decode)
 
 
-def test_suspicious_columns_are_warned_about(file: Path) -> None:
-    found(file, {"style": ["x.png"], "contents": ["a.png"], "steps": [3], "caption": ["c"]})
+def test_columns_with_misleading_names_give_warnings(file: Path) -> None:
+    problems_of(file, {"style": ["x.png"], "contents": ["a.png"], "steps": [3], "caption": ["c"]})
     assert validate_manifest(file).warnings == (
-        "column 'contents' is only carried through; was 'content' meant?",
-        "column 'steps' is only carried through: this setting is the job's, not a row's",
+        "column 'contents' is only carried through; did you mean 'content'?",
+        "column 'steps' is only carried through: it is a setting of the job, not of a row",
     )
 
 
-def test_what_is_no_manifest_is_an_error_not_a_report(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_an_error_and_not_a_report(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such manifest"):
         validate_manifest(tmp_path / "absent.parquet")
 
@@ -151,7 +151,7 @@ def test_show_describes_size_columns_rows_and_problems(file: Path) -> None:
         "seed": [5, None, None],
         "contents": ["", "", ""],
     }
-    found(file, columns)
+    problems_of(file, columns)
     lines = show_manifest(file, limit=2).splitlines()
     assert "  rows            3 in 2 row groups of up to 2" in lines
     assert "  unique images   1 contents, 2 styles" in lines

@@ -1,4 +1,4 @@
-"""Names are given once, complete and durable; disks that cannot do that are refused before any work."""
+"""Files are published once, complete and durable. A filesystem that cannot do this is refused before any work."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from stylemill.errors import OutputError, StorageError
 from stylemill.store.atomic import publish, publish_bytes, quarantine
 from stylemill.store.parquet import write_shard
 from stylemill.store.paths import RunPaths
+from stylemill.store.run_file import create_run_folder
 
 
-def test_a_name_is_given_once(tmp_path: Path) -> None:
+def test_publish_never_replaces_a_file(tmp_path: Path) -> None:
     tmp, other, final = tmp_path / "tmp", tmp_path / "other", tmp_path / "final"
     tmp.write_bytes(b"first")
     other.write_bytes(b"second")
@@ -27,14 +28,14 @@ def test_a_name_is_given_once(tmp_path: Path) -> None:
     assert files(tmp_path) == {"final": b"first", "other": b"second"}
 
 
-def test_a_link_made_before_the_failure_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_was_made_in_spite_of_an_error_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp, final = tmp_path / "tmp", tmp_path / "final"
     tmp.write_bytes(b"first")
     real = os.link
 
     def link_and_fail(*names: Path) -> None:
         real(*names)
-        raise FileExistsError(errno.EEXIST, "a network disk heard the request twice")
+        raise FileExistsError(errno.EEXIST, "the server of a network disk received the request twice")
 
     monkeypatch.setattr(os, "link", link_and_fail)
     assert publish(tmp, final)
@@ -51,11 +52,11 @@ def test_a_filesystem_without_hard_links_is_refused_at_the_start(
     monkeypatch.setattr(os, "link", no_link)
     paths = RunPaths(tmp_path / "run", 1)
     with pytest.raises(OutputError, match=r"no hard links .*--output"):
-        paths.create()
+        create_run_folder(paths)
     assert files(tmp_path) == {}
 
 
-def test_nothing_stays_in_tmp_when_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_is_left_in_tmp_if_publishing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = run_folder(tmp_path)
 
     def broken(descriptor: int) -> None:
@@ -75,35 +76,35 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("may not mount a small disk here")
+        pytest.skip("no permission to mount a small disk")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
+def test_a_full_disk(tiny_disk: Path) -> None:
     paths = run_folder(tiny_disk)
-    ballast = tiny_disk / "ballast"
-    with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+    filler = tiny_disk / "filler"
+    with suppress(OSError), open(filler, "wb", buffering=0) as file:
         while file.write(b"x" * 4096):
             pass
     with pytest.raises(StorageError, match="disk is full"):
         write_shard(paths, 0, "attempt", table(range(4)))
     assert not files(paths.tmp)
     with pytest.raises(OutputError, match="No space left"):
-        RunPaths(tiny_disk / "other", 1).create()
-    ballast.unlink()
+        create_run_folder(RunPaths(tiny_disk / "other", 1))
+    filler.unlink()
     assert attempt(paths, "attempt")[1] is not None
 
 
-def test_output_that_cannot_be_a_run_folder(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_a_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OutputError, match=r"file.*cannot be written.*--output"):
-        RunPaths(tmp_path / "file", 1).create()
+        create_run_folder(RunPaths(tmp_path / "file", 1))
     with pytest.raises(OutputError, match=r"gs://bucket/run: only local folders and s3:// can be written"):
         RunPaths(Path("gs://bucket/run"), 1)
 
 
-def test_quarantine_keeps_every_file_and_its_reason(tmp_path: Path) -> None:
+def test_quarantine_keeps_every_file_and_the_reasons(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
     for content in (b"one", b"two"):
         paths.data(0).write_bytes(content)
@@ -114,11 +115,11 @@ def test_quarantine_keeps_every_file_and_its_reason(tmp_path: Path) -> None:
     assert sorted(kept.values()) == [b"one", b"two"]
 
 
-def test_numbers_are_as_wide_as_the_run_needs() -> None:
+def test_shard_numbers_have_as_many_digits_as_the_run_needs() -> None:
     small, large = RunPaths(Path("run"), 42), RunPaths(Path("run"), 1_234_567)
     assert small.data(7) == Path("run/data/train-00007-of-00042.parquet")
     assert small.data(7, generation=1) == Path("run/data/train-00007-of-00042-r1.parquet")
     assert small.failures(7) == Path("run/failures/00007.parquet")
     assert small.record(7, generation=1) == Path("run/records/00007.r1.json")
     assert large.data(7) == Path("run/data/train-0000007-of-1234567.parquet")
-    assert large.tmp_name(large.data(7), "a") != large.tmp_name(large.data(8), "a")
+    assert large.tmp_file(large.data(7), "a") != large.tmp_file(large.data(8), "a")

@@ -1,10 +1,11 @@
-"""The store on S3: what a busy, lossy or simple store, a kill or a late process does, and what must come of it."""
+"""The store on S3: commits, uploads, the lock and `verify`, with stores that fail, killed processes and late ones."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,67 +13,67 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from s3_store import BUCKET, Gate, Store, every, gate, here, serving_s3, times
-from store_shards import FINGERPRINT, ROWS, attempt, in_child, second_try
+from s3_store import BUCKET, ObjectStore, Proxy, every_nth, first_requests, running_proxy, serving_s3, use_environment
+from store_shards import FINGERPRINT, ROWS, attempt, in_child, retry_attempt
 from stylemill.cli import main
 from stylemill.errors import LockedError, OutputError, StorageError
 from stylemill.store import checkpoints
 from stylemill.store.commit import clean, commit, confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
-from stylemill.store.lock import RunLock, holder
-from stylemill.store.object_store import bucket
+from stylemill.store.lock import RunLock, lock_holder
+from stylemill.store.object_store import bucket, requests
 from stylemill.store.object_store import lock as bucket_lock
 from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.run_file import RunFile, refuse_foreign_files
+from stylemill.store.run_file import RunFile, create_run_folder, refuse_foreign_files
 from stylemill.store.verify import verify
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
+def store() -> Iterator[ObjectStore]:
     with serving_s3() as store:
         yield store
 
 
 @pytest.fixture
-def enter(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Be a machine; the second argument is the gate that it asks through."""
+def use_machine(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that gives this process the environment of a machine, which may reach the store through a proxy."""
 
-    def enter(machine: str, through: Gate | None = None) -> None:
-        here(store.environment(tmp_path / machine, through.url if through else None), monkeypatch)
+    def use_machine(machine: str, proxy: Proxy | None = None) -> None:
+        use_environment(store.environment(tmp_path / machine, proxy.url if proxy else None), monkeypatch)
 
-    monkeypatch.setattr(bucket, "PAUSE", 0.001)
-    enter("first")
-    return enter
+    monkeypatch.setattr(requests, "PAUSE", 0.001)
+    use_machine("first")
+    return use_machine
 
 
 @pytest.fixture
-def paths(store: Store, tmp_path: Path, enter: object) -> RunPaths:
+def paths(store: ObjectStore, tmp_path: Path, use_machine: object) -> RunPaths:
     """A run folder of two shards, of 4 rows each."""
     return run_folder(store, tmp_path.name)
 
 
-def run_folder(store: Store, name: str, shards: int = 2) -> RunPaths:
+def run_folder(store: ObjectStore, name: str, shards: int = 2) -> RunPaths:
     paths = RunPaths(Path(f"s3://{BUCKET}/{name}"), shards)
-    paths.create()
+    create_run_folder(paths)
     file = RunFile({}, FINGERPRINT, shards * ROWS, shards, ROWS, {"manifest": "pairs.parquet"}, {})
     store.put(f"{name}/job.json", file.to_bytes())
     return paths
 
 
-def folder(paths: RunPaths) -> str:
+def run_key(paths: RunPaths) -> str:
     assert isinstance(paths.output, BucketPath)
     return paths.output.key
 
 
-def done(paths: RunPaths, name: str, shard: int = 0, **how: object) -> Record:
-    """A worker commits, and the driver confirms."""
-    return confirm(paths, commit(paths, *attempt(paths, name, shard, **how)))  # type: ignore[arg-type]
+def commit_and_confirm(paths: RunPaths, name: str, shard: int = 0, **options: object) -> Record:
+    """Commit a shard as a worker does, and confirm it as the driver does."""
+    return confirm(paths, commit(paths, *attempt(paths, name, shard, **options)))  # type: ignore[arg-type]
 
 
-def settled(paths: RunPaths) -> Ledger:
+def read_ledger(paths: RunPaths) -> Ledger:
     ledger = Ledger(paths)
     ledger.refresh()
     return ledger
@@ -82,76 +83,84 @@ def settled(paths: RunPaths) -> Ledger:
 
 
 @pytest.mark.parametrize("treatment", [503, 500, "lost", "slow"])
-def test_a_store_that_fails_now_and_then_costs_nothing(
-    store: Store, paths: RunPaths, enter: Callable[..., None], treatment: int | str
+def test_requests_to_a_store_that_sometimes_fails_are_retried(
+    store: ObjectStore, paths: RunPaths, use_machine: Callable[..., None], treatment: int | str
 ) -> None:
-    with gate(store, every(3, treatment)) as lossy:
-        enter("first", lossy)
+    with running_proxy(store, every_nth(3, treatment)) as lossy:
+        use_machine("first", lossy)
         with RunLock(paths):
             for shard in range(2):
-                done(paths, f"a{shard}", shard, failed=[shard * ROWS])
+                commit_and_confirm(paths, f"a{shard}", shard, failed=[shard * ROWS])
             clean(paths)
         assert lossy.treated > 10
         assert verify(paths.output, deep=True).problems == []
-    enter("first")
-    assert sorted(store.objects(folder(paths))) == sorted(
-        ["job.json", "records/00000.json", "records/00001.json", *committed(paths)]
+    use_machine("first")
+    assert sorted(store.objects(run_key(paths))) == sorted(
+        ["job.json", "records/00000.json", "records/00001.json", *committed_files(paths)]
     )
 
 
-def committed(paths: RunPaths) -> list[str]:
-    return [entry.name for record in settled(paths).records() for entry in (record.data, record.failures) if entry]
+def committed_files(paths: RunPaths) -> list[str]:
+    return [entry.name for record in read_ledger(paths).records() for entry in (record.data, record.failures) if entry]
 
 
-def test_a_silent_store_is_asked_again(
-    store: Store, paths: RunPaths, enter: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_a_request_without_a_response_is_retried(
+    store: ObjectStore, paths: RunPaths, use_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "TIMEOUT", 0.3)
-    with gate(store, times(1, "silent", "PUT")) as slow:
-        enter("first", slow)
-        done(paths, "a0")
-        assert [method for method, _ in slow.asked].count("PUT") == 3, "data twice, the record"
-    assert settled(paths).stands(0, 0)
+    monkeypatch.setattr(requests, "TIMEOUT", 0.3)
+    with running_proxy(store, first_requests(1, "silent", "PUT")) as silent:
+        use_machine("first", silent)
+        commit_and_confirm(paths, "a0")
+        assert [method for method, _ in silent.requests].count("PUT") == 3, "the data twice, the record once"
+    assert read_ledger(paths).has_record(0, 0)
 
 
-def test_pauses_grow_are_bounded_and_differ() -> None:
-    first, second = (list(bucket.Bucket._pauses(bucket.TRIES)) for _ in range(2))
+def test_pauses_between_tries_grow_up_to_a_limit_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise ConnectionError("refused")
+
+    first, second = list[float](), list[float]()
+    for pauses in (first, second):
+        monkeypatch.setattr(time, "sleep", pauses.append)
+        with pytest.raises(StorageError, match="refused"):
+            requests.send(refuse, BUCKET, "key")
     assert first != second
-    assert first[-1] is None
-    for number, pause in enumerate(first[:-1]):
-        most = min(bucket.PAUSE * 2**number, bucket.LONGEST_PAUSE)
-        assert pause is not None
-        assert most / 2 <= pause <= most
+    assert len(first) == requests.TRIES - 1, "no pause after the last try"
+    for number, pause in enumerate(first):
+        longest = min(requests.PAUSE * 2**number, requests.LONGEST_PAUSE)
+        assert longest / 2 <= pause <= longest
 
 
 def test_an_outage_leaves_the_shard_open_and_no_record(
-    store: Store, paths: RunPaths, enter: Callable[..., None]
+    store: ObjectStore, paths: RunPaths, use_machine: Callable[..., None]
 ) -> None:
-    with gate(store, lambda method, path: 503 if method == "PUT" else None) as down:
-        enter("first", down)
+    with running_proxy(store, lambda method, path: 503 if method == "PUT" else None) as down:
+        use_machine("first", down)
         with pytest.raises(StorageError, match=r"data/train-00000.*the same command resumes"):
-            done(paths, "a0")
-        assert len(down.asked) >= bucket.TRIES
-    assert list(store.objects(folder(paths))) == ["job.json"]
-    assert not list(paths.tmp.iterdir()), "what was not uploaded does not stay here either"
-    enter("first")
-    assert done(paths, "a1").attempt == "a1"
+            commit_and_confirm(paths, "a0")
+        assert len(down.requests) >= requests.TRIES
+    assert list(store.objects(run_key(paths))) == ["job.json"]
+    assert not list(paths.tmp.iterdir()), "files that were not uploaded are removed"
+    use_machine("first")
+    assert commit_and_confirm(paths, "a1").attempt == "a1"
 
 
-# --- uploads in parts -------------------------------------------------------------------------------------------------
+# --- multipart uploads ------------------------------------------------------------------------------------------------
 
 LARGE = 3 * (5 << 20) + 17
 
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(bucket, "PART", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)  # the minimum of S3
     file = tmp_path / "large"
     file.write_bytes(np.random.default_rng(0).bytes(LARGE))
     return file
 
 
-def test_large_files_go_up_and_come_down_in_parts(store: Store, paths: RunPaths, large: Path, tmp_path: Path) -> None:
+def test_large_files_are_uploaded_and_downloaded_in_parts(
+    store: ObjectStore, paths: RunPaths, large: Path, tmp_path: Path
+) -> None:
     target = paths.data_folder / "large"
     assert isinstance(target, BucketPath)
     target.bucket.upload(large, target.key)
@@ -160,26 +169,26 @@ def test_large_files_go_up_and_come_down_in_parts(store: Store, paths: RunPaths,
     assert (tmp_path / "copy").read_bytes() == large.read_bytes()
 
 
-def test_an_upload_killed_in_the_middle_leaves_nothing_visible(
-    store: Store, paths: RunPaths, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_upload_leaves_no_visible_object(
+    store: ObjectStore, paths: RunPaths, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STYLEMILL_FAILPOINTS", "mid-publish:kill:hit=2:folder=data")
     monkeypatch.setenv("STYLEMILL_FAILPOINTS_STATE", str(tmp_path))
     target = paths.data_folder / "large"
     assert isinstance(target, BucketPath)
     assert in_child(lambda: target.bucket.upload(large, target.key)) == -signal.SIGKILL
-    assert store.uploads() == [target.key], "parts are there, for a lifecycle rule to remove"
+    assert store.uploads() == [target.key], "its parts are left to a lifecycle rule"
     assert not target.exists()
-    assert list(store.objects(folder(paths))) == ["job.json"]
+    assert list(store.objects(run_key(paths))) == ["job.json"]
     upload = store.client.list_multipart_uploads(Bucket=BUCKET)["Uploads"][0]
     store.client.abort_multipart_upload(Bucket=BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
-def test_an_upload_that_fails_takes_its_parts_along(
-    store: Store, paths: RunPaths, large: Path, enter: Callable[..., None]
+def test_the_parts_of_a_failed_upload_are_removed(
+    store: ObjectStore, paths: RunPaths, large: Path, use_machine: Callable[..., None]
 ) -> None:
-    with gate(store, lambda method, path: 503 if "partNumber=3" in path else None) as broken:
-        enter("first", broken)
+    with running_proxy(store, lambda method, path: 503 if "partNumber=3" in path else None) as broken:
+        use_machine("first", broken)
         target = paths.data_folder / "large"
         assert isinstance(target, BucketPath)
         with pytest.raises(StorageError, match="data/large"):
@@ -187,79 +196,78 @@ def test_an_upload_that_fails_takes_its_parts_along(
     assert store.uploads() == []
 
 
-# --- commits, zombies -------------------------------------------------------------------------------------------------
+# --- commits, late workers --------------------------------------------------------------------------------------------
 
 
-def test_nothing_counts_before_the_driver_has_confirmed_it(store: Store, paths: RunPaths) -> None:
+def test_a_shard_is_not_committed_before_the_driver_confirms_it(store: ObjectStore, paths: RunPaths) -> None:
     record = commit(paths, *attempt(paths, "worker"))
-    assert settled(paths).totals().shards == 0
-    assert verify(paths.output).problems == ["shards 0, 1 are not committed yet; the same run command goes on"]
+    assert read_ledger(paths).totals().shards == 0
+    assert verify(paths.output).problems == ["shards 0, 1 are not committed yet; the same run command resumes"]
     assert confirm(paths, record) == record
-    assert settled(paths).totals().rows_ok == ROWS
-    assert confirm(paths, record) == record, "confirming twice is once"
+    assert read_ledger(paths).totals().rows_ok == ROWS
+    assert confirm(paths, record) == record, "confirming again changes nothing"
 
 
-def test_an_attempt_that_comes_too_late_changes_nothing(store: Store, paths: RunPaths) -> None:
-    late = attempt(paths, "zombie", model="other bytes")
-    first, _ = done(paths, "a0"), done(paths, "a1", 1)
-    before = store.objects(folder(paths))
-    assert commit(paths, *late) == first, "it learns what stands"
-    assert store.objects(folder(paths)) == before
+def test_a_late_attempt_changes_nothing(store: ObjectStore, paths: RunPaths) -> None:
+    late = attempt(paths, "late", model="other bytes")
+    first, _ = commit_and_confirm(paths, "a0"), commit_and_confirm(paths, "a1", 1)
+    before = store.objects(run_key(paths))
+    assert commit(paths, *late) == first, "it gets the committed record"
+    assert store.objects(run_key(paths)) == before
 
 
-def test_bytes_that_a_zombie_uploads_beside_the_committed_ones_never_count(store: Store, paths: RunPaths) -> None:
-    """It looked for a record before the other attempt had one. What it returns, no driver waits for any more."""
-    zombies = commit(paths, *attempt(paths, "zombie", model="other bytes"))
-    first, _ = done(paths, "a0"), done(paths, "a1", 1)
-    assert confirm(paths, zombies) == first, "even an older driver cannot confirm it"
-    assert [record.attempt for record in settled(paths).records()] == ["a0", "a1"]
+def test_files_that_a_late_worker_uploads_never_count(store: ObjectStore, paths: RunPaths) -> None:
+    """The worker looked for a record before the other attempt published one. No driver waits for what it returns."""
+    late = commit(paths, *attempt(paths, "late", model="other bytes"))
+    first, _ = commit_and_confirm(paths, "a0"), commit_and_confirm(paths, "a1", 1)
+    assert confirm(paths, late) == first, "a driver cannot confirm it either"
+    assert [record.attempt for record in read_ledger(paths).records()] == ["a0", "a1"]
     (problem,) = verify(paths.output).problems
     assert problem.startswith("data/ has 1 files that are not the run's")
     clean(paths)
     assert verify(paths.output, deep=True).problems == []
-    assert len(store.objects(f"{folder(paths)}/data")) == 2
+    assert len(store.objects(f"{run_key(paths)}/data")) == 2
 
 
-def test_the_same_bytes_of_two_attempts_are_one_file(store: Store, paths: RunPaths) -> None:
+def test_two_attempts_with_the_same_bytes_share_one_file(store: ObjectStore, paths: RunPaths) -> None:
     commit(paths, *attempt(paths, "killed before its driver confirmed it"))
-    done(paths, "a0")
-    assert len(store.objects(f"{folder(paths)}/data")) == 1
+    commit_and_confirm(paths, "a0")
+    assert len(store.objects(f"{run_key(paths)}/data")) == 1
 
 
-def test_thousands_of_records_become_a_segment(store: Store, paths: RunPaths) -> None:
+def test_record_files_are_compacted_into_a_segment(store: ObjectStore, paths: RunPaths) -> None:
     for shard in range(2):
-        done(paths, f"a{shard}", shard, failed=[shard * ROWS])
-    ledger = settled(paths)
+        commit_and_confirm(paths, f"a{shard}", shard, failed=[shard * ROWS])
+    ledger = read_ledger(paths)
     before = ledger.totals()
-    assert compact(paths, ledger, least=2)
-    (segment,) = store.objects(f"{folder(paths)}/records")
+    assert compact(paths, ledger, min_records=2)
+    (segment,) = store.objects(f"{run_key(paths)}/records")
     assert segment.startswith("compact-000000-")
-    assert settled(paths).totals() == ledger.totals() == before
-    again = confirm(paths, commit(paths, *second_try(paths, [0])))
-    assert (again.generation, settled(paths).totals().rows_ok) == (1, before.rows_ok + 1)
+    assert read_ledger(paths).totals() == ledger.totals() == before
+    retried = confirm(paths, commit(paths, *retry_attempt(paths, [0])))
+    assert (retried.generation, read_ledger(paths).totals().rows_ok) == (1, before.rows_ok + 1)
     assert verify(paths.output, deep=True).problems == []
 
 
-def test_a_store_without_conditional_puts_serves_as_well(
-    store: Store, paths: RunPaths, enter: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_a_store_without_conditional_puts_works_too(
+    store: ObjectStore, paths: RunPaths, use_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket_lock, "LOOK", 0.01)
+    monkeypatch.setattr(bucket_lock, "POLL_SECONDS", 0.01)
     for rule in (plain, refuses_conditions):
-        with gate(store, rule) as simple:
-            enter("first", simple)
+        with running_proxy(store, rule) as simple:
+            use_machine("first", simple)
             with RunLock(paths):
-                assert not paths.output.bucket.conditional  # type: ignore[attr-defined]
-                first = done(paths, "a0")
-                zombies = replace(first, attempt="another")
-                assert confirm(paths, zombies) == first
-                assert not paths.output.bucket.create(f"{folder(paths)}/job.json", b"another job's")  # type: ignore[attr-defined]
-                enter("second", simple)
+                assert not paths.output.bucket.conditional_puts  # type: ignore[attr-defined]
+                first = commit_and_confirm(paths, "a0")
+                assert confirm(paths, replace(first, attempt="another")) == first
+                assert not paths.output.bucket.create(f"{run_key(paths)}/job.json", b"of another job")  # type: ignore[attr-defined]
+                use_machine("second", simple)
                 with monkeypatch.context() as patch:
-                    patch.setattr(bucket_lock, "BEAT", 0.02)
+                    patch.setattr(bucket_lock, "RENEW_SECONDS", 0.02)
                     with pytest.raises(LockedError):
-                        refused_or_taken(paths)
-            enter("first", simple)
-            assert holder(paths) is None
+                        enter_lock(paths)
+            use_machine("first", simple)
+            assert lock_holder(paths) is None
 
 
 def plain(method: str, path: str) -> str:
@@ -273,34 +281,36 @@ def refuses_conditions(method: str, path: str) -> int | str:
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 
-def refused_or_taken(paths: RunPaths) -> None:
+def enter_lock(paths: RunPaths) -> None:
     with RunLock(paths):
         pass
 
 
 @pytest.fixture
-def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket_lock, "BEAT", 0.05)
-    monkeypatch.setattr(bucket_lock, "LOOK", 0.02)
+def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_lock, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(bucket_lock, "POLL_SECONDS", 0.02)
 
 
-@pytest.mark.usefixtures("brisk")
-def test_a_second_driver_is_refused_while_the_first_one_lives(paths: RunPaths, enter: Callable[..., None]) -> None:
-    me = f"pid {os.getpid()} on host {socket.gethostname()}"
-    assert holder(paths) is None
+@pytest.mark.usefixtures("short_intervals")
+def test_a_second_driver_is_refused_while_the_first_one_is_alive(
+    paths: RunPaths, use_machine: Callable[..., None]
+) -> None:
+    this_process = f"pid {os.getpid()} on host {socket.gethostname()}"
+    assert lock_holder(paths) is None
     with RunLock(paths):
-        assert holder(paths) == me
-        with pytest.raises(LockedError, match=rf"s3://{BUCKET}/.*another run works in this folder: {me}"):
-            refused_or_taken(paths)  # on this machine
-        enter("second")
-        with pytest.raises(LockedError, match=me):
-            refused_or_taken(paths)
-        enter("first")
-    assert holder(paths) is None
+        assert lock_holder(paths) == this_process
+        with pytest.raises(LockedError, match=rf"s3://{BUCKET}/.*another run works in this folder: {this_process}"):
+            enter_lock(paths)  # on the same machine
+        use_machine("second")
+        with pytest.raises(LockedError, match=this_process):
+            enter_lock(paths)
+        use_machine("first")
+    assert lock_holder(paths) is None
     assert not paths.lock.exists()
 
 
-def killed_with_the_lock(paths: RunPaths) -> None:
+def kill_while_locked(paths: RunPaths) -> None:
     def driver() -> None:
         with RunLock(paths):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -309,110 +319,111 @@ def killed_with_the_lock(paths: RunPaths) -> None:
     assert paths.lock.exists()
 
 
-def test_the_lock_of_a_dead_driver_is_taken_over_at_once_on_its_machine(paths: RunPaths) -> None:
-    killed_with_the_lock(paths)
+def test_the_lock_of_a_dead_driver_is_taken_over_at_once_on_the_same_machine(paths: RunPaths) -> None:
+    kill_while_locked(paths)
     with RunLock(paths):
         pass
     assert not paths.lock.exists()
 
 
-@pytest.mark.usefixtures("brisk")
-def test_and_elsewhere_when_it_has_not_been_renewed_for_long(
-    paths: RunPaths, enter: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("short_intervals")
+def test_the_lock_of_a_dead_driver_is_taken_over_on_another_machine_when_it_is_stale(
+    paths: RunPaths, use_machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_with_the_lock(paths)
-    assert holder(paths), "nobody can tell yet"
-    monkeypatch.setattr(bucket_lock, "STALE", 1.0)
-    enter("second")
+    kill_while_locked(paths)
+    assert lock_holder(paths), "the lock is not stale yet"
+    monkeypatch.setattr(bucket_lock, "STALE_SECONDS", 1.0)
+    use_machine("second")
     with RunLock(paths):
-        assert holder(paths)
+        assert lock_holder(paths)
     assert not paths.lock.exists()
 
 
-def test_a_driver_that_was_taken_over_writes_and_deletes_nothing_more(
-    store: Store, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+def test_a_driver_that_lost_its_lock_writes_and_deletes_nothing(
+    store: ObjectStore, paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stood still, and another driver came and went."""
-    record = commit(paths, *attempt(paths, "its own"))
+    """The driver was stopped, and meanwhile another driver started and ended."""
+    record = commit(paths, *attempt(paths, "stopped"))
     with RunLock(paths):
-        store.put(f"{folder(paths)}/lock", b"{}")  # the other's
-        monkeypatch.setattr(bucket_lock, "STALE", 0.0)  # the time for a renewal is over
+        store.put(f"{run_key(paths)}/lock", b"{}")  # of the other driver
+        monkeypatch.setattr(bucket_lock, "STALE_SECONDS", 0.0)  # a renewal is overdue
         for work in (lambda: confirm(paths, record), lambda: paths.job.unlink()):
-            with pytest.raises(LockedError, match="another has taken over"):
+            with pytest.raises(LockedError, match="another run has taken over"):
                 work()
-    assert {"lock", "job.json"} < store.objects(folder(paths)).keys(), "nor does it remove the other's lock"
-    assert settled(paths).totals().shards == 0
-    store.remove(f"{folder(paths)}/lock")
+    assert {"lock", "job.json"} < store.objects(run_key(paths)).keys(), "nor is the lock of the other driver removed"
+    assert read_ledger(paths).totals().shards == 0
+    store.remove(f"{run_key(paths)}/lock")
 
 
-def test_a_driver_that_stood_still_goes_on_where_nobody_took_over(
+def test_a_driver_that_was_stopped_continues_if_it_still_has_the_lock(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RunLock(paths):
-        monkeypatch.setattr(bucket_lock, "STALE", 0.0)
-        assert done(paths, "a0").attempt == "a0"
+        monkeypatch.setattr(bucket_lock, "STALE_SECONDS", 0.0)
+        assert commit_and_confirm(paths, "a0").attempt == "a0"
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def test_checkpoints_are_on_the_store_and_the_newest_whole_one_counts(
-    store: Store, paths: RunPaths, enter: Callable[..., None]
+def test_checkpoints_are_on_the_store_and_the_newest_undamaged_one_is_loaded(
+    store: ObjectStore, paths: RunPaths, use_machine: Callable[..., None]
 ) -> None:
     meta = {"fingerprint": FINGERPRINT}
     inputs = checkpoints.save_inputs(paths, 0, "a0", {"latent": np.ones(3)}, meta)
     for step in (2, 4, 6):
         checkpoints.save_progress(paths, 0, step, "a0", {"z": np.full(3, step)}, meta, inputs)
-    enter("second")
+    use_machine("second")
     assert checkpoints.newest_step(paths, 0) == 6
-    kept = [name for name in store.objects(f"{folder(paths)}/checkpoints") if "progress" in name]
+    kept = [name for name in store.objects(f"{run_key(paths)}/checkpoints") if "progress" in name]
     assert len(kept) == 2, "the newest and the one before"
-    newest = f"{folder(paths)}/checkpoints/{kept[-1]}"
+    newest = f"{run_key(paths)}/checkpoints/{kept[-1]}"
     store.put(newest, store.get(newest)[:-1])
-    found = checkpoints.load(paths, 0, meta)
-    assert found is not None
-    assert (found.step, found.arrays["z"].tolist(), found.inputs["latent"].tolist()) == (4, [4.0] * 3, [1.0] * 3)
-    aside = store.objects(f"{folder(paths)}/quarantine")
-    assert len(aside) == 2, "the damaged one, and the reason"
-    assert any("truncated" in reason.decode(errors="replace") for reason in aside.values())
+    checkpoint = checkpoints.load(paths, 0, meta)
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+    assert (checkpoint.arrays["z"].tolist(), checkpoint.inputs["latent"].tolist()) == ([4.0] * 3, [1.0] * 3)
+    quarantined = store.objects(f"{run_key(paths)}/quarantine")
+    assert len(quarantined) == 2, "the damaged file, and the reason"
+    assert any("truncated" in reason.decode(errors="replace") for reason in quarantined.values())
     checkpoints.clear(paths, 0)
-    assert not store.objects(f"{folder(paths)}/checkpoints")
+    assert not store.objects(f"{run_key(paths)}/checkpoints")
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
 
-Spoil = Callable[[Store, RunPaths, Record], object]
+Damage = Callable[[ObjectStore, RunPaths, Record], object]
 
 
 def key(paths: RunPaths, name: str) -> str:
-    return f"{folder(paths)}/{name}"
+    return f"{run_key(paths)}/{name}"
 
 
-def flip(store: Store, name: str, place: int = 60) -> None:
-    whole = bytearray(store.get(name))
-    whole[place] ^= 1
-    store.put(name, bytes(whole))
+def flip_bit(store: ObjectStore, name: str, position: int = 60) -> None:
+    data = bytearray(store.get(name))
+    data[position] ^= 1
+    store.put(name, bytes(data))
 
 
-def data_of(paths: RunPaths, record: Record) -> str:
+def data_key(paths: RunPaths, record: Record) -> str:
     assert record.data is not None
     return key(paths, record.data.name)
 
 
-def forge(store: Store, paths: RunPaths, record: Record, **changes: object) -> None:
+def forge(store: ObjectStore, paths: RunPaths, record: Record, **changes: object) -> None:
     store.put(key(paths, "records/00001.json"), replace(record, **changes).to_bytes())  # type: ignore[arg-type]
 
 
-DAMAGES: dict[str, tuple[Spoil, str]] = {
-    "flipped byte": (lambda store, paths, record: flip(store, data_of(paths, record)), "SHA-256 differs"),
-    "missing file": (lambda store, paths, record: store.remove(data_of(paths, record)), "train-00001.* is missing"),
-    "other size": (lambda store, paths, record: store.put(data_of(paths, record), b"short"), "has 5 bytes, not"),
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "flipped byte": (lambda store, paths, record: flip_bit(store, data_key(paths, record)), "SHA-256 differs"),
+    "missing file": (lambda store, paths, record: store.remove(data_key(paths, record)), "train-00001.* is missing"),
+    "other size": (lambda store, paths, record: store.put(data_key(paths, record), b"short"), "has 5 bytes, not"),
     "extra file": (
-        lambda store, paths, record: store.put(data_of(paths, record).replace("-of-", "-0f-"), b"extra"),
+        lambda store, paths, record: store.put(data_key(paths, record).replace("-of-", "-0f-"), b"extra"),
         "data/ has 1 files that are not the run's",
     ),
     "edited record": (
-        lambda store, paths, record: flip(store, key(paths, "records/00001.json")),
+        lambda store, paths, record: flip_bit(store, key(paths, "records/00001.json")),
         "records/00001.json: the record",
     ),
     "missing record": (
@@ -423,11 +434,11 @@ DAMAGES: dict[str, tuple[Spoil, str]] = {
         lambda store, paths, record: forge(store, paths, record, rows_ok=3),
         "contradict each other",
     ),
-    "another job's": (
+    "record of another job": (
         lambda store, paths, record: forge(store, paths, record, fingerprint="0" * 64),
         "belongs to another job",
     ),
-    "left checkpoint": (
+    "leftover checkpoint": (
         lambda store, paths, record: store.put(key(paths, "checkpoints/00001/x"), b""),
         "checkpoints/ has 1 files",
     ),
@@ -435,52 +446,52 @@ DAMAGES: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_names_the_damage_and_changes_nothing(store: Store, paths: RunPaths, damage: str) -> None:
-    done(paths, "a0", 0, failed=[1])
-    record = done(paths, "a1", 1)
+def test_verify_names_the_damage_and_changes_nothing(store: ObjectStore, paths: RunPaths, damage: str) -> None:
+    commit_and_confirm(paths, "a0", 0, failed=[1])
+    record = commit_and_confirm(paths, "a1", 1)
     clean(paths)
     assert verify(paths.output, deep=True).problems == []
-    spoil, words = DAMAGES[damage]
-    spoil(store, paths, record)
-    before = store.objects(folder(paths))
+    apply, problem = DAMAGES[damage]
+    apply(store, paths, record)
+    before = store.objects(run_key(paths))
     report = verify(paths.output, deep=True)
     assert not report.ok
-    with pytest.raises(AssertionError, match=words):
+    with pytest.raises(AssertionError, match=problem):
         raise AssertionError(report.describe())
-    assert store.objects(folder(paths)) == before
+    assert store.objects(run_key(paths)) == before
 
 
-def test_a_damaged_record_is_set_aside_and_its_shard_open_again(store: Store, paths: RunPaths) -> None:
-    done(paths, "a0", 0)
-    flip(store, key(paths, "records/00000.json"))
+def test_a_damaged_record_is_quarantined_and_its_shard_is_open_again(store: ObjectStore, paths: RunPaths) -> None:
+    commit_and_confirm(paths, "a0", 0)
+    flip_bit(store, key(paths, "records/00000.json"))
     with RunLock(paths):
-        assert settled(paths).open_shards(2) == [0, 1]
-        assert done(paths, "a1", 0).attempt == "a1"
+        assert read_ledger(paths).open_shards(2) == [0, 1]
+        assert commit_and_confirm(paths, "a1", 0).attempt == "a1"
     assert [name.split(".")[0] for name in store.objects(key(paths, "quarantine"))] == ["records-00000"] * 2
     assert len(store.objects(key(paths, "data"))) == 1, "the same bytes again"
 
 
-# --- what the user must change ----------------------------------------------------------------------------------------
+# --- errors that the user has to fix ----------------------------------------------------------------------------------
 
 
-def test_a_missing_bucket_is_named(enter: object, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_bucket_is_named(use_machine: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "s3://nowhere/run"]) == 2
     assert "s3://nowhere/run/job.json: there is no bucket nowhere; create it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "GET"])
-def test_a_right_that_is_missing_is_found_before_any_work(
-    store: Store, paths: RunPaths, enter: Callable[..., None], method: str
+def test_a_missing_right_is_found_before_any_work(
+    store: ObjectStore, paths: RunPaths, use_machine: Callable[..., None], method: str
 ) -> None:
-    with gate(store, lambda asked, path: 403 if asked == method else None) as strict:
-        enter("first", strict)
+    with running_proxy(store, lambda request_method, path: 403 if request_method == method else None) as strict:
+        use_machine("first", strict)
         with pytest.raises(OutputError, match=r"the store refuses access \(AccessDenied\); give this machine"):
-            refused_or_taken(paths)
-        assert len(strict.asked) < bucket.TRIES, "asking again would not help"
+            enter_lock(paths)
+        assert len(strict.requests) < requests.TRIES, "it is not retried"
 
 
 def test_missing_credentials_are_named(
-    store: Store, enter: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: ObjectStore, use_machine: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -488,24 +499,26 @@ def test_missing_credentials_are_named(
     assert "no credentials were found" in capsys.readouterr().err
 
 
-def test_a_folder_with_other_things_in_it_is_refused(store: Store, enter: object) -> None:
+def test_a_folder_with_other_objects_is_refused(store: ObjectStore, use_machine: object) -> None:
     store.put("photos/cat.png", b"a cat")
     with pytest.raises(OutputError, match=r"s3://runs/photos: holds other files \(cat.png\) and no run"):
         refuse_foreign_files(RunPaths(Path("s3://runs/photos"), 1))
     refuse_foreign_files(RunPaths(Path("s3://runs/phot"), 1))
 
 
-def test_a_folder_of_a_bucket_is_no_file_of_this_machine(paths: RunPaths) -> None:
-    """What was forgotten in the code is an error, not a folder named `s3:`."""
-    with pytest.raises(TypeError, match=r"s3://runs/.*/job.json is no file of this machine"):
+def test_a_bucket_path_is_not_used_as_a_local_file(paths: RunPaths) -> None:
+    """Code that does not support buckets raises TypeError, and creates no folder named `s3:`."""
+    with pytest.raises(TypeError, match=r"s3://runs/.*/job.json is not a local file"):
         os.stat(paths.job)
     assert str(paths.job).startswith("s3://runs/")
     assert paths.job.read_bytes()
 
 
-def test_a_probe_that_a_kill_left_goes_when_the_run_is_finished(store: Store, paths: RunPaths) -> None:
+def test_a_probe_object_of_a_killed_run_is_removed_when_the_run_is_finished(
+    store: ObjectStore, paths: RunPaths
+) -> None:
     store.put(key(paths, ".stylemill-probe-0"), b"")
     for shard in range(2):
-        done(paths, f"a{shard}", shard)
+        commit_and_confirm(paths, f"a{shard}", shard)
     clean(paths)
-    assert ".stylemill-probe-0" not in store.objects(folder(paths))
+    assert ".stylemill-probe-0" not in store.objects(run_key(paths))

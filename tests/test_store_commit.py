@@ -1,4 +1,4 @@
-"""A shard is committed once and whole, whatever is killed between two steps and whoever else commits it."""
+"""A shard is committed once and completely, whatever is killed, and if several attempts commit it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STEPS = ("fsync", "link", "unlink", "rename", "mkdir", "rmdir")
 OUTPUT = ("data/train-00000-of-00001.parquet", "failures/00000.parquet")
 
 
-def committed_bytes(folder: Path) -> dict[str, bytes]:
+def reference_output(folder: Path) -> dict[str, bytes]:
     paths = run_folder(folder)
     commit(paths, *attempt(paths, "reference", failed=[2]))
     return {name: (paths.output / name).read_bytes() for name in OUTPUT}
 
 
-def nothing(paths: RunPaths) -> None:
+def no_files(paths: RunPaths) -> None:
     pass
 
 
@@ -50,13 +50,15 @@ def other_rows(paths: RunPaths) -> None:
     paths.record(0).unlink()
 
 
-@pytest.mark.parametrize("found", [nothing, truncated_data, truncated_record, other_rows])
-def test_killed_before_any_step_the_same_commit_finishes(tmp_path: Path, found: Callable[[RunPaths], None]) -> None:
-    expected = committed_bytes(tmp_path / "reference")
+@pytest.mark.parametrize("existing", [no_files, truncated_data, truncated_record, other_rows])
+def test_after_a_kill_before_any_step_the_next_commit_completes(
+    tmp_path: Path, existing: Callable[[RunPaths], None]
+) -> None:
+    expected = reference_output(tmp_path / "reference")
     for step in range(200):
         paths = run_folder(tmp_path / str(step))
         save_inputs(paths, 0, "killed", {}, {})
-        found(paths)
+        existing(paths)
         first = attempt(paths, "killed", failed=[2])
 
         def killed(paths: RunPaths = paths, first: Attempt = first, step: int = step) -> None:
@@ -77,20 +79,20 @@ def test_killed_before_any_step_the_same_commit_finishes(tmp_path: Path, found: 
         kept = {name for name in files(paths.output) if not name.startswith("quarantine/")}
         assert kept == {"job.json", "records/00000.json", *OUTPUT}
         if exit_code == 0:
-            assert step > 8  # several steps were tried, the last try was not killed any more
+            assert step > 8  # kills at several steps were tested; without a kill, the loop ends
             return
-    raise AssertionError("the commit never ended")
+    raise AssertionError("every commit was killed")
 
 
-def test_files_of_a_killed_commit_are_adopted(tmp_path: Path) -> None:
+def test_files_of_a_killed_commit_are_used(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
     commit(paths, *attempt(paths, "first", model="on another machine"))
     paths.record(0).unlink()
-    standing = files(paths.data_folder)
+    published = files(paths.data_folder)
 
     record = commit(paths, *attempt(paths, "second"))
 
-    assert files(paths.data_folder) == standing
+    assert files(paths.data_folder) == published
     assert record.attempt == "second"
     assert record.data is not None
     assert record.data.bytes == paths.data(0).stat().st_size
@@ -98,7 +100,7 @@ def test_files_of_a_killed_commit_are_adopted(tmp_path: Path) -> None:
     assert not paths.quarantine.exists()
 
 
-def test_files_of_another_job_are_not_adopted(tmp_path: Path) -> None:
+def test_files_of_another_job_are_not_used(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
     commit(paths, *attempt(paths, "first", fingerprint="0" * 64))
     record = commit(paths, *attempt(paths, "second"))
@@ -107,23 +109,23 @@ def test_files_of_another_job_are_not_adopted(tmp_path: Path) -> None:
     assert len(list(paths.quarantine.glob("*.parquet.*"))) == 1
 
 
-def test_no_flipped_bit_is_adopted(tmp_path: Path) -> None:
+def test_files_with_a_flipped_bit_are_not_used(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
     commit(paths, *attempt(paths, "first"))
-    whole = paths.data(0).read_bytes()
-    for place in range(0, len(whole), 97):
+    data = paths.data(0).read_bytes()
+    for position in range(0, len(data), 97):
         paths.record(0).unlink()
-        paths.data(0).write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        commit(paths, *attempt(paths, f"at-{place}"))
-        assert paths.data(0).read_bytes() == whole
+        paths.data(0).write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        commit(paths, *attempt(paths, f"at-{position}"))
+        assert paths.data(0).read_bytes() == data
 
 
-def test_shards_without_a_success_or_without_a_failure_have_no_such_file(tmp_path: Path) -> None:
+def test_a_shard_without_successful_or_failed_rows_has_no_file_for_them(tmp_path: Path) -> None:
     paths = run_folder(tmp_path, shards=2)
-    all_lost = commit(paths, *attempt(paths, "a", 0, failed=range(ROWS)))
-    all_good = commit(paths, *attempt(paths, "b", 1))
-    assert all_lost.data is None
-    assert all_good.failures is None
+    all_failed = commit(paths, *attempt(paths, "a", 0, failed=range(ROWS)))
+    all_ok = commit(paths, *attempt(paths, "b", 1))
+    assert all_failed.data is None
+    assert all_ok.failures is None
     clean(paths)
     assert sorted(files(paths.output)) == [
         "data/train-00001-of-00002.parquet",
@@ -136,13 +138,13 @@ def test_shards_without_a_success_or_without_a_failure_have_no_such_file(tmp_pat
     assert verify(paths.output).ok
 
 
-def test_rows_that_are_not_the_shard_are_never_committed(tmp_path: Path) -> None:
+def test_other_rows_than_those_of_the_shard_are_never_committed(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
     record, data, failures = attempt(paths, "short", failed=[1])
     with pytest.raises(DamagedError, match="nothing was committed"):
         commit(paths, record, data, None)
     with pytest.raises(StorageError):
-        commit(paths, record, data, failures)  # the refused attempt left nothing in tmp/ to try again with
+        commit(paths, record, data, failures)  # the refused attempt removed its files from tmp/
     twice = attempt(paths, "twice", failed=[1])
     more = attempt(paths, "more")
     with pytest.raises(DamagedError, match="once each"):
@@ -153,14 +155,14 @@ def test_rows_that_are_not_the_shard_are_never_committed(tmp_path: Path) -> None
     assert not any(files(folder) for folder in (paths.data_folder, paths.failures_folder, paths.records_folder))
 
 
-def test_a_full_disk_commits_nothing_and_the_same_commit_resumes(
+def test_nothing_is_committed_on_a_full_disk_and_the_next_commit_completes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = run_folder(tmp_path)
-    whole = attempt(paths, "first")
+    current = attempt(paths, "first")
     real = os.fsync
-    for passing in range(5):
-        left = [real] * passing
+    for successful in range(5):
+        left = [real] * successful
 
         def full(descriptor: int, left: list[Callable[[int], None]] = left) -> None:
             if not left:
@@ -170,17 +172,17 @@ def test_a_full_disk_commits_nothing_and_the_same_commit_resumes(
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             with pytest.raises(StorageError, match=r"disk is full.*same command resumes"):
-                commit(paths, *whole)
+                commit(paths, *current)
         assert not files(paths.tmp)
-        whole = attempt(paths, f"again-{passing}")
-    # In the last try the record got its name, and only the fsync of its folder failed: it is the one that stands.
-    assert commit(paths, *whole).attempt == "again-3"
+        current = attempt(paths, f"again-{successful}")
+    # The last try published its record, only the fsync of the folder failed: this record is the committed one.
+    assert commit(paths, *current).attempt == "again-3"
     assert verify(paths.output).ok
 
 
 @pytest.mark.parametrize("failed", [[], [1]])
-def test_concurrent_commits_of_one_shard_leave_one(tmp_path: Path, failed: list[int]) -> None:
-    """Also of attempts that disagree on which rows are lost: one of them is committed, whole."""
+def test_one_of_several_concurrent_commits_of_a_shard_counts(tmp_path: Path, failed: list[int]) -> None:
+    """Also if the attempts differ in which rows failed: one of them is committed completely."""
     processes = multiprocessing.get_context("fork")
     for round_ in range(4):
         paths = run_folder(tmp_path / str(round_))
@@ -194,10 +196,10 @@ def test_concurrent_commits_of_one_shard_leave_one(tmp_path: Path, failed: list[
         workers = [processes.Process(target=work, args=(one,)) for one in attempts]
         for worker in workers:
             worker.start()
-        seen = {records.get(timeout=30) for _ in workers}
+        returned = {records.get(timeout=30) for _ in workers}
         for worker in workers:
             worker.join()
-        assert seen == {paths.record(0).read_bytes()}
+        assert returned == {paths.record(0).read_bytes()}
         clean(paths)
         assert verify(paths.output).problems == []
         assert not paths.quarantine.exists()
@@ -206,7 +208,7 @@ def test_concurrent_commits_of_one_shard_leave_one(tmp_path: Path, failed: list[
 def test_clean_keeps_what_an_open_shard_needs(tmp_path: Path) -> None:
     paths = run_folder(tmp_path, shards=2)
     commit(paths, *attempt(paths, "a", 0))
-    for shard in range(2):  # an attempt that came too late for shard 0
+    for shard in range(2):  # for shard 0, a late attempt
         save_inputs(paths, shard, "late", {}, {})
         attempt(paths, "killed", shard)
     paths.commit_lock(0).touch()

@@ -1,4 +1,4 @@
-"""One run at a time works in a folder; a dead one never keeps it."""
+"""One process at a time works on a run, and a dead process does not keep the lock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from store_shards import in_child, run_folder
 from stylemill.errors import LockedError
-from stylemill.store.lock import RunLock, exclusive, holder
+from stylemill.store.lock import RunLock, file_lock, lock_holder
 from stylemill.store.paths import RunPaths
 
 HOLD = r"""
@@ -46,23 +46,25 @@ def lines(process: subprocess.Popen[str], count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("how", [[], ["fork"]])
-def test_refused_while_the_holder_lives_and_taken_over_when_it_is_killed(tmp_path: Path, how: list[str]) -> None:
+def test_the_lock_is_refused_while_its_holder_is_alive_and_taken_over_after_its_death(
+    tmp_path: Path, how: list[str]
+) -> None:
     paths = run_folder(tmp_path)
     with hold(paths, *how) as other:
         child = [int(line.split()[1]) for line in lines(other, 1 + len(how)) if line.startswith("child")]
-        named = f"pid {other.pid} on host {socket.gethostname()}"
-        assert holder(paths) == named
-        with pytest.raises(LockedError, match=named), RunLock(paths):
+        process = f"pid {other.pid} on host {socket.gethostname()}"
+        assert lock_holder(paths) == process
+        with pytest.raises(LockedError, match=process), RunLock(paths):
             pass
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
         for pid in child:
-            os.kill(pid, 0)  # the forked child lives, and keeps nothing
-        assert holder(paths) is None
+            os.kill(pid, 0)  # the forked child is alive, and does not hold the lock
+        assert lock_holder(paths) is None
         with RunLock(paths):
-            assert holder(paths) == f"pid {os.getpid()} on host {socket.gethostname()}"
+            assert lock_holder(paths) == f"pid {os.getpid()} on host {socket.gethostname()}"
     assert not paths.lock.exists()
-    assert holder(paths) is None
+    assert lock_holder(paths) is None
 
 
 def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
@@ -70,20 +72,20 @@ def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
     with RunLock(paths):
         with pytest.raises(LockedError), RunLock(paths):
             pass
-        assert in_child(lambda: RunLock(paths).__enter__() and None) == 1  # a forked child is no holder either
-        assert holder(paths) is not None
+        assert in_child(lambda: RunLock(paths).__enter__() and None) == 1  # also in a forked child
+        assert lock_holder(paths) is not None
     with RunLock(paths):
         pass
 
 
-def test_waiting_processes_come_one_after_another(tmp_path: Path) -> None:
-    """The lock file is removed and made again all the time, and still nobody is let in beside another."""
+def test_waiting_processes_get_the_lock_one_after_another(tmp_path: Path) -> None:
+    """Also though the lock file is removed and created again each time."""
     counter = tmp_path / "counter"
     counter.write_text("0")
 
     def count() -> None:
         for _ in range(50):
-            with exclusive(tmp_path / "lock"):
+            with file_lock(tmp_path / "lock"):
                 counter.write_text(str(int(counter.read_text()) + 1))
 
     children = []

@@ -1,4 +1,4 @@
-"""Data files: the same bytes for the same rows, whole or noticed, and readable as a Hugging Face dataset."""
+"""Data files: the same rows give the same bytes, damage is noticed, and the files are a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from stylemill.store.commit import commit
 from stylemill.store.parquet import ROWS_PER_GROUP, Failure, check_file, output_schema, write_failures, write_shard
 
 
-def test_the_same_rows_give_the_same_bytes_however_they_are_held(tmp_path: Path) -> None:
+def test_the_same_rows_give_the_same_bytes_however_their_table_is_chunked(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
-    whole = table(range(250))
-    pieces = pa.concat_tables([whole.slice(0, 1), whole.slice(1, 148), whole.slice(149)])
-    first, second = (write_shard(paths, 0, name, rows) for name, rows in (("a", whole), ("b", pieces)))
+    rows = table(range(250))
+    chunked = pa.concat_tables([rows.slice(0, 1), rows.slice(1, 148), rows.slice(149)])
+    first, second = (write_shard(paths, 0, name, source) for name, source in (("a", rows), ("b", chunked)))
     assert first.read_bytes() == second.read_bytes()
-    lost = [Failure(row, str(row), "read", "ImageError", "gone") for row in (3, 1)]
+    failures = [Failure(row, str(row), "read", "ImageError", "gone") for row in (3, 1)]
     assert (
-        write_failures(paths, 0, "a", lost, FINGERPRINT).read_bytes()
-        == write_failures(paths, 0, "b", lost[::-1], FINGERPRINT).read_bytes()
+        write_failures(paths, 0, "a", failures, FINGERPRINT).read_bytes()
+        == write_failures(paths, 0, "b", failures[::-1], FINGERPRINT).read_bytes()
     )
 
 
-def test_images_are_stored_as_they_are_and_the_rest_compressed(tmp_path: Path) -> None:
+def test_all_columns_but_the_images_are_compressed(tmp_path: Path) -> None:
     metadata = pq.read_metadata(write_shard(run_folder(tmp_path), 0, "a", table(range(250))))
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [ROWS_PER_GROUP] * 2 + [50]
     columns = [metadata.row_group(0).column(i) for i in range(metadata.num_columns)]
-    stored = {column.path_in_schema: column.compression for column in columns}
-    assert stored.pop("image.bytes") == "UNCOMPRESSED"
-    assert set(stored.values()) == {"ZSTD"}
+    compression = {column.path_in_schema: column.compression for column in columns}
+    assert compression.pop("image.bytes") == "UNCOMPRESSED"
+    assert set(compression.values()) == {"ZSTD"}
 
 
-def test_no_damage_gives_other_rows(tmp_path: Path) -> None:
+def test_a_damaged_file_never_gives_other_rows(tmp_path: Path) -> None:
     path = write_shard(run_folder(tmp_path), 0, "a", table(range(3)))
-    whole, schema, expected = path.read_bytes(), pq.read_schema(path), pq.read_table(path)
-    for length in range(0, len(whole), 5):
-        path.write_bytes(whole[:length])
+    data, schema, expected = path.read_bytes(), pq.read_schema(path), pq.read_table(path)
+    for length in range(0, len(data), 5):
+        path.write_bytes(data[:length])
         with pytest.raises(DamagedError, match=path.name):
             check_file(path, schema)
     noticed = 0
-    for place in range(0, len(whole), 3):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    for position in range(0, len(data), 3):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x55]) + data[position + 1 :])
         try:
             check_file(path, schema)
         except DamagedError:
             noticed += 1
         else:
-            assert pq.read_table(path).equals(expected)  # statistics and the like
-    assert noticed > len(whole) // 3 * 0.4
+            assert pq.read_table(path).equals(expected)  # the damage is in statistics, for example
+    assert noticed > len(data) // 3 * 0.4
 
 
-def test_an_image_that_is_not_its_digest_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+def test_an_image_with_another_digest_is_refused_and_no_file_is_left(tmp_path: Path) -> None:
     paths = run_folder(tmp_path)
     rows = table(range(3))
     wrong = rows.set_column(rows.column_names.index("sha256"), "sha256", pa.array(["0" * 64] * 3))
@@ -68,24 +68,22 @@ def test_an_image_that_is_not_its_digest_is_refused_and_nothing_is_left(tmp_path
     assert list(paths.tmp.iterdir()) == []
 
 
-def test_an_attempt_that_breaks_off_leaves_no_valid_partial_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_attempt_leaves_no_valid_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = run_folder(tmp_path)
     real = pq.ParquetWriter.write_table
 
-    def break_off(writer: pq.ParquetWriter, rows: pa.Table, **options: int) -> None:
+    def fail_after_one_row(writer: pq.ParquetWriter, rows: pa.Table, **options: int) -> None:
         real(writer, rows.slice(0, 1), **options)
         if rows.num_rows:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", break_off)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fail_after_one_row)
     with pytest.raises(StorageError, match="disk is full"):
         write_shard(paths, 0, "a", table(range(3)))
     assert list(paths.tmp.iterdir()) == []
 
 
-def test_a_shard_without_rows_is_left_out(tmp_path: Path) -> None:
+def test_a_file_without_rows_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave it out"):
         write_shard(run_folder(tmp_path), 0, "a", table([]))
 
@@ -119,14 +117,14 @@ carried_types = st.recursive(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=carried_types)
-def test_any_type_that_a_manifest_can_hold_is_carried(tmp_path: Path, kind: pa.DataType) -> None:
-    """As `manifest.schema` gives it: a type that went through Parquet once."""
+def test_any_column_type_of_a_manifest_is_carried_over(tmp_path: Path, kind: pa.DataType) -> None:
+    """In the form that `manifest.schema` returns: as read back from Parquet."""
     manifest = tmp_path / "manifest.parquet"
     try:
         pq.write_table(pa.table({"extra": pa.nulls(3, kind)}), manifest)
         carried = pq.read_table(manifest)
     except (pa.ArrowException, KeyError):
-        return  # nor can a manifest hold it
+        return  # a manifest cannot have this type
     paths = run_folder(tmp_path)
     schema = output_schema(carried.schema, style_is_list=True, fingerprint="f")
     empty = [pa.nulls(3, field.type) for field in schema]
@@ -136,7 +134,7 @@ def test_any_type_that_a_manifest_can_hold_is_carried(tmp_path: Path, kind: pa.D
     path.unlink()
 
 
-def test_loads_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_folder_loads_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     datasets = pytest.importorskip("datasets")
@@ -153,7 +151,7 @@ def test_loads_with_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert first["tags"] == ["a", "b"]
 
 
-def test_features_of_carried_columns_are_kept_and_no_others() -> None:
+def test_only_the_features_of_carried_columns_are_kept() -> None:
     features = {"label": {"names": ["cat"], "_type": "ClassLabel"}, "style": {"_type": "Image"}}
     metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     schema = output_schema(pa.schema([("label", pa.int64()), ("note", pa.string())], metadata), True, "f")

@@ -1,4 +1,4 @@
-"""A record counts only whole and with its files; the ledger reads each once."""
+"""A record counts only if it is undamaged and its files exist. The ledger reads each record once."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ def committed(folder: Path, shards: int = 1) -> RunPaths:
     return paths
 
 
-def test_no_truncation_and_no_edit_passes(tmp_path: Path) -> None:
-    whole = committed(tmp_path).record(0).read_bytes()
-    record = Record.from_bytes(whole)
+def test_a_truncated_or_edited_record_is_refused(tmp_path: Path) -> None:
+    data = committed(tmp_path).record(0).read_bytes()
+    record = Record.from_bytes(data)
     assert (record.rows_ok, record.fingerprint, record.timings) == (3, FINGERPRINT, {"read": 0.5})
-    assert record.to_bytes() == whole
-    for length in range(len(whole)):
+    assert record.to_bytes() == data
+    for length in range(len(data)):
         with pytest.raises(DamagedError):
-            Record.from_bytes(whole[:length])
-    for place in range(len(whole)):
+            Record.from_bytes(data[:length])
+    for position in range(len(data)):
         with pytest.raises(DamagedError):
-            Record.from_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    for edited in (whole.replace(b'"rows_ok": 3', b'"rows_ok": 4'), whole + b"\n", b"[]", b"null", b'{"sha256": ""}'):
+            Record.from_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+    for edited in (data.replace(b'"rows_ok": 3', b'"rows_ok": 4'), data + b"\n", b"[]", b"null", b'{"sha256": ""}'):
         with pytest.raises(DamagedError):
             Record.from_bytes(edited)
 
 
-def test_a_sealed_record_nested_without_end_is_damaged() -> None:
+def test_a_deeply_nested_record_with_a_right_digest_is_damaged() -> None:
     inner = b'\n "deep": ' + b"[" * 100_000
-    seal = f'\n "sha256": "{sha256(b"{" + inner).hexdigest()}",'.encode()
-    with pytest.raises(DamagedError, match="it is no record"):
-        Record.from_bytes(b"{" + seal + inner)
+    digest_line = f'\n "sha256": "{sha256(b"{" + inner).hexdigest()}",'.encode()
+    with pytest.raises(DamagedError, match="it is not a record"):
+        Record.from_bytes(b"{" + digest_line + inner)
 
 
 def truncate_record(paths: RunPaths) -> None:
     paths.record(1).write_bytes(paths.record(1).read_bytes()[:-1])
 
 
-def lose_data(paths: RunPaths) -> None:
+def remove_data(paths: RunPaths) -> None:
     paths.data(1).unlink()
 
 
@@ -57,11 +57,11 @@ def truncate_failures(paths: RunPaths) -> None:
     paths.failures(1).write_bytes(paths.failures(1).read_bytes()[:-1])
 
 
-def take_the_record_of_another_shard(paths: RunPaths) -> None:
+def copy_the_record_of_another_shard(paths: RunPaths) -> None:
     paths.record(1).write_bytes(paths.record(0).read_bytes())
 
 
-DAMAGES = [truncate_record, lose_data, truncate_failures, take_the_record_of_another_shard]
+DAMAGES = [truncate_record, remove_data, truncate_failures, copy_the_record_of_another_shard]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -73,8 +73,8 @@ def test_a_shard_with_a_damaged_record_or_file_is_open_again(tmp_path: Path, dam
     damage(paths)
     before = files(paths.output)
 
-    looking = Ledger(paths, read_only=True)
-    assert looking.open_shards(2) == [1]
+    reading = Ledger(paths, read_only=True)
+    assert reading.open_shards(2) == [1]
     assert files(paths.output) == before
 
     ledger = Ledger(paths)
@@ -87,7 +87,7 @@ def test_a_shard_with_a_damaged_record_or_file_is_open_again(tmp_path: Path, dam
     assert ledger.open_shards(2) == []
 
 
-def test_the_ledger_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_reads_only_new_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = run_folder(tmp_path, 3)
     ledger = Ledger(paths)
     ledger.refresh()

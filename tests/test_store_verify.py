@@ -1,4 +1,4 @@
-"""`verify` names whatever is wrong in a run folder, and changes nothing."""
+"""`verify` reports everything that is wrong in a run folder, and changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from store_shards import ROWS, attempt, files, run_folder, second_try, table
+from store_shards import ROWS, attempt, files, retry_attempt, run_folder, table
 from stylemill.errors import OutputError
 from stylemill.store.atomic import digest
 from stylemill.store.commit import clean, commit
@@ -21,7 +21,7 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.parquet import write_shard
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
-from stylemill.store.segments import segments
+from stylemill.store.segments import list_segments
 from stylemill.store.verify import verify
 
 
@@ -33,7 +33,7 @@ def finished(folder: Path) -> RunPaths:
     return paths
 
 
-def test_a_finished_run(tmp_path: Path) -> None:
+def test_a_finished_run_has_no_problems(tmp_path: Path) -> None:
     paths = finished(tmp_path)
     report = verify(str(paths.output), deep=True)
     assert report.ok
@@ -42,13 +42,13 @@ def test_a_finished_run(tmp_path: Path) -> None:
 
 
 def forge(paths: RunPaths, shard: int, **changes: object) -> None:
-    """A record that is consistent in itself, as no accident makes it."""
+    """Replace a record with one whose digest is right, which no accident does."""
     record = Record.from_bytes(paths.record(shard).read_bytes())
     paths.record(shard).write_bytes(replace(record, **changes).to_bytes())  # type: ignore[arg-type]
 
 
 def other_data(paths: RunPaths, **columns: list[object]) -> None:
-    """Shard 0 with other values in some columns, and a record that agrees."""
+    """Replace values in columns of shard 0, and its record with one that fits."""
     rows = table(range(4))
     for name, values in columns.items():
         field = rows.schema.field(name)
@@ -62,10 +62,10 @@ def other_data(paths: RunPaths, **columns: list[object]) -> None:
     forge(paths, 0, data=replace(entry, bytes=size, sha256=digest(paths.data(0))))
 
 
-def flip(path: Path, place: int = 60) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[place] ^= 1
-    path.write_bytes(whole)
+def flip_bit(path: Path, position: int = 60) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
 
 
 def not_an_image(paths: RunPaths) -> None:
@@ -74,16 +74,16 @@ def not_an_image(paths: RunPaths) -> None:
 
 
 PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
-    (lambda paths: flip(paths.data(0)), "SHA-256 differs"),
-    (lambda paths: flip(paths.failures(1)), "SHA-256 differs"),
-    (lambda paths: flip(paths.record(1)), "records/00001.json: the record"),
+    (lambda paths: flip_bit(paths.data(0)), "SHA-256 differs"),
+    (lambda paths: flip_bit(paths.failures(1)), "SHA-256 differs"),
+    (lambda paths: flip_bit(paths.record(1)), "records/00001.json: the record"),
     (lambda paths: paths.data(1).unlink(), "data/train-00001-of-00002.parquet is missing"),
     (lambda paths: paths.record(1).unlink(), "shard 1 is not committed yet"),
     (lambda paths: (paths.data_folder / "extra.parquet").touch(), "data/ has 1 files that are not the run's"),
     (lambda paths: (paths.records_folder / "00002.json").touch(), "records/ has 1 files that are not the run's"),
     (lambda paths: (paths.tmp.mkdir(), (paths.tmp / "left").touch()), "tmp/ has 1 files that are not the run's"),
     (lambda paths: forge(paths, 0, fingerprint="0" * 64), "belongs to another job"),
-    (lambda paths: forge(paths, 0, stop_row=3), r"is for rows \[0, 3\); job.json cuts \[0, 4\)"),
+    (lambda paths: forge(paths, 0, stop_row=3), r"is for rows \[0, 3\); job.json says \[0, 4\)"),
     (lambda paths: forge(paths, 1, failures=None, rows_failed=0), "row 5 is missing"),
     (lambda paths: forge(paths, 1, rows_ok=4), "contradict each other"),
     (lambda paths: other_data(paths, row=[0, 1, 1, 3]), "row 1 is there more than once"),
@@ -94,12 +94,12 @@ PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "expected"), PROBLEMS, ids=[expected for _, expected in PROBLEMS])
-def test_what_is_wrong_is_named_and_left_as_it_is(
-    tmp_path: Path, spoil: Callable[[RunPaths], object], expected: str
+@pytest.mark.parametrize(("damage", "expected"), PROBLEMS, ids=[expected for _, expected in PROBLEMS])
+def test_each_problem_is_reported_and_nothing_is_changed(
+    tmp_path: Path, damage: Callable[[RunPaths], object], expected: str
 ) -> None:
     paths = finished(tmp_path)
-    spoil(paths)
+    damage(paths)
     before = files(paths.output)
     report = verify(paths.output, deep=True)
     assert not report.ok
@@ -109,20 +109,20 @@ def test_what_is_wrong_is_named_and_left_as_it_is(
 
 
 def in_generations(folder: Path) -> RunPaths:
-    """Shard 0 compacted, with two failed rows of which one succeeded later and one failed again; shard 1 whole."""
+    """Shard 0 is compacted and was retried: one row succeeded, one failed again. Shard 1 has no failures."""
     paths = run_folder(folder, shards=2)
     commit(paths, *attempt(paths, "a0", 0, failed=[1, 2]))
     ledger = Ledger(paths)
     ledger.refresh()
-    compact(paths, ledger, least=1)
-    commit(paths, *second_try(paths, [1], [2]))
+    compact(paths, ledger, min_records=1)
+    commit(paths, *retry_attempt(paths, [1], [2]))
     commit(paths, *attempt(paths, "a1", 1))
     clean(paths)
     return paths
 
 
 def in_two_generations(paths: RunPaths) -> None:
-    """Row 0 was there from the start."""
+    """Add row 0, which succeeded in generation 0, to generation 1."""
     paths.tmp.mkdir()
     write_shard(paths, 0, "forged", table([0, 1]), 1).replace(paths.data(0, 1))
     paths.tmp.rmdir()
@@ -140,13 +140,13 @@ def forge_later(paths: RunPaths, **changes: object) -> None:
 
 LATER: list[tuple[Callable[[RunPaths], object], str]] = [
     (in_two_generations, "row 0 is there already, in an earlier generation"),
-    (lambda paths: flip(segments(paths)[0]), "compact-000000-.*truncated or was changed"),
-    (lambda paths: segments(paths)[0].unlink(), "shard 0 is not committed yet"),
-    (lambda paths: flip(paths.data(0)), "train-00000-of-00002.parquet: has other bytes"),
+    (lambda paths: flip_bit(list_segments(paths)[0]), "compact-000000-.*truncated or was changed"),
+    (lambda paths: list_segments(paths)[0].unlink(), "shard 0 is not committed yet"),
+    (lambda paths: flip_bit(paths.data(0)), "train-00000-of-00002.parquet: has other bytes"),
     (lambda paths: paths.data(0).unlink(), "train-00000-of-00002.parquet is missing"),
-    (lambda paths: flip(paths.data(0, 1)), "-r1.parquet: has other bytes"),
-    (lambda paths: flip(paths.failures(0, 1)), "failures/00000-r1.parquet: has other bytes"),
-    (lambda paths: flip(paths.record(0, 1)), r"records/00000\.r1\.json: the record"),
+    (lambda paths: flip_bit(paths.data(0, 1)), "-r1.parquet: has other bytes"),
+    (lambda paths: flip_bit(paths.failures(0, 1)), "failures/00000-r1.parquet: has other bytes"),
+    (lambda paths: flip_bit(paths.record(0, 1)), r"records/00000\.r1\.json: the record"),
     (lambda paths: paths.record(0, 1).unlink(), "data/ has 1 files that are not the run's: train-00000-of-00002-r1"),
     (lambda paths: forge_later(paths, fingerprint="0" * 64), r"00000\.r1\.json: belongs to another job"),
     (lambda paths: forge_later(paths, failed_by_class={"Other": 1}), "counts of error classes"),
@@ -156,29 +156,29 @@ LATER: list[tuple[Callable[[RunPaths], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "expected"), LATER, ids=[expected for _, expected in LATER])
-def test_what_is_wrong_across_generations_and_segments_is_named(
-    tmp_path: Path, spoil: Callable[[RunPaths], object], expected: str
+@pytest.mark.parametrize(("damage", "expected"), LATER, ids=[expected for _, expected in LATER])
+def test_problems_of_generations_and_segments_are_reported(
+    tmp_path: Path, damage: Callable[[RunPaths], object], expected: str
 ) -> None:
     paths = in_generations(tmp_path)
     report = verify(paths.output, deep=True)
     assert (report.problems, report.shards, report.rows_ok, report.rows_failed) == ([], 2, 2 * ROWS - 1, 1)
-    spoil(paths)
+    damage(paths)
     before = files(paths.output)
     with pytest.raises(AssertionError, match=expected):
         raise AssertionError(verify(paths.output, deep=True).describe())
     assert files(paths.output) == before
 
 
-def test_an_interrupted_run_has_no_strays(tmp_path: Path) -> None:
+def test_an_interrupted_run_has_no_stray_files(tmp_path: Path) -> None:
     paths = finished(tmp_path)
     paths.record(1).unlink()  # as if killed after publishing the data
     run_folder(tmp_path, shards=2)
     attempt(paths, "killed", 1)
-    assert verify(paths.output).problems == ["shard 1 is not committed yet; the same run command goes on"]
+    assert verify(paths.output).problems == ["shard 1 is not committed yet; the same run command resumes"]
 
 
-def test_what_is_no_run_folder(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"job\.json"):
         verify(tmp_path)
     paths = finished(tmp_path)
@@ -188,7 +188,7 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
         verify(paths.output)
 
 
-def test_the_files_are_plain_parquet(tmp_path: Path) -> None:
+def test_failures_files_are_plain_parquet(tmp_path: Path) -> None:
     paths = finished(tmp_path)
     failures = pq.read_table(paths.failures(1)).to_pylist()
     assert failures == [

@@ -270,8 +270,8 @@ def test_masks_on_one_side_only_are_refused(tmp_path: Path) -> None:
     path = manifest(tmp_path, columns)
     problems = [str(problem) for problem in validate_manifest(path, check_files=False).problems]
     assert problems == [
-        "row 0, column 'content_mask': stands without a style_mask; a row has both or neither",
-        "row 1, column 'style_mask': stands without a content_mask; a row has both or neither",
+        "row 0, column 'content_mask': is given without style_mask; a row has both or neither",
+        "row 1, column 'style_mask': is given without content_mask; a row has both or neither",
     ]
     with pytest.raises(ManifestError, match="row 0, column 'content_mask'"):
         list(open_manifest(path).rows())

@@ -31,6 +31,7 @@ from stylemill.execution.shard import process_shard
 from stylemill.execution.worker_engine import load_engine
 from stylemill.planning.plan import plan
 from stylemill.store.paths import RunPaths
+from stylemill.store.run_file import create_run_folder
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 
@@ -332,7 +333,7 @@ def run_job(folder: Path, tmp_path: Path) -> Any:
         if stop is not None:
             made = plan(job)
             paths = RunPaths(Path(job.output), made.shards)
-            paths.create()
+            create_run_folder(paths)
             this = Run(job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label)
             news: list[Progress] = []
             engine = load_engine(this, None)

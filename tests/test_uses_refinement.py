@@ -27,6 +27,7 @@ from stylemill.errors import StorageError
 from stylemill.store import decoder_cache
 from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.paths import RunPaths
+from stylemill.store.run_file import create_run_folder
 
 SIZE = (64, 64)
 REFINED = Sampling(steps=1, refine_decoder_steps=3)
@@ -232,7 +233,7 @@ def test_recent_decoders_are_a_few() -> None:
 
 def paths_of(tmp_path: Path) -> RunPaths:
     paths = RunPaths(tmp_path / "run", 1)
-    paths.create()
+    create_run_folder(paths)
     return paths
 
 

@@ -1,7 +1,7 @@
-"""Makes controllable.parquet and control.parquet, and draws their masks and edges: python make_conditions.py
+"""Write controllable.parquet and control.parquet, and draw their masks and edge images: python make_conditions.py
 
-Masks are drawn from nothing but the shapes below; edges are those of the quickstart's photos. Needs Pillow and pyarrow.
-Given away under CC0 1.0 like this file.
+The masks consist of the shapes below; the edges are those of the quickstart's photos. Needs Pillow and pyarrow.
+The images are under CC0 1.0, like this file.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFilter
 
 HERE = Path(__file__).parent
-HEIGHT = 64  # pixels of a mask; any resolution does, if the shape is that of the image it belongs to
+HEIGHT = 64  # pixels of a mask, which may have any resolution with the aspect ratio of its image
 
-NOBODY, SKY, GROUND, FIGURE = range(4)
-COLOURS = (0, 0, 0, 120, 180, 240, 90, 140, 60, 230, 80, 40)  # for the eye only: the palette's index is the label
+UNUSED, SKY, GROUND, FIGURE = range(4)  # labels
+COLOURS = (0, 0, 0, 120, 180, 240, 90, 140, 60, 230, 80, 40)  # for viewers only: the index in the palette is the label
 
-# Masks as shapes drawn over each other, in parts of width and height: (label, points of a polygon) or
-# (label, (left, upper, right, lower) of a disc). The first label fills the background.
+# Masks are shapes drawn over each other, in fractions of width and height: (label, points of a polygon) or
+# (label, (left, upper, right, lower) of an ellipse).
 Shape = tuple[int, tuple[float, ...]]
 MASKS: dict[str, tuple[float, int, list[Shape]]] = {  # aspect ratio, background, shapes
     # contents
@@ -29,7 +29,7 @@ MASKS: dict[str, tuple[float, int, list[Shape]]] = {  # aspect ratio, background
                   .3, 1, 0, 1)),
     ]),
     "rocket": (1.5, SKY, [(GROUND, (0, .85, 1, .85, 1, 1, 0, 1)), (FIGURE, (.47, .3, .53, .3, .53, 1, .47, 1))]),
-    "island": (1, SKY, [  # a layout of its own, for a picture without content
+    "island": (1, SKY, [  # a layout for an image without content
         (FIGURE, (.5, .05, .95, .5)), (GROUND, (0, .7, .3, .45, .55, .65, 1, .6, 1, 1, 0, 1)),
     ]),
     # styles
@@ -37,9 +37,9 @@ MASKS: dict[str, tuple[float, int, list[Shape]]] = {  # aspect ratio, background
     "mosaic": (1, SKY, [(GROUND, (0, .62, 1, .62, 1, 1, 0, 1)), (FIGURE, (.31, .18, .69, .56))]),
     "night": (1, SKY, [(GROUND, (0, .8, .4, .75, 1, .57, 1, 1, 0, 1)), (FIGURE, (.62, .05, .94, .37))]),
     "woodblock": (1, SKY, [(GROUND, (0, .35, 1, .38, 1, 1, 0, 1)), (FIGURE, (.6, .08, .86, .34))]),
-    # parts of styles: what is nobody's label is left out
-    "meadow-field": (1, NOBODY, [(GROUND, (0, .4, 1, .4, 1, 1, 0, 1))]),
-    "night-sky": (1, SKY, [(NOBODY, (0, .8, .4, .75, 1, .57, 1, 1, 0, 1)), (FIGURE, (.62, .05, .94, .37))]),
+    # parts of styles: where the label is UNUSED, the style is not used
+    "meadow-field": (1, UNUSED, [(GROUND, (0, .4, 1, .4, 1, 1, 0, 1))]),
+    "night-sky": (1, SKY, [(UNUSED, (0, .8, .4, .75, 1, .57, 1, 1, 0, 1)), (FIGURE, (.62, .05, .94, .37))]),
 }  # fmt: skip
 EDGES = ("cameraman.png", "coffee.jpg", "rocket.jpg")
 
@@ -54,7 +54,7 @@ CONTROLLABLE = [
 ]
 
 
-def mask(aspect: float, background: int, shapes: list[Shape]) -> Image.Image:
+def draw_mask(aspect: float, background: int, shapes: list[Shape]) -> Image.Image:
     size = round(HEIGHT * aspect), HEIGHT
     image = Image.new("P", size, background)
     image.putpalette(COLOURS)
@@ -68,12 +68,13 @@ def mask(aspect: float, background: int, shapes: list[Shape]) -> Image.Image:
     return image
 
 
-def edges(photo: Path) -> Image.Image:
-    """White where brightness jumps, as ControlNets trained on edges expect it."""
+def find_edges(photo: Path) -> Image.Image:
+    """White where the brightness changes sharply, as ControlNets trained on edges expect."""
     grey = Image.open(photo).convert("L").filter(ImageFilter.GaussianBlur(1.5)).filter(ImageFilter.FIND_EDGES)
     small = grey.resize((grey.width // 2, grey.height // 2), Image.Resampling.BOX)
     border = Image.new("L", small.size, 0)
-    border.paste(small.crop((2, 2, small.width - 2, small.height - 2)), (2, 2))  # the filter takes the rim for an edge
+    # The rim is left out: the filter takes it for an edge.
+    border.paste(small.crop((2, 2, small.width - 2, small.height - 2)), (2, 2))
     return border.point([255 * (value > 10) for value in range(256)]).convert("1")
 
 
@@ -81,10 +82,10 @@ def main() -> None:
     for folder in ("masks", "edges"):
         (HERE / folder).mkdir(exist_ok=True)
     for name, (aspect, background, shapes) in MASKS.items():
-        mask(aspect, background, shapes).save(HERE / "masks" / f"{name}.png", optimize=True)
+        draw_mask(aspect, background, shapes).save(HERE / "masks" / f"{name}.png", optimize=True)
     for name in EDGES:
         photo = HERE.parent / "quickstart" / "content" / name
-        edges(photo).save(HERE / "edges" / f"{photo.stem}.png", optimize=True)
+        find_edges(photo).save(HERE / "edges" / f"{photo.stem}.png", optimize=True)
 
     rows = [
         {

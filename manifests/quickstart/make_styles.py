@@ -1,7 +1,6 @@
-"""Draws the four style images of the quickstart: python manifests/quickstart/make_styles.py [FOLDER]
+"""Draw the four style images of the quickstart: python manifests/quickstart/make_styles.py [FOLDER]
 
-Needs numpy and Pillow. Every picture is drawn from nothing but the code below, at four times its size, and given away
-under CC0 1.0 like this file.
+Needs numpy and Pillow. Each image is drawn at four times its size. The images are under CC0 1.0, like this file.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-SIDE = 320  # pixels of a finished picture
+SIDE = 320  # pixels of a finished image
 LARGE = 4 * SIDE  # pixels while drawing
 
 Colour = tuple[float, float, float]
@@ -27,7 +26,7 @@ def mix(a: Colour, b: Colour, t: float) -> Colour:
 
 
 def shade(colour: Colour, random: np.random.Generator, spread: float) -> tuple[int, int, int]:
-    """The colour a little lighter or darker, and each channel a little off: no two dabs of paint are the same."""
+    """A random colour near `colour`: lighter or darker, with each channel changed a little."""
     moved = np.array(colour) * (1 + random.normal(0, spread / 128)) + random.normal(0, spread / 2, 3)
     r, g, b = (int(v) for v in np.clip(moved, 0, 255))
     return r, g, b
@@ -41,7 +40,7 @@ def stroke(
     random: np.random.Generator,
     spread: float = 14,
 ) -> None:
-    """A stroke of a flat brush: bristles side by side, each with its own paint and its own ends."""
+    """Draw a stroke of a flat brush: parallel bristles, each with its own colour and ends."""
     ahead = np.gradient(line, axis=0)
     across = np.stack([-ahead[:, 1], ahead[:, 0]], -1) / (np.linalg.norm(ahead, axis=1, keepdims=True) + 1e-9)
     base = shade(colour, random, spread)
@@ -56,7 +55,7 @@ def stroke(
 
 
 def follow(field: Callable[[float, float], float], x: float, y: float, steps: int, pace: float) -> Field:
-    """The line that starts at (x, y) and goes where `field` (an angle in radians) points, (steps, 2)."""
+    """The line from (x, y) along the directions of `field`, which gives angles in radians; (steps, 2)."""
     line = [(x, y)]
     for _ in range(steps - 1):
         angle = field(x, y)
@@ -66,7 +65,7 @@ def follow(field: Callable[[float, float], float], x: float, y: float, steps: in
 
 
 def night() -> Image.Image:
-    """Thick oil paint: a night sky that turns around its stars, over dark hills."""
+    """Thick oil paint: a night sky with swirls around its stars, over dark hills."""
     random = np.random.default_rng(11)
     stars = [(0.79, 0.19, 0.115), (0.30, 0.30, 0.075), (0.55, 0.47, 0.055), (0.10, 0.13, 0.05), (0.52, 0.10, 0.042)]
     stars.append((0.93, 0.50, 0.042))
@@ -110,7 +109,7 @@ def night() -> Image.Image:
             line = follow(flow, x, y, steps, width * 0.45)
             middle = line[len(line) // 2]
             stroke(draw, line, width * random.uniform(0.7, 1.2), paint(*middle), random)
-    for cx, cy, r in stars:  # a last touch of light where the strokes leave a hole
+    for cx, cy, r in stars:  # light strokes at the centres of the stars
         for _ in range(5):
             line = follow(flow, (cx + random.normal(0, 0.1 * r)) * LARGE, cy * LARGE, 5, 90 * r)
             stroke(draw, line, 260 * r, (255, 246, 206), random)
@@ -118,7 +117,7 @@ def night() -> Image.Image:
 
 
 def mosaic() -> Image.Image:
-    """Glass tesserae laid in rings around a sun, over a sea of scallops."""
+    """Glass tiles in rings around a sun, over a sea of scallops."""
     random = np.random.default_rng(5)
     cx, cy, tile = 0.5 * LARGE, 0.37 * LARGE, 34.0
     horizon = 0.66 * LARGE
@@ -176,12 +175,12 @@ def mosaic() -> Image.Image:
 
 
 def woodblock() -> Image.Image:
-    """A woodblock print: rolling waves in Prussian blue on cream paper, a red sun, the grain of the block."""
+    """A woodblock print: waves in Prussian blue on cream paper, a red sun, the grain of the wood."""
     random = np.random.default_rng(3)
     cream, indigo = (240, 226, 194), (22, 40, 84)
     picture = Image.new("RGB", (LARGE, LARGE), cream)
     draw = ImageDraw.Draw(picture)
-    for y in range(LARGE // 2):  # bokashi: ink wiped thin down the sky
+    for y in range(LARGE // 2):  # bokashi: ink that fades down the sky
         draw.line([(0, y), (LARGE, y)], fill=shade(mix((206, 120, 92), cream, (y / (0.42 * LARGE)) ** 0.7), random, 0))
     draw.ellipse([0.60 * LARGE, 0.08 * LARGE, 0.86 * LARGE, 0.34 * LARGE], fill=(196, 52, 38))
     blues: list[Colour] = [(150, 186, 196), (104, 156, 184), (62, 118, 164), (38, 84, 140), (28, 60, 112)]
@@ -189,7 +188,7 @@ def woodblock() -> Image.Image:
     for layer in range(7):
         level, height, waves = 0.36 + 0.105 * layer, 0.055 + 0.008 * layer, 3.6 - 0.32 * layer
         phase = 2 * np.pi * (waves * x + 0.37 * layer + 0.13 * layer * layer)
-        # Trochoids: round troughs and sharp crests, leaning over to the left.
+        # Trochoids: round troughs and sharp crests that lean to the left.
         crest_x = x - 0.62 * height * np.sin(phase) - 0.035 * (1 + np.cos(phase)) ** 2 / 4
         crest_y = level - height * (np.cos(phase) + 0.35 * np.maximum(np.cos(phase), 0) ** 3)
         for band in range(9):  # lines that follow the crest, flatter with depth
@@ -202,7 +201,7 @@ def woodblock() -> Image.Image:
             solid = shade(fill, random, 2)
             draw.polygon([*points, (1.2 * LARGE, 1.3 * LARGE), (-0.2 * LARGE, 1.3 * LARGE)], fill=solid)
             draw.line(points, fill=indigo, width=7 if band == 0 else 4, joint="curve")
-        for i in np.flatnonzero(np.cos(phase) > 0.55)[::3]:  # foam: claws and drops off the crest
+        for i in np.flatnonzero(np.cos(phase) > 0.55)[::3]:  # foam: drops on the crest
             ox, oy = crest_x[i] * LARGE, crest_y[i] * LARGE
             for _ in range(2):
                 dx, dy = random.normal(-6, 13), -abs(random.normal(0, 15))
@@ -216,7 +215,7 @@ def woodblock() -> Image.Image:
 
 
 def meadow() -> Image.Image:
-    """Dabs of broken colour: poppies and cornflowers in long grass, under a bright sky."""
+    """Short brush strokes of pure colours: poppies and cornflowers in long grass, under a bright sky."""
     random = np.random.default_rng(8)
     picture = Image.new("RGB", (LARGE, LARGE), (222, 206, 170))
     draw = ImageDraw.Draw(picture)
@@ -264,7 +263,7 @@ def meadow() -> Image.Image:
     for depth in np.sort(random.uniform(0, 1, 900) ** 0.85):
         x, y, size = random.uniform(-0.03, 1.03) * LARGE, (0.435 + 0.58 * depth) * LARGE, 9 + 52 * depth
         if random.uniform() > 0.5 + 0.5 * np.sin(8 * x / LARGE + 11 * depth):
-            continue  # flowers stand in drifts
+            continue  # flowers grow in groups
         colour = flowers[random.choice(6, p=[0.34, 0.2, 0.14, 0.16, 0.08, 0.08])]
         for petal in range(5):
             turn = 1.3 * petal

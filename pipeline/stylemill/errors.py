@@ -1,25 +1,25 @@
-"""Everything stylemill raises on purpose.
+"""Every error that stylemill raises on purpose.
 
     StylemillError                 exit code 1
-    ├── InputError                 exit code 2: the user must change something before trying again
-    │   ├── JobError               the job file or a flag
-    │   ├── ManifestError          the manifest file or its columns
-    │   ├── ModelError             the model folder or hub id
-    │   ├── OutputError            the run folder: not writable, another job's, not a run
-    │   └── ClusterError           Ray cannot be reached or has no room for a worker
-    ├── RowError                   one row is lost for good; its shard goes on
+    ├── InputError                 exit code 2: the user has to change something first
+    │   ├── JobError               in the job file or a command-line option
+    │   ├── ManifestError          in the manifest file or its columns
+    │   ├── ModelError             in the model folder or hub id
+    │   ├── OutputError            the run folder is not writable, belongs to another job, or is not a run folder
+    │   └── ClusterError           Ray cannot be reached, or has no resources for a worker
+    ├── RowError                   one row failed: it is recorded as a failure, and the other rows of its shard go on
     │   ├── ImageError             an input image cannot be read, decoded or fitted
-    │   ├── SamplingError          the row's latents became NaN or Inf
-    │   └── PoisonPairError            the row killed every worker that took it up, alone too
-    ├── TransientError             trying again can cure it; a row is never blamed
-    │   ├── StorageError           writing or reading the run folder failed (disk full, I/O error)
-    │   ├── DeviceMemoryError      even one pair in a UNet call is too much for the memory that is free
-    │   └── DownloadError          an input's server or store is silent, busy or cuts connections
-    ├── DamagedError               a state file of the run is truncated or edited; it is set aside and redone
+    │   ├── SamplingError          the latents of the row became NaN or infinite
+    │   └── PoisonPairError        every worker that sampled the row died, also when it sampled the row alone
+    ├── TransientError             a retry can succeed; no row is recorded as a failure
+    │   ├── StorageError           reading or writing the run folder failed (disk full, I/O error)
+    │   ├── DeviceMemoryError      the free device memory is too small even for a micro-batch of one pair
+    │   └── DownloadError          the server of an input image does not answer, is busy, or breaks connections
+    ├── DamagedError               a file of the run folder is truncated or was edited; it is quarantined and made again
     ├── LockedError                another live process works on this run folder
     └── IncompleteError            the run stopped before every row was committed
 
-Messages say what was wrong, where (file, row, column) and what to do next.
+A message says what was wrong, where (file, row, column), and what to do next.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ClusterError(InputError):
 
 
 class RowError(StylemillError):
-    """A row that can never succeed. `stage` is where it was lost: read | sample | decode | encode."""
+    """A row that failed. `stage`, one of read | sample | decode | encode, is where; it is recorded with the failure."""
 
     stage = "read"
 
@@ -84,7 +84,7 @@ class DeviceMemoryError(TransientError):
 
 
 class DownloadError(TransientError):
-    """`retry_after`: the seconds that the server asked to be left alone for."""
+    """`retry_after`: the seconds that the server asks clients to wait before the next request; 0 if it does not say."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)

@@ -1,1 +1,1 @@
-"""What a user configures: the job file, sampling settings and presets, schedulers, input limits. Imports no torch."""
+"""The job file and its settings: sampling and presets, schedulers, model, inputs. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The base of all settings models."""
+"""The base class of all settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class StrictModel(BaseModel):
-    """A closed set of typed fields: an unknown key or a mistyped value is an error, never a guess."""
+    """Typed, immutable settings: an unknown key or a value of another type is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

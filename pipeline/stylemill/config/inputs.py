@@ -1,4 +1,4 @@
-"""Settings of the inputs: where images may come from, what one may cost, and how it is fitted to the model's grid."""
+"""Settings of the inputs: where images may come from, how large they may be, and how they are fitted to the grid."""
 
 from __future__ import annotations
 
@@ -11,51 +11,53 @@ from stylemill.config.base import StrictModel
 Fit = Literal["crop", "pad", "stretch", "keep"]
 Side = Annotated[int, Field(ge=64, le=8192)]  # pixels
 
-# A mask's labels are its grey values or palette indices as they are; an RGB colour is this plus 0xRRGGBB.
+# The labels of a mask are its grey values or palette indices. An RGB colour is the label COLOUR_LABEL + 0xRRGGBB.
 COLOUR_LABEL = 1 << 24
 
 
 def label_name(label: int) -> str:
-    """A label as a message shows it: a number, or the colour that it is."""
+    """A label of a mask as messages show it: a number, or a colour such as #ff0000."""
     return str(label) if label < COLOUR_LABEL else f"#{label - COLOUR_LABEL:06x}"
 
 
 class InputSettings(StrictModel):
-    """Where images may come from and what one may cost: decides which rows fail, never a byte of one that succeeds."""
+    """Where images may come from and how large they may be. Decides which rows fail, never a byte of the others."""
 
-    remote_only: bool = False  # no file of this machine is read: for manifests that others wrote
-    allow_private_addresses: bool = False  # http(s) hosts of the own network; those of cloud metadata stay refused
+    remote_only: bool = False  # reads no file of this machine: for manifests from others
+    allow_private_addresses: bool = False  # http(s) hosts of private networks; cloud metadata stays refused
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970  # Pillow's own limit; 0.7 GB decoded
-    max_bytes: Annotated[int, Field(ge=1, le=2**32)] = 512 * 2**20  # a file is held whole in memory
-    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # seconds of one download, from asking to its last byte
-    retries: Annotated[int, Field(ge=0, le=20)] = 3  # downloads tried beyond the first before the attempt fails
-    cache_mb: Annotated[int, Field(ge=0)] = 256  # of downloaded files, kept in the memory of each worker
+    max_bytes: Annotated[int, Field(ge=1, le=2**32)] = 512 * 2**20  # of one file, which is in memory as a whole
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0  # seconds for one download, all redirects together
+    retries: Annotated[int, Field(ge=0, le=20)] = 3  # further tries of one download before the attempt fails
+    cache_mb: Annotated[int, Field(ge=0)] = 256  # of downloaded files, in the memory of each worker
 
 
 DEFAULT_INPUT_SETTINGS = InputSettings()
 
 
 class ImageSettings(StrictModel):
-    """How inputs are brought onto the model's grid."""
+    """How images are fitted to the model's grid."""
 
     size: Annotated[
         Side | tuple[Side, Side], Field(description="a number of pixels or [width, height], each 64 to 8192")
     ] = 512
-    fit: Fit = "crop"  # keep: of each image its own size and shape, scaled down where it exceeds `size`
+    fit: Fit = "crop"  # keep: each image keeps its shape, and its size where it does not exceed `size`
     style_size: Annotated[
         Side | tuple[Side, Side] | None, Field(description="a number of pixels or [width, height], each 64 to 8192")
-    ] = None  # of style images; None: as `size`
+    ] = None  # of style images; None: `size`
 
     @field_validator("size", "style_size", mode="before")
     @classmethod
-    def _list_is_a_tuple(cls, value: Any) -> Any:
+    def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     @property
     def width_height(self) -> tuple[int, int]:
+        """Of content and output images, in pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
     def style_width_height(self) -> tuple[int, int]:
+        """Of style images, in pixels."""
         size = self.size if self.style_size is None else self.style_size
         return (size, size) if isinstance(size, int) else size

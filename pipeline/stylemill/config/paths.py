@@ -1,4 +1,4 @@
-"""Paths and URLs: which text is a URL, and the paths of a job file made absolute."""
+"""Paths and URLs: which text is a URL, and how the paths of a job file are made absolute."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from pathlib import Path, PurePath
 from typing import Any
 
-from stylemill.config.model import EMBEDDED
-
+EMBEDDED = "demo"  # the model that comes with the package; write a folder of this name as ./demo
 _URL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
+_MODEL_PATHS = ("name", "config", "controlnet", "loras")  # settings of the model that may name folders or files
 
 
 def split_url(reference: str | PurePath) -> tuple[str, str] | None:
-    """The scheme (lower case) and the rest after `//`; None for anything that is no URL."""
+    """The scheme in lower case and the text after `://`; None for text that is no URL."""
     text = str(reference)
     if isinstance(reference, PurePath):
-        text = re.sub("^([^:/]+):/+", r"\1://", text)  # pathlib makes one slash of two
+        text = re.sub("^([^:/]+):/+", r"\1://", text)  # pathlib turns two slashes into one
     match = _URL.fullmatch(text)
     return (match["scheme"].lower(), match["rest"]) if match else None
 
@@ -25,43 +25,36 @@ def is_url(reference: str | PurePath) -> bool:
 
 
 def make_paths_absolute(values: dict[str, Any], base: Path) -> None:
-    """Make the paths among the `values` of a job absolute, in place.
+    """Make the paths in the `values` of a job absolute, in place; keys may be dotted (`model.name`).
 
-    Paths of a job file are relative to its folder, those of flags to the working directory: that is `base`. Raises
-    ValueError or RuntimeError for text that cannot be a path.
+    `base` is the folder of the job file, or the working directory for values of flags. Raises ValueError or
+    RuntimeError for text that cannot be a path.
     """
     for key in ("manifest", "output"):
-        if isinstance(values.get(key), str) and values[key] and not is_url(values[key]):
-            values[key] = str((base / Path(values[key]).expanduser()).resolve())
-    if "model.name" in values:
-        values["model.name"] = _model_path(values["model.name"], base)
-    model = values.get("model")
-    if isinstance(model, dict) and "name" in model:
-        values["model"] = {**model, "name": _model_path(model["name"], base)}
-        if isinstance(model.get("config"), str):
-            values["model"]["config"] = _model_path(model["config"], base)
-    elif isinstance(model, str):
-        values["model"] = _model_path(model, base)
-    if "model.config" in values:
-        values["model.config"] = _model_path(values["model.config"], base)
-    for name in ("controlnet", "loras"):
-        for owner, key in ((values, f"model.{name}"), (values.get("model"), name)):
-            if isinstance(owner, dict) and key in owner:
-                owner[key] = _named_paths(owner[key], base)
+        value = values.get(key)
+        if isinstance(value, str) and value and not is_url(value):
+            values[key] = _absolute(value, base)
+    if isinstance(model := values.get("model"), dict):
+        values["model"] = {
+            key: _absolute_names(value, base) if key in _MODEL_PATHS else value for key, value in model.items()
+        }
+    for key in ("model", *(f"model.{setting}" for setting in _MODEL_PATHS)):
+        if key in values and not isinstance(values[key], dict):
+            values[key] = _absolute_names(values[key], base)
 
 
-def _model_path(name: Any, base: Path) -> Any:
-    if not isinstance(name, str) or name in ("", EMBEDDED):
-        return name
-    # Hub ids look like relative paths: only a leading dot or slash, or a folder that is there, makes it a path.
-    if name.startswith((".", "/", "~")) or (base / name).exists():
-        return str((base / Path(name).expanduser()).resolve())
-    return name
-
-
-def _named_paths(value: Any, base: Path) -> Any:
+def _absolute_names(value: Any, base: Path) -> Any:
+    """A name, settings with a name, or a list of these, with the names that are paths made absolute."""
     if isinstance(value, list):
-        return [_named_paths(one, base) for one in value]
-    if isinstance(value, dict) and "name" in value:
-        return {**value, "name": _model_path(value["name"], base)}
-    return _model_path(value, base)
+        return [_absolute_names(item, base) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute_names(item, base) if key == "name" else item for key, item in value.items()}
+    if not isinstance(value, str) or value in ("", EMBEDDED):
+        return value
+    # Hub ids look like relative paths. A name is a path only if it begins as one, or if the folder or file exists.
+    is_path = value.startswith((".", "/", "~")) or (base / value).exists()
+    return _absolute(value, base) if is_path else value
+
+
+def _absolute(path: str, base: Path) -> str:
+    return str((base / Path(path).expanduser()).resolve())

@@ -1,4 +1,4 @@
-"""Which of diffusers' schedulers a job may name, and why the others are refused. Torch-free."""
+"""The schedulers of diffusers that a job may name, and why the others are refused. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SchedulerKind:
-    """What lockstep must know of a scheduler: all pairs of a shard take its steps together, and any step may be the
-    first one after a restart."""
+    """How a scheduler runs in lockstep: all pairs of a shard take a step together, and a run may resume at any step."""
 
     scheduler: str  # class in diffusers
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # of its configuration
     draws: bool = False  # adds noise in its steps
-    history: int = 0  # earlier predictions of clean latents that a step uses
-    sigmas: bool = False  # its latents are x + σ n; the others' √ᾱ x + √(1−ᾱ) n, as the UNet takes them
-    takes_eta: bool = False  # how much noise it adds can be set
-    most_steps: int = 999
+    history: int = 0  # number of earlier predictions of clean latents that a step uses
+    sigmas: bool = False  # its latents are x + σ n; those of the others √ᾱ x + √(1−ᾱ) n, as the UNet takes them
+    takes_eta: bool = False  # has a parameter for the amount of noise it adds
+    max_steps: int = 999
 
 
-# The spacing of the paper. With another, DDIM's step would not land on the timestep that comes next.
+# The spacing of the paper. With another one, a step of DDIM would not end at the next timestep.
 _LEADING = {"timestep_spacing": "leading"}
 _DISTILLED = {"original_inference_steps": 50}  # LCM and TCD take their timesteps from these
 
 SCHEDULERS: dict[str, SchedulerKind] = {
     "ddim": SchedulerKind("DDIMScheduler", _LEADING, takes_eta=True),
-    "lcm": SchedulerKind("LCMScheduler", _DISTILLED, draws=True, most_steps=50),
-    "tcd": SchedulerKind("TCDScheduler", _DISTILLED, draws=True, takes_eta=True, most_steps=50),
+    "lcm": SchedulerKind("LCMScheduler", _DISTILLED, draws=True, max_steps=50),
+    "tcd": SchedulerKind("TCDScheduler", _DISTILLED, draws=True, takes_eta=True, max_steps=50),
     "ddpm": SchedulerKind("DDPMScheduler", _LEADING, draws=True),
     "euler": SchedulerKind("EulerDiscreteScheduler", _LEADING, sigmas=True),
     "euler_ancestral": SchedulerKind("EulerAncestralDiscreteScheduler", _LEADING, sigmas=True, draws=True),
@@ -38,9 +37,9 @@ SCHEDULERS: dict[str, SchedulerKind] = {
     ),
 }
 
-_UNDOES = "takes steps from latents that it kept from before the guidance, and so undoes it"
-_TWICE = "asks the UNet twice a step, the second time at latents that no guidance has seen"
-_OTHER_NOISE = "belongs to models trained with another kind of noise than Stable Diffusion's"
+_UNDOES = "takes steps from latents that it stored before the gradient steps, and so undoes them"
+_TWICE = "calls the UNet twice a step, the second time at latents without gradient steps"
+_OTHER_NOISE = "is for models trained with another kind of noise than Stable Diffusion"
 REFUSED: dict[str, str] = {
     "pndm": _UNDOES,
     "unipc": _UNDOES,
@@ -49,7 +48,7 @@ REFUSED: dict[str, str] = {
     "heun": _TWICE,
     "kdpm2": _TWICE,
     "kdpm2_ancestral": _TWICE,
-    "dpmpp_2s_sde": "draws its noise as one path over the whole run (torchsde), which cannot be continued",
+    "dpmpp_2s_sde": "draws its noise as one path over the whole run (torchsde), which cannot be resumed",
     "lms": "integrates with SciPy, which stylemill does not need otherwise",
     "ipndm": _OTHER_NOISE,
     "edm_euler": _OTHER_NOISE,
@@ -60,9 +59,9 @@ REFUSED: dict[str, str] = {
 }
 
 
-def refuse_scheduler(name: str) -> str | None:
+def scheduler_problem(name: str) -> str | None:
     """Why a job may not name this scheduler; None if it may."""
-    known = f"known: {', '.join(SCHEDULERS)}"
+    known = ", ".join(SCHEDULERS)
     if name in REFUSED:
-        return f"scheduler {name} is refused: it {REFUSED[name]}; {known}"
-    return None if name in SCHEDULERS else f"scheduler {name} is not one of those {known}"
+        return f"scheduler {name} is refused: it {REFUSED[name]}; use one of: {known}"
+    return None if name in SCHEDULERS else f"scheduler {name} is not one of: {known}"

@@ -28,7 +28,7 @@ from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
 from stylemill.store.recover import recover_records
 from stylemill.store.retries import end_retry, pending_retry
-from stylemill.store.run_file import RunFile, installed_versions
+from stylemill.store.run_file import RunFile, create_run_folder, installed_versions
 
 NOT_REACHED = "not reached"
 NAMED_SHARDS = 5  # open shards that the last lines on the terminal name
@@ -95,7 +95,7 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
     paths = RunPaths(Path(planned.job.output), planned.shards)
     if existing:
         _refuse_other_job(paths, existing, planned)
-    paths.create()
+    create_run_folder(paths)
     with RunLock(paths), interruptible() as interruption:
         run_file = existing or _claim(planned, paths)
         ledger = Ledger(paths)
@@ -112,7 +112,7 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             pairs_per_shard=planned.pairs_per_shard,
             model=planned.model.label,
             generations={shard: generation for shard, generation in wanted.items() if generation},
-            newest=ledger.newest,
+            newest=ledger.latest_generation,
         )
         listener = RunListener(this, ledger, quiet, stops_when_too_many_fail=select is open_generations)
         reasons: dict[int, str] = {}
@@ -132,7 +132,7 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
             if not pending_retry(paths, ledger):
                 end_retry(paths)
-        lacking = [shard for shard, generation in wanted.items() if not ledger.stands(shard, generation)]
+        lacking = [shard for shard, generation in wanted.items() if not ledger.has_record(shard, generation)]
         clean(paths, ledger)
         return RunResult(
             summary=summarize(paths, ledger, planned.rows),

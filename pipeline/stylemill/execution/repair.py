@@ -15,7 +15,7 @@ from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
 from stylemill.store.recover import files_without_record, recover_records, shard_of
-from stylemill.store.retries import begin_retry, end_retry, noted_retry, pending_retry
+from stylemill.store.retries import begin_retry, end_retry, pending_retry, read_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.verify import VerifyReport, verify
 
@@ -60,7 +60,7 @@ def repair(
     run_file, paths = RunFile.open(output)
     before = verify(output, deep)
     recovered, result, after = 0, None, before
-    if not before.ok or noted_retry(paths):  # a repair that was killed may have left only a retry to do
+    if not before.ok or read_retry(paths):  # a repair that was killed may have left only a retry to do
         with RunLock(paths):
             ledger, recovered = _quarantine_damaged(paths, run_file, before)
         if ledger.open_shards(paths.shards) or pending_retry(paths, ledger):
@@ -79,7 +79,7 @@ def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport)
     damaged = {path: reason for path, reason in found.damaged.items() if path.exists()}
     if paths.retry in damaged:
         quarantine(paths, paths.retry, damaged.pop(paths.retry))
-    wanted = noted_retry(paths)
+    wanted = read_retry(paths)
     suspects = [*damaged, *ledger_before.damaged, *(path for path, _, _ in files_without_record(paths, ledger_before))]
     for shard, generation in filter(None, (shard_of(paths, path) for path in suspects)):
         if generation:

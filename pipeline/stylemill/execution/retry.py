@@ -11,7 +11,7 @@ from stylemill.execution.driver import RunResult, Selection, execute, open_gener
 from stylemill.planning.plan import plan
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.retries import begin_retry, failed_before, pending_retry
+from stylemill.store.retries import begin_retry, failed_rows_before, pending_retry
 from stylemill.store.run_file import RunFile
 
 
@@ -48,10 +48,10 @@ def _read_ledger(paths: RunPaths) -> Ledger:
 def _failed_generations(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
     """The generations of the retry that was begun, else of a new one."""
     if not (wanted := pending_retry(paths, ledger)):
-        wanted = {shard: ledger.latest(shard) + 1 for shard in ledger.failed_shards()}
+        wanted = {shard: ledger.latest_generation_of(shard) + 1 for shard in ledger.failed_shards()}
         begin_retry(paths, wanted)
     for shard, generation in wanted.items():
-        failed_before(paths, shard, generation)  # raises now for a damaged file, and not in a worker
+        failed_rows_before(paths, shard, generation)  # raises now for a damaged file, and not in a worker
     return wanted
 
 

@@ -56,7 +56,7 @@ def rows_of_attempt(run: Run, attempt: Attempt) -> list[OutputRow]:
 
 
 def _row_of_generation(source: Row, work: GenerationRows) -> OutputRow:
-    known = work.held.get(source.output_row)
+    known = work.known_failures.get(source.output_row)
     failure = FailureReason(known.stage, known.error, known.message) if known else None
     return OutputRow(source, failure=failure, wanted=known is not None or source.output_row in work.rows)
 

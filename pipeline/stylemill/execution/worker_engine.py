@@ -30,7 +30,7 @@ def load_engine(run: Run, micro_batch: int | None) -> Engine:
         feature_budget_mb=cluster.feature_budget_mb,
     )
     if micro_batch is None and cluster.micro_batch == "auto":
-        engine.calibrate(run.job.slot_size(engine.model.pixels_per_latent))
+        engine.calibrate(run.job.unet_call_size(engine.model.pixels_per_latent))
     return engine
 
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 
 def encode_image(pixels: NDArray[np.uint8], image_format: Literal["png", "jpeg", "webp"], quality: int) -> bytes:
-    """(H, W, 3) uint8 RGB as a file: the same pixels and settings give the same bytes, without metadata.
+    """Encode (H, W, 3) uint8 RGB without metadata: the same pixels and settings give the same bytes.
 
-    `quality`, 1 to 100, is for jpeg (stored 4:4:4, so that fine strokes keep their colour) and webp; png is lossless.
+    `quality` is 1 to 100, for jpeg and webp; png is lossless. A jpeg is stored as 4:4:4, so that fine strokes keep
+    their colour.
     """
     options: dict[str, dict[str, Any]] = {
         "png": {"compress_level": 6},

@@ -9,25 +9,29 @@ from PIL import Image
 from stylemill.config.inputs import Fit
 
 
-def kept_size(own: tuple[int, int], most: tuple[int, int], grid: int) -> tuple[int, int]:
-    """The size nearest to an image's `own` that fits within `most` and lies on the grid; never enlarged beyond it."""
-    scale = min(1.0, most[0] / own[0], most[1] / own[1])
-    sides = (max(1, round(side * scale / grid)) * grid for side in own)
-    width, height = (min(side, limit // grid * grid) for side, limit in zip(sides, most, strict=True))
+def kept_size(source: tuple[int, int], limit: tuple[int, int], grid: int) -> tuple[int, int]:
+    """The size of an image with `fit: keep`: nearest to its `source` size, within `limit`, a multiple of `grid`.
+
+    All sizes are (width, height) in pixels. An image is scaled down where it exceeds the limit, and never scaled up,
+    except to the next multiple of `grid`.
+    """
+    scale = min(1.0, limit[0] / source[0], limit[1] / source[1])
+    sides = (max(1, round(side * scale / grid)) * grid for side in source)
+    width, height = (min(side, longest // grid * grid) for side, longest in zip(sides, limit, strict=True))
     return width, height
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which part of an image is kept, and where it comes to lie."""
+    """Which part of an image is kept, and where the result has it."""
 
     box: tuple[float, float, float, float]  # left, upper, right, lower, in pixels of the image
     corner: tuple[int, int]  # left and upper, in pixels of the result
-    inner: tuple[int, int]  # width and height there
+    inner: tuple[int, int]  # width and height, in pixels of the result
 
 
-def placement(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> Placement:
-    """How an image of `image_size` is brought to `size`, both (width, height)."""
+def place_image(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> Placement:
+    """How an image of `image_size` is fitted to `size`, both (width, height) in pixels."""
     (width, height), (image_width, image_height) = size, image_size
     x = y = 0.0
     corner, inner = (0, 0), size
@@ -42,15 +46,12 @@ def placement(image_size: tuple[int, int], size: tuple[int, int], fit: Fit) -> P
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
-    place = placement(image.size, size, fit)
-    resized = _resize(image, place.inner, place.box)
-    if place.inner == size:
+    """Resize an RGB image to `size` (width, height); what `pad` adds is white."""
+    placement = place_image(image.size, size, fit)
+    # reducing_gap shrinks very large images by a whole factor first; at 3 no difference can be seen.
+    resized = image.resize(placement.inner, Image.Resampling.LANCZOS, box=placement.box, reducing_gap=3.0)
+    if placement.inner == size:
         return resized
     canvas = Image.new("RGB", size, "white")
-    canvas.paste(resized, place.corner)
+    canvas.paste(resized, placement.corner)
     return canvas
-
-
-def _resize(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
-    # reducing_gap shrinks very large images by a whole factor first; at 3 the result is the same to the eye.
-    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

@@ -1,4 +1,4 @@
-"""Input images as pixels: what reading gives and the engine takes."""
+"""Input images and masks as arrays: the result of reading them, and the input of the engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Labels = npt.NDArray[np.int32]  # (H, W); −1 is no label
 class InputImage:
     """One content, style or control image, fitted to the model's grid.
 
-    `name` tells the images of a shard apart: equal names are one image and share their features. `pixels` is (H, W, 3)
-    uint8 RGB, or None for an image that could not be read: its pairs have failed from the start, but keep their slots,
-    so that the other pairs of their micro-batches come out the same to the bit as in a later run with that image.
+    `name` identifies an image within its shard: equal names are one image and share their features. `pixels` is
+    (H, W, 3) uint8 RGB, or None for an image that could not be read. The pairs of such an image have failed from the
+    start, but keep their places in the micro-batches, so that the other pairs get the same bits as in a run that could
+    read it.
     """
 
     name: str
@@ -30,12 +31,12 @@ class InputImage:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Width and height in pixels; of an unreadable image as far as known."""
+        """Width and height in pixels; of an unreadable image the expected size, or None where it is not known."""
         return self.expected_size if self.pixels is None else (self.pixels.shape[1], self.pixels.shape[0])
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over shape and pixels, which identifies the picture; empty for an unreadable image."""
+        """SHA-256 of shape and pixels, hex; empty for an unreadable image."""
         if self.pixels is None:
             return ""
         return sha256(repr(self.pixels.shape).encode() + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
@@ -45,8 +46,8 @@ class InputImage:
 class LabelImage:
     """A mask: the label of each pixel of an image, fitted as its image is.
 
-    `name` tells the masks of a shard apart. `labels` is (H, W), 0 or more; −1 is no label, as in padding. None stands
-    for a mask that could not be read, as in `InputImage`.
+    `name` identifies a mask within its shard. `labels` is (H, W) int32 of 0 or more, with −1 for pixels without a label
+    (padding); None for a mask that could not be read, as in `InputImage`.
     """
 
     name: str

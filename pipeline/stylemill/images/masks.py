@@ -1,4 +1,4 @@
-"""Label images: masks whose pixel values name regions. They are read exactly and move as the image they belong to."""
+"""Read masks: images whose pixel values are labels. Labels are read exactly, and are fitted as their image is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 from stylemill.config.inputs import COLOUR_LABEL, DEFAULT_INPUT_SETTINGS, Fit, InputSettings
 from stylemill.errors import ImageError, StorageError
 from stylemill.images.decode import open_image
-from stylemill.images.fit import placement
-from stylemill.images.read import read_bytes
+from stylemill.images.fit import Placement, place_image
+from stylemill.images.read import image_name, read_bytes
 
 UNLABELLED = -1  # padding
 
@@ -25,56 +25,68 @@ def load_labels(
     base: str | Path,
     size: tuple[int, int],
     fit: Fit,
-    image: tuple[int, int] | None = None,
-    limits: InputSettings = DEFAULT_INPUT_SETTINGS,
+    image_size: tuple[int, int] | None = None,
+    inputs: InputSettings = DEFAULT_INPUT_SETTINGS,
 ) -> NDArray[np.int32]:
-    """Read a label image of any resolution -> (H, W) labels, brought to `size` (width, height) by nearest neighbour.
+    """Read a mask of any resolution and fit it to `size` (width, height) by nearest neighbour -> (H, W) labels.
 
-    A palette index or a grey value is a label as it is, 0 or more, and so is a colour whose channels are equal; any
-    other colour is `COLOUR_LABEL` + 0xRRGGBB. `image` is the size of the image that it belongs to, before fitting: each
-    pixel of the result shows the label of the very place that the image shows there. What `pad` adds is UNLABELLED.
+    A palette index or a grey value is a label, 0 or more, and so is a colour with equal channels. Any other colour is
+    the label `COLOUR_LABEL` + 0xRRGGBB. `image_size` is the size of the mask's image before fitting: each pixel of the
+    result has the label of the same place of the image. What `pad` adds is UNLABELLED. `path`, `data`, `base` and `fit`
+    are those of `load_image`.
 
-    Raises ImageError where the mask can never be read or has another shape than its image, TransientError where trying
-    again may help.
+    Raises ImageError where the mask can never be read or has another shape than its image, TransientError where another
+    attempt may help.
     """
-    name, data = read_bytes(path, data, base, limits)
+    name = image_name(path, data)
+    data = read_bytes(path, data, base, inputs)
     try:
-        opened = open_image(data, name, limits.max_pixels, min_side=1)
-        labels = _labels(opened, name)
+        labels = _labels_of(open_image(data, name, inputs.max_pixels, min_side=1), name)
     except MemoryError as error:
         raise StorageError(f"{name}: not enough memory to decode it; give the worker more memory") from error
     height, width = labels.shape
-    if image is not None and not _same_shape((width, height), image):
+    if image_size is not None and not _same_shape((width, height), image_size):
         raise ImageError(
-            f"{name}: the mask is {width}×{height} and its image {image[0]}×{image[1]}; a mask may have another "
-            "resolution, but must have its image's aspect ratio"
+            f"{name}: the mask is {width}×{height} and its image {image_size[0]}×{image_size[1]}; a mask may have "
+            "another resolution, but must have its image's aspect ratio"
         )
-    place = placement(image or (width, height), size, fit)
-    (whole_width, whole_height), (left, upper, right, lower) = image or (width, height), place.box
-    columns = _taken(size[0], place.corner[0], place.inner[0], left / whole_width, right / whole_width, width)
-    rows = _taken(size[1], place.corner[1], place.inner[1], upper / whole_height, lower / whole_height, height)
+    image_size = image_size or (width, height)
+    return _fit_labels(labels, image_size, size, place_image(image_size, size, fit))
+
+
+def _fit_labels(
+    labels: NDArray[np.int32], image_size: tuple[int, int], size: tuple[int, int], placement: Placement
+) -> NDArray[np.int32]:
+    """The label at each pixel of the fitted image, (H, W)."""
+    left, upper, right, lower = placement.box
+    (image_width, image_height), (left_edge, upper_edge) = image_size, placement.corner
+    (inner_width, inner_height), (height, width) = placement.inner, labels.shape
+    columns = _nearest_pixels(size[0], left_edge, inner_width, left / image_width, right / image_width, width)
+    rows = _nearest_pixels(size[1], upper_edge, inner_height, upper / image_height, lower / image_height, height)
     fitted = labels[np.maximum(rows, 0)[:, None], np.maximum(columns, 0)]
     fitted[rows < 0], fitted[:, columns < 0] = UNLABELLED, UNLABELLED
     return fitted
 
 
-def _taken(count: int, corner: int, inner: int, first: float, last: float, pixels: int) -> NDArray[np.int64]:
-    """Which of `pixels` the centre of each of `count` positions falls on, of the stretch from `first` to `last`.
+def _nearest_pixels(count: int, corner: int, inner: int, first: float, last: float, pixels: int) -> NDArray[np.int64]:
+    """For each of `count` pixels of the result, along one axis, the pixel of the mask at its centre; (count,).
 
-    The stretch, given as shares of the whole, lies on `inner` positions from `corner`; −1 beside them.
+    The result shows the part from `first` to `last` of the mask's `pixels`, as fractions of the axis, in its `inner`
+    pixels from `corner` on. The other pixels of the result are padding, −1 here.
     """
-    along = (np.arange(count) + 0.5 - corner) / inner
-    found = np.clip(np.floor((first + along * (last - first)) * pixels), 0, pixels - 1).astype(np.int64)
-    return np.where((along > 0) & (along < 1), found, -1)
+    position = (np.arange(count) + 0.5 - corner) / inner  # 0 to 1 within the part
+    nearest = np.clip(np.floor((first + position * (last - first)) * pixels), 0, pixels - 1).astype(np.int64)
+    return np.where((position > 0) & (position < 1), nearest, -1)
 
 
 def _same_shape(mask: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether both have one aspect ratio, up to the pixel that rounding a side may cost either of them."""
+    """Whether both have one aspect ratio, where the sides of either may be rounded by one pixel."""
     (mask_width, mask_height), (width, height) = mask, image
     return abs(mask_width * height - mask_height * width) <= max(mask_width, mask_height, width, height)
 
 
-def _labels(image: Image.Image, name: str) -> NDArray[np.int32]:
+def _labels_of(image: Image.Image, name: str) -> NDArray[np.int32]:
+    """The labels of a decoded mask, (H, W). Raises ImageError where the format or mode does not keep labels exactly."""
     if image.format in _LOSSY:
         raise ImageError(f"{name}: a {image.format} does not keep labels exactly; save the mask as PNG")
     if image.mode in ("LA", "RGBA", "La", "RGBa"):

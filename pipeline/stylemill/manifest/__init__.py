@@ -1,13 +1,13 @@
-"""Manifests: the Parquet table of pairs that a job works through."""
+"""Manifests: the Parquet tables of pairs that jobs process."""
 
 from stylemill.manifest.build import build_manifest
 from stylemill.manifest.read import Manifest, open_manifest
-from stylemill.manifest.schema import KNOWN, OUTPUT_COLUMNS, ImageRef, Problem, Row
+from stylemill.manifest.schema import KNOWN_COLUMNS, OUTPUT_COLUMNS, ImageRef, Problem, Row
 from stylemill.manifest.show import show_manifest
 from stylemill.manifest.validate import ValidationReport, validate_manifest
 
 __all__ = [
-    "KNOWN",
+    "KNOWN_COLUMNS",
     "OUTPUT_COLUMNS",
     "ImageRef",
     "Manifest",

@@ -1,75 +1,36 @@
-"""Build a manifest: pair contents with styles in tile order and write Parquet in bounded memory."""
+"""Build a manifest: pair contents with styles in tile order, and write Parquet in bounded memory."""
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stylemill.errors import ManifestError
-from stylemill.manifest.schema import KNOWN, OUTPUT_COLUMNS
-from stylemill.manifest.sources import Source, absolute_path, find_images, labels, relative_to_manifest
+from stylemill.manifest.csv_pairs import read_header, read_pairs
+from stylemill.manifest.image_names import SEPARATOR, unique_names
+from stylemill.manifest.sources import Source, find_images, relative_to_manifest
+from stylemill.manifest.tile_order import TileOrder
 from stylemill.manifest.validate import validate_manifest
 
 Pairing = Literal["product", "zip", "sample"]
-Values = dict[str, Any]
-Pair = tuple[str | None, str, int]  # content path, style path, 1 for the first time these two meet
-_IMAGES = ("content", "style", "content_mask", "style_mask", "control")
+RowValues = dict[str, Any]
 _TYPES: dict[str, Any] = {"seed": pa.int64(), "content_weight": pa.float64()}  # every other column is a string
 
 
-@dataclass(frozen=True)
-class TileOrder:
-    """The product of contents and styles in an order in which neighbours share images.
-
-    Styles are cut into bands of nearly equal width; inside a band, pairs go content by content. Any range of
-    consecutive pairs then covers few contents × few styles, wherever it starts. Every second band runs backwards, so
-    that a range across its border meets the same contents again.
-    """
-
-    contents: int
-    styles: int
-    width: int  # styles of a band, at most
-    by_style: bool = False  # contents are too few for a tile: no bands, all contents of one style after the other
-
-    def __len__(self) -> int:
-        return self.contents * self.styles
-
-    def pair(self, position: int) -> tuple[int, int]:
-        """(content, style) at a position of the order, 0 <= position < len."""
-        if self.by_style:
-            style, content = divmod(position, self.contents)
-            return content, style
-        band = bisect_right(self._edges, position // self.contents) - 1
-        first, stop = self._edges[band], self._edges[band + 1]
-        content, style = divmod(position - first * self.contents, stop - first)
-        return (self.contents - 1 - content if band % 2 else content), first + style
-
-    @cached_property
-    def _edges(self) -> list[int]:
-        bands = math.ceil(self.styles / self.width)
-        return [band * self.styles // bands for band in range(bands + 1)]
-
-    @classmethod
-    def of(cls, contents: int, styles: int, rows: int, tile: tuple[int, int] | None = None) -> TileOrder:
-        """The order whose blocks are `tile` (contents, styles), or as square as `rows` consecutive pairs can be."""
-        if tile is not None:
-            return cls(contents, styles, tile[1])
-        side = max(1, math.isqrt(rows))
-        return cls(contents, styles, side, by_style=contents < side)
+class _ImagePair(NamedTuple):
+    content: str | None  # absolute paths or URLs
+    style: str
+    occurrence: int  # 1 for the first pair of these two images
 
 
 def build_manifest(
@@ -88,14 +49,14 @@ def build_manifest(
     seed: int | None = None,
     content_weight: float | None = None,
 ) -> int:
-    """Write the manifest `out` and return its number of rows. Nothing stands at `out` before it is complete.
+    """Write the manifest `out` and return its number of rows. `out` exists only once it is complete.
 
-    `contents` and `styles` are folders, globs, files or lists of them (see `find_images`); without contents each style
-    is a row. `pairs` is a CSV of finished pairs instead, its header naming manifest columns. `pairing`: product, every
-    content with every style in tile order; zip, the first with the first and so on; sample, `samples` pairs of the
-    product drawn by `sample_seed`, none twice. `tile` is (contents, styles) of a block; by default it is as square
-    as the `rows_per_group` rows of a row group (64, or the tile's) allow. `prompt`, `negative_prompt`, `seed` and
-    `content_weight` are set for all rows.
+    `contents` and `styles` are folders, globs, files or lists of them (see `find_images`); without contents, each style
+    is a row. `pairing`: product, every content with every style in tile order; zip, the first with the first and so on;
+    sample, `samples` different pairs of the product, drawn with `sample_seed`. `tile` is (contents, styles) of a tile;
+    by default it is as square as the `rows_per_group` rows of a row group (64, or the tile's) allow.
+    Instead of all these, `pairs` is a CSV of pairs, whose header names columns of the manifest.
+    `prompt`, `negative_prompt`, `seed` and `content_weight` are set for all rows.
 
     Raises ManifestError for empty sources, unequal lengths in zip, too large a sample, a bad CSV, an unwritable `out`.
     """
@@ -104,42 +65,39 @@ def build_manifest(
         raise ManifestError(f"{out}: a manifest is a Parquet file; give it a name that ends in .parquet")
     if tile is not None and min(tile) < 1:
         raise ManifestError(f"tile {tile[0]}x{tile[1]}: both sides must be 1 or more")
-    group = rows_per_group if rows_per_group is not None else math.prod(tile or (8, 8))
-    if group < 1:
-        raise ManifestError(f"rows_per_group {group}: must be 1 or more")
-    given = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "content_weight": content_weight}
-    shared = {name: value for name, value in given.items() if value is not None}
+    group_rows = rows_per_group if rows_per_group is not None else math.prod(tile or (8, 8))
+    if group_rows < 1:
+        raise ManifestError(f"rows_per_group {group_rows}: must be 1 or more")
+    options = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "content_weight": content_weight}
+    shared = {name: value for name, value in options.items() if value is not None}
 
     if pairs is not None:
         if contents is not None or styles is not None or samples is not None:
-            raise ManifestError(
-                f"{pairs}: a CSV of pairs is taken as it is; give no contents, styles or samples beside it"
-            )
+            raise ManifestError(f"{pairs}: give no contents, styles or samples with a CSV of pairs")
         pairs = Path(pairs).expanduser()
-        columns = list(dict.fromkeys([*_header(pairs), *shared]))
-        rows = ({**shared, **values} for values in _csv_rows(pairs, out.parent))
+        columns = list(dict.fromkeys([*read_header(pairs), *shared]))
+        rows = ({**shared, **values} for values in read_pairs(pairs, out.parent))
     else:
         if styles is None:
             raise ManifestError("no style images named; give a folder, a glob or a list of them")
         style_paths = find_images(styles, "style")
         content_paths = None if contents is None else find_images(contents, "content")
         columns = ["pair_id", *(["content"] if content_paths else []), "style", *shared]
-        found = _pairs(content_paths, style_paths, pairing, tile, group, samples, sample_seed)
-        rows = ({**values, **shared} for values in _named(found, content_paths, style_paths, out.parent))
+        image_pairs = _pair_images(content_paths, style_paths, pairing, tile, group_rows, samples, sample_seed)
+        rows = ({**values, **shared} for values in _rows_of(image_pairs, content_paths, style_paths, out.parent))
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in columns])
-    return _write(out, rows, schema, group, pairs)
+    return _write(out, rows, schema, group_rows, pairs)
 
 
-def _pairs(
+def _pair_images(
     contents: list[str] | None,
     styles: list[str],
     pairing: str,
     tile: tuple[int, int] | None,
-    group: int,
+    group_rows: int,
     samples: int | None,
     sample_seed: int,
-) -> Iterator[Pair]:
-    """Content, style and occurrence of every row."""
+) -> Iterator[_ImagePair]:
     if (samples is None) == (pairing == "sample"):
         raise ManifestError("a number of samples belongs to the pairing 'sample', and that pairing needs one")
     if pairing == "zip" and contents is not None:
@@ -147,99 +105,66 @@ def _pairs(
             raise ManifestError(
                 f"zip pairs one content with one style, but there are {len(contents)} contents and {len(styles)} styles"
             )
-        return _numbered(zip(contents, styles, strict=True))
+        return _count_occurrences(zip(contents, styles, strict=True))
     if pairing not in ("product", "zip", "sample"):
         raise ManifestError(f"pairing {pairing!r} is not one of: product, zip, sample")
-    # A file that two sources share is one image of a product.
+    # A file that two sources have in common is one image of a product.
     styles = list(dict.fromkeys(styles))
-    some: list[str] | list[None] = [None] if contents is None else list(dict.fromkeys(contents))
-    order = TileOrder.of(len(some), len(styles), group, tile)
-    positions: Iterable[int] = range(len(order))
-    if samples is not None:
-        if not 1 <= samples <= len(order):
-            raise ManifestError(
-                f"{samples} samples: there are {len(order)} pairs to draw from, and at least 1 is needed"
-            )
-        drawn = np.random.default_rng(sample_seed).choice(len(order), size=samples, replace=False)
-        positions = sorted(int(position) for position in drawn)  # in tile order: neighbours share images
-    return ((some[content], styles[style], 1) for content, style in map(order.pair, positions))
+    contents_or_none: list[str] | list[None] = [None] if contents is None else list(dict.fromkeys(contents))
+    order = TileOrder.of(len(contents_or_none), len(styles), group_rows, tile)
+    positions = range(len(order)) if samples is None else _draw(samples, len(order), sample_seed)
+    return (_ImagePair(contents_or_none[content], styles[style], 1) for content, style in map(order.pair, positions))
 
 
-def _numbered(pairs: Iterable[tuple[str, str]]) -> Iterator[Pair]:
-    times: Counter[tuple[str, str]] = Counter()
+def _draw(samples: int, pairs: int, seed: int) -> Iterable[int]:
+    """`samples` of the positions below `pairs`, in ascending order, so that neighbours share images."""
+    if not 1 <= samples <= pairs:
+        raise ManifestError(f"{samples} samples: there are {pairs} pairs to draw from, and at least 1 is needed")
+    drawn = np.random.default_rng(seed).choice(pairs, size=samples, replace=False)
+    return sorted(int(position) for position in drawn)
+
+
+def _count_occurrences(pairs: Iterable[tuple[str, str]]) -> Iterator[_ImagePair]:
+    counts: Counter[tuple[str, str]] = Counter()
     for content, style in pairs:
-        times[content, style] += 1
-        yield content, style, times[content, style]
+        counts[content, style] += 1
+        yield _ImagePair(content, style, counts[content, style])
 
 
-def _named(pairs: Iterable[Pair], contents: list[str] | None, styles: list[str], folder: Path) -> Iterator[Values]:
-    content_labels, style_labels = labels(contents or []), labels(styles)
-    written = {path: relative_to_manifest(path, folder) for path in (*content_labels, *style_labels)}
+def _rows_of(
+    pairs: Iterable[_ImagePair], contents: list[str] | None, styles: list[str], manifest_folder: Path
+) -> Iterator[RowValues]:
+    """The rows of a manifest for these pairs, with unique ids and with paths relative to its folder."""
+    content_names, style_names = unique_names(contents or []), unique_names(styles)
+    written = {path: relative_to_manifest(path, manifest_folder) for path in (*content_names, *style_names)}
     for path in written.values():
         try:
             path.encode()
         except UnicodeEncodeError:
             raise ManifestError(f"{path!r}: the file name is not UTF-8; rename it") from None
     for content, style, occurrence in pairs:
-        parts = [] if content is None else [content_labels[content]]
-        parts.append(style_labels[style])
+        parts = [] if content is None else [content_names[content]]
+        parts.append(style_names[style])
         if occurrence > 1:
             parts.append(str(occurrence))
-        values: Values = {"pair_id": "__".join(parts), "style": written[style]}
+        values: RowValues = {"pair_id": SEPARATOR.join(parts), "style": written[style]}
         if content is not None:
             values["content"] = written[content]
         yield values
 
 
-def _header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: cannot be read: {error}") from error
-    for name in header:
-        if header.count(name) > 1 or not name.strip():
-            raise ManifestError(f"{path}: column {name!r} of the header is repeated or has no name")
-        if name not in KNOWN and name in OUTPUT_COLUMNS:
-            raise ManifestError(f"{path}: column '{name}' has the name of an output column; rename it")
-    if "style" not in header:
-        raise ManifestError(f"{path}: no column 'style' in the header; it has: {', '.join(header) or 'nothing'}")
-    return header
+def _write(out: Path, rows: Iterator[RowValues], schema: pa.Schema, group_rows: int, pairs: Path | None) -> int:
+    """Write a temporary file beside `out`, validate it, and rename it; returns the number of rows.
 
-
-def _csv_rows(path: Path, folder: Path) -> Iterator[Values]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for values in reader:
-                where = f"{path}: line {reader.line_num}"
-                if None in values or None in values.values():
-                    raise ManifestError(f"{where}: has another number of values than the header")
-                yield {name: _cell(name, text, path, folder, where) for name, text in values.items() if text != ""}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: cannot be read: {error}") from error
-
-
-def _cell(name: str, text: str, path: Path, folder: Path, where: str) -> Any:
-    if name in _IMAGES:
-        return relative_to_manifest(absolute_path(text, path), folder)
-    if name not in _TYPES:
-        return text
-    try:
-        return int(text) if name == "seed" else float(text)
-    except ValueError:
-        raise ManifestError(f"{where}, column '{name}': {text!r}, expected {KNOWN[name].types}") from None
-
-
-def _write(out: Path, rows: Iterator[Values], schema: pa.Schema, group: int, pairs: Path | None) -> int:
-    """Write beside `out`, check, then rename: a ParquetWriter left by an exception finishes a valid partial file."""
+    Without the temporary file, an error would leave a valid Parquet file with a part of the rows.
+    """
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     count = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(part, schema, compression="zstd", write_statistics=False) as writer:
-            while chunk := list(islice(rows, group)):
-                writer.write_table(pa.Table.from_pylist(chunk, schema=schema), row_group_size=group)
+            while chunk := list(islice(rows, group_rows)):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema), row_group_size=group_rows)
                 count += len(chunk)
         if not count:
             raise ManifestError(f"{pairs}: no rows below the header")
@@ -254,6 +179,6 @@ def _write(out: Path, rows: Iterator[Values], schema: pa.Schema, group: int, pai
     except (OverflowError, pa.ArrowException) as error:
         raise ManifestError(f"{pairs or out}: {error}") from error
     finally:
-        with suppress(OSError):  # a folder that could not be made must not hide the reason
+        with suppress(OSError):  # where the folder could not be created, this must not hide the error
             part.unlink(missing_ok=True)
     return count

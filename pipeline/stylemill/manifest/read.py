@@ -1,4 +1,4 @@
-"""Read a manifest: open and check it, stream its rows or any range of them in bounded memory."""
+"""Open and check a manifest, and stream its rows, or a range of them, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ import pyarrow.parquet as pq
 
 from stylemill.config.paths import is_url
 from stylemill.errors import ManifestError, StorageError
-from stylemill.manifest.row import UNDECODABLE, numbered, parse_row
-from stylemill.manifest.schema import KNOWN, Problem, Row, carried_schema, is_list, schema_problems
+from stylemill.manifest.duplicates import contains_hash, duplicate_hashes, duplicate_id_message, hash64
+from stylemill.manifest.row import UNDECODABLE, number_id, parse_row
+from stylemill.manifest.schema import KNOWN_COLUMNS, Problem, Row, carried_schema, is_list, schema_problems
 
-_BATCH_BYTES = 16 << 20  # uncompressed; what is in memory at once is a small multiple of it
+_BATCH_BYTES = 16 << 20  # uncompressed; the memory used at once is a small multiple of it
 _BATCH_ROWS = 4096
-_WORST_BYTES = 1 << 30  # of a batch whose every row repeats the largest value that a dictionary page can hold
-_BUFFER_BYTES = 1 << 20  # without a buffer, pyarrow reads whole column chunks: all of a one-group file
+_WORST_BYTES = 1 << 30  # of a batch in which every row has the largest value of its dictionary page
+_BUFFER_BYTES = 1 << 20  # without a buffer, pyarrow reads whole column chunks, which may be the whole file
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """An opened manifest. Plain values only: it can be sent to a worker, which opens the file for itself."""
+    """An opened manifest. It consists of plain values, and can be sent to a worker, which opens the file itself."""
 
     path: Path
-    base: Path  # relative image paths start here
+    base: Path  # of relative image paths
     num_rows: int
     schema: pa.Schema
-    carried: pa.Schema
+    carried: pa.Schema  # the columns that go to the output unchanged
     style_is_list: bool
     group_starts: tuple[int, ...]  # first row of each row group, then num_rows
-    batch_rows: int
+    batch_rows: int  # rows in memory at once
     images_per_pair: int = 1  # output rows of each manifest row
 
     @property
@@ -47,17 +48,17 @@ class Manifest:
         return self.num_rows * self.images_per_pair
 
     def shard(self, number: int, size: int) -> range:
-        """The output rows of shard `number` where shards have `size` of them, the last one maybe fewer."""
+        """The output rows of shard `number`, with `size` rows in each shard and at most as many in the last one."""
         return range(number * size, min((number + 1) * size, self.num_output_rows))
 
     def with_images_per_pair(self, images_per_pair: int) -> Manifest:
-        """This manifest with several output rows for each manifest row. They differ in their initial noise."""
+        """This manifest with several output rows for each manifest row, which differ in their initial noise."""
         return replace(self, images_per_pair=images_per_pair)
 
     def output_rows(self, start: int, stop: int, occurrences: Mapping[int, int] | None = None) -> Iterator[Row]:
-        """Output rows start..stop: output row i is image i % images_per_pair of manifest row i // images_per_pair.
+        """Output rows start to stop - 1. Row i is image i % images_per_pair of manifest row i // images_per_pair.
 
-        With several images a pair, `pair_id` ends in `.<image_number>` and a seed grows by the image number.
+        With several images a pair, `pair_id` ends in `.<image_number>`, and the image number is added to a seed.
         """
         count = self.images_per_pair
         if count == 1:
@@ -71,7 +72,7 @@ class Manifest:
                     yield replace(row, output_row=output_row, pair_id=pair_id, seed=seed, image_number=number)
 
     def carried_output_rows(self, start: int, stop: int) -> pa.Table:
-        """The carried columns of output rows start..stop."""
+        """The carried columns of output rows start to stop - 1."""
         first = start // self.images_per_pair
         rows = self.carried_rows(first, -(-stop // self.images_per_pair))
         if not self.carried.names:
@@ -79,64 +80,65 @@ class Manifest:
         return rows.take([output_row // self.images_per_pair - first for output_row in range(start, stop)])
 
     def sha256(self) -> str:
-        """Digest of the file, hex."""
+        """The SHA-256 of the file, hex."""
         with _reading(self.path), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def rows(
         self, start: int = 0, stop: int | None = None, occurrences: Mapping[int, int] | None = None
     ) -> Iterator[Row]:
-        """Rows start..stop in order, reading only the row groups that hold them.
+        """Rows start to stop - 1 in order, from the row groups that have them.
 
-        `occurrences` is what `repeated_rows` found: it tells identical rows without a pair_id apart.
-        Raises ManifestError naming row and column of the first bad row.
+        `occurrences` is the result of `repeated_rows`, and gives identical rows without a pair_id different ids.
+        Raises ManifestError with row and column of the first bad value.
         """
-        for number, values in self.records(start, stop):
-            yield self._row(number, values, (occurrences or {}).get(number, 1))
+        for number, values in self.raw_rows(start, stop):
+            yield self._parse(number, values, (occurrences or {}).get(number, 1))
 
-    def records(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Row numbers and plain values of the known columns, unchecked; `parse_row` makes rows of them."""
-        names = [name for name in KNOWN if name in self.schema.names]
+    def raw_rows(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row numbers and unchecked values of the known columns, as `parse_row` takes them."""
+        names = [name for name in KNOWN_COLUMNS if name in self.schema.names]
         for first, batch in self._batches(start, stop, names):
-            columns = [_plain(batch.column(name)) for name in names]
+            columns = [_to_pylist(batch.column(name)) for name in names]
             for offset, values in enumerate(zip(*columns, strict=True)):
                 yield first + offset, dict(zip(names, values, strict=True))
 
     def carried_rows(self, start: int = 0, stop: int | None = None) -> pa.Table:
-        """The carried columns of rows start..stop, in row order."""
+        """The carried columns of rows start to stop - 1, in row order."""
         batches = [batch for _, batch in self._batches(start, stop, self.carried.names)]
         return pa.Table.from_batches(batches, schema=self.carried) if self.carried.names else pa.table({})
 
     def repeated_rows(self) -> dict[int, int]:
-        """Row → occurrence (2, 3, …) of rows without a pair_id that repeat an earlier row. Checks every row on the way.
+        """The occurrence (2, 3, …) of each row that repeats an earlier row and has no pair_id; checks every row.
 
-        Scans the whole manifest with 8 bytes of memory a row, a second time only where ids seem to repeat.
-        Raises ManifestError for a bad row or a pair_id given twice.
+        Scans the whole manifest once, and a second time where ids seem to repeat. Raises ManifestError for a bad row,
+        and for a pair_id that two rows have.
         """
         hashes = array("Q", (hash64(row.pair_id) for row in self.rows()))
-        distinct = np.unique(np.frombuffer(hashes, dtype=np.uint64))
-        suspects = repeated(hashes)
+        suspects = duplicate_hashes(hashes)
         if not suspects:
             return {}
-        first: dict[str, int] = {}
-        times: Counter[str] = Counter()
+        sorted_hashes = np.unique(np.frombuffer(hashes, dtype=np.uint64))
+        first_rows: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         occurrences: dict[int, int] = {}
-        for number, values in self.records():
-            row = self._row(number, values)
+        for number, values in self.raw_rows():
+            row = self._parse(number, values)
             if hash64(row.pair_id) not in suspects:
                 continue
-            times[row.pair_id] += 1
-            if first.setdefault(row.pair_id, number) == number:
+            counts[row.pair_id] += 1
+            first_row = first_rows.setdefault(row.pair_id, number)
+            if first_row == number:
                 continue
             if values.get("pair_id") is not None:
-                raise self._error(Problem(number, "pair_id", repeats(row.pair_id, first[row.pair_id])))
-            # A suffixed name may be the given name of another row: the next number is taken then.
-            while _contains(distinct, hash64(numbered(row.pair_id, times[row.pair_id]))):
-                times[row.pair_id] += 1
-            occurrences[number] = times[row.pair_id]
+                raise self._error(Problem(number, "pair_id", duplicate_id_message(row.pair_id, first_row)))
+            # Another row may have the numbered id as its pair_id: then the next number is used.
+            while contains_hash(sorted_hashes, hash64(number_id(row.pair_id, counts[row.pair_id]))):
+                counts[row.pair_id] += 1
+            occurrences[number] = counts[row.pair_id]
         return occurrences
 
-    def _row(self, number: int, values: Mapping[str, Any], occurrence: int = 1) -> Row:
+    def _parse(self, number: int, values: Mapping[str, Any], occurrence: int = 1) -> Row:
         row, problems = parse_row(number, values, occurrence)
         if row is None:
             raise self._error(problems[0])
@@ -148,7 +150,7 @@ class Manifest:
         )
 
     def _batches(self, start: int, stop: int | None, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Batches of rows start..stop with the number of their first row."""
+        """The batches of rows start to stop - 1, each with the number of its first row."""
         stop = self.num_rows if stop is None else min(stop, self.num_rows)
         start = max(start, 0)
         if start >= stop or not columns:
@@ -156,28 +158,32 @@ class Manifest:
         groups = range(bisect_right(self.group_starts, start) - 1, bisect_left(self.group_starts, stop))
         first = self.group_starts[groups.start]
         with _reading(self.path), pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES) as file:
-            for run in _runs(file.metadata, groups):
-                for batch in file.iter_batches(self.batch_rows, row_groups=run, columns=columns, use_threads=False):
+            for some_groups in _group_ranges(file.metadata, groups):
+                for batch in file.iter_batches(
+                    self.batch_rows, row_groups=some_groups, columns=columns, use_threads=False
+                ):
                     low, high = max(start - first, 0), min(stop - first, batch.num_rows)
                     if low < high:
-                        # `select`: asking for 'style' also brings a column that happens to be called 'style.name'.
+                        # `select`, because reading the column 'style' also reads a column named 'style.name'.
                         yield first + low, batch.select(columns).slice(low, high - low)
                     first += batch.num_rows
             if first != self.group_starts[groups.stop]:
-                raise ManifestError(f"{self.path}: the Parquet file is damaged: it has fewer rows than it claims")
+                raise ManifestError(
+                    f"{self.path}: the Parquet file is damaged: it has fewer rows than its metadata says"
+                )
 
 
 def open_manifest(path: str | Path) -> Manifest:
     """Open a manifest and check its columns.
 
-    Raises ManifestError when the file is absent, not Parquet, empty, or its columns are not a manifest's.
+    Raises ManifestError where the file is absent, not Parquet, or empty, or its columns are not those of a manifest.
     """
     if is_url(path):
         raise ManifestError(f"{path}: only local manifests can be read; copy it to this machine first")
     path = Path(path).absolute()
     if path.is_dir():
         raise ManifestError(f"{path}: is a folder; name the Parquet file in it")
-    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
         raise ManifestError(f"{path}: is not a regular file; name a Parquet file")
     try:
         with pq.ParquetFile(path) as file:
@@ -185,10 +191,10 @@ def open_manifest(path: str | Path) -> Manifest:
             sizes = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             problems = schema_problems(schema)
     except FileNotFoundError:
-        raise ManifestError(f"{path}: no such manifest; 'stylemill manifest build' makes one") from None
+        raise ManifestError(f"{path}: no such manifest; 'stylemill manifest build' writes one") from None
     except PermissionError:
         raise ManifestError(f"{path}: no permission to read the manifest") from None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: of a column's name
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # UnicodeDecodeError: the name of a column
         raise ManifestError(f"{path}: not a Parquet file, or a damaged one: {_one_line(error)}") from None
     if problems:
         raise ManifestError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -196,7 +202,9 @@ def open_manifest(path: str | Path) -> Manifest:
         raise ManifestError(f"{path}: the manifest has no rows")
     starts = [0, *accumulate(group.num_rows for group in sizes)]
     if starts[-1] != metadata.num_rows or min(group.num_rows for group in sizes) < 0:
-        raise ManifestError(f"{path}: a damaged Parquet file: it claims {metadata.num_rows:,} rows and has others")
+        raise ManifestError(
+            f"{path}: the Parquet file is damaged: its row groups do not add up to its {metadata.num_rows:,} rows"
+        )
     row_bytes = max(group.total_byte_size / max(group.num_rows, 1) for group in sizes)
     return Manifest(
         path=path,
@@ -206,59 +214,41 @@ def open_manifest(path: str | Path) -> Manifest:
         carried=carried_schema(schema),
         style_is_list=is_list(schema.field("style").type),
         group_starts=tuple(starts),
-        batch_rows=max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(row_bytes, 1)), _WORST_BYTES // _dictionary(sizes))),
+        batch_rows=max(
+            1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(row_bytes, 1)), _WORST_BYTES // _max_dictionary_bytes(sizes))
+        ),
     )
 
 
-def _dictionary(groups: list[Any]) -> int:
-    """Bytes that one value of a dictionary page has at most: few bytes of a file can stand for many of them."""
+def _max_dictionary_bytes(groups: list[Any]) -> int:
+    """The most bytes that one value of a dictionary page can have. A few bytes of a file can repeat it many times."""
     chunks = (group.column(index) for group in groups for index in range(group.num_columns))
     return max((chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=1) or 1
 
 
-def _runs(metadata: Any, groups: range) -> Iterator[list[int]]:
-    """Neighbouring row groups to read in one call: pyarrow keeps all of a call's groups in memory until its end."""
-    run: list[int] = []
+def _group_ranges(metadata: Any, groups: range) -> Iterator[list[int]]:
+    """Neighbouring row groups to read in one call. pyarrow keeps all groups of a call in memory until it ends."""
+    neighbours: list[int] = []
     size = 0
     for group in groups:
         group_bytes = metadata.row_group(group).total_byte_size
-        if run and size + group_bytes > _BATCH_BYTES:
-            yield run
-            run, size = [], 0
-        run.append(group)
+        if neighbours and size + group_bytes > _BATCH_BYTES:
+            yield neighbours
+            neighbours, size = [], 0
+        neighbours.append(group)
         size += group_bytes
-    yield run
+    yield neighbours
 
 
-def hash64(name: str) -> int:
-    """64 bits of SHA-256: small enough to keep one for each row, and confirmed by a second look where two agree."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def repeated(hashes: array[int]) -> set[int]:
-    """The values that stand in `hashes` more than once."""
-    values, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
-    return {int(value) for value in values[counts > 1]}
-
-
-def repeats(pair_id: str, first: int) -> str:
-    return f"'{pair_id}' is already the id of row {first}; ids must be unique"
-
-
-def _contains(distinct: np.ndarray[Any, Any], value: int) -> bool:
-    place = int(np.searchsorted(distinct, np.uint64(value)))
-    return place < len(distinct) and int(distinct[place]) == value
-
-
-def _plain(column: Any) -> list[Any]:
+def _to_pylist(column: Any) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:  # Parquet does not promise that strings are UTF-8; only then one by one
-        values = [_plain_value(value) for value in column]
+    except UnicodeDecodeError:  # Parquet does not guarantee that strings are UTF-8
+        values = [_to_python(value) for value in column]
     return values
 
 
-def _plain_value(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     try:
         return value.as_py()
     except UnicodeDecodeError:
@@ -270,13 +260,13 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ManifestError(f"{path}: the manifest is no longer there") from None
+        raise ManifestError(f"{path}: the manifest was removed") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Arrow reports damaged pages as OSError too, but only the system's own errors have a number.
+        # Arrow raises OSError for damaged pages too, but without an errno.
         if isinstance(error, OSError) and error.errno is not None:
             raise StorageError(f"{path}: the manifest cannot be read just now: {error}") from error
         raise ManifestError(f"{path}: the Parquet file is damaged: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())  # bytes of the file, too
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())  # may contain bytes of the file

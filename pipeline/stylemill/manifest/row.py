@@ -1,4 +1,4 @@
-"""One row of a manifest: from plain values to a checked Row with a name."""
+"""Parse one row of a manifest: from plain values to a checked Row with an id."""
 
 from __future__ import annotations
 
@@ -12,111 +12,135 @@ from typing import Any
 
 from stylemill.manifest.schema import ImageRef, Problem, Row
 
-UNDECODABLE = object()  # stands for a string whose bytes are not UTF-8
+UNDECODABLE = object()  # in the place of a string whose bytes are not UTF-8
 _MAX_ID_BYTES = 200
 
 
 def parse_row(number: int, values: Mapping[str, Any], occurrence: int = 1) -> tuple[Row | None, list[Problem]]:
-    """Check one row's plain values; the Row is None when there are problems.
+    """Check the values of one row, by column. Returns the Row and no problems, or None and at least one problem.
 
-    A missing pair_id becomes a hash of what the row asks for, never of its position or of carried columns;
-    `occurrence` tells identical rows apart.
+    A row without a pair_id gets a hash of its known columns as its id, whatever its position. `occurrence` (1, 2, …)
+    gives identical rows different ids.
     """
-    problems: list[Problem] = []
+    parser = _RowParser(number, values)
+    row = parser.parse()
+    if row is None or parser.problems:
+        return None, parser.problems
+    return (row if row.pair_id else _with_generated_id(row, occurrence)), []
 
-    def bad(column: str, message: str) -> None:
-        problems.append(Problem(number, column, message))
 
-    for column, value in values.items():
-        if value is UNDECODABLE:
-            bad(column, "is not valid UTF-8")
-    if problems:
-        return None, problems
+def number_id(pair_id: str, occurrence: int) -> str:
+    """The id of the second or a later one of identical rows."""
+    return pair_id if occurrence == 1 else f"{pair_id}-{occurrence}"
 
-    def image(column: str, value: Any, item: str = "") -> ImageRef | None:
+
+class _RowParser:
+    """Parses the values of one row, and collects their problems."""
+
+    def __init__(self, number: int, values: Mapping[str, Any]) -> None:
+        self._number = number
+        self._values = values
+        self.problems: list[Problem] = []
+
+    def parse(self) -> Row | None:
+        """The row; its values are valid only where there are no problems."""
+        for column, value in self._values.items():
+            if value is UNDECODABLE:
+                self._report(column, "is not valid UTF-8")
+        if self.problems:
+            return None
+        content = None if self._values.get("content") is None else self._image("content", self._values["content"])
+        styles = self._styles()
+        style_masks = self._style_masks(len(styles))
+        return Row(
+            manifest_row=self._number,
+            output_row=self._number,
+            content=content,
+            styles=tuple(style for style in styles if style is not None),
+            style_masks=style_masks,
+            content_mask=self._content_mask(style_masks),
+            controls=self._controls(),
+            seed=self._seed(),
+            content_weight=self._content_weight(),
+            prompt=self._values.get("prompt"),
+            negative_prompt=self._values.get("negative_prompt"),
+            pair_id=self._pair_id(),
+        )
+
+    def _report(self, column: str, message: str) -> None:
+        self.problems.append(Problem(self._number, column, message))
+
+    def _image(self, column: str, value: Any, item: str = "") -> ImageRef | None:
         ref = ImageRef(value) if isinstance(value, str) else None
         if isinstance(value, Mapping):
             ref = ImageRef(value.get("path") or None, value.get("bytes"))
         if ref is None:
-            bad(column, f"{item}is null")
+            self._report(column, f"{item}is null")
         elif not ref.path and ref.data is None:
-            bad(column, f"{item}is empty: neither a path nor bytes")
+            self._report(column, f"{item}is empty: neither a path nor bytes")
         elif "\0" in (ref.path or ""):
-            bad(column, f"{item}has a NUL character in its path")
+            self._report(column, f"{item}has a NUL character in its path")
         return ref
 
-    def text(column: str) -> str | None:
-        value: str | None = values.get(column)
-        return value
+    def _images(self, column: str, value: Any) -> list[ImageRef | None]:
+        """A list of images, or a single one."""
+        if not isinstance(value, list):
+            return [self._image(column, value)]
+        return [self._image(column, item, f"item {index} ") for index, item in enumerate(value)]
 
-    content = None if values.get("content") is None else image("content", values["content"])
+    def _styles(self) -> list[ImageRef | None]:
+        value = self._values.get("style")
+        if value == []:
+            self._report("style", "is an empty list; name at least one style image")
+        return self._images("style", value)
 
-    style = values.get("style")
-    if isinstance(style, list) and not style:
-        bad("style", "is an empty list; name at least one style image")
-    items = style if isinstance(style, list) else [style]
-    names = [f"item {index} " if isinstance(style, list) else "" for index in range(len(items))]
-    styles = tuple(image("style", item, name) for item, name in zip(items, names, strict=True))
+    def _style_masks(self, styles: int) -> tuple[str, ...]:
+        # An empty list is no masks: Hugging Face datasets write a missing list so.
+        value = self._values.get("style_mask") or []
+        masks = tuple(value) if isinstance(value, list) else (value,)
+        if masks and len(masks) != styles:
+            self._report("style_mask", f"has {len(masks)} masks for {styles} styles; give one for each")
+        if any(not mask or "\0" in mask for mask in masks):
+            self._report("style_mask", "has a null, an empty path or a NUL character")
+        return masks
 
-    # An empty list stands for "no masks": that is how Hugging Face datasets write a missing list.
-    mask = values.get("style_mask") or []
-    masks = tuple(mask) if isinstance(mask, list) else (mask,)
-    if masks and len(masks) != len(items):
-        bad("style_mask", f"has {len(masks)} masks for {len(items)} styles; give one for each")
-    if any(not item or "\0" in item for item in masks):
-        bad("style_mask", "has a null, an empty path or a NUL character")
-    content_mask = text("content_mask")
-    if content_mask is not None and (not content_mask or "\0" in content_mask):
-        bad("content_mask", "is an empty path or has a NUL character")
-    if (content_mask is None) != (not masks) and not any(problem.column.endswith("_mask") for problem in problems):
-        lone, absent = ("style_mask", "content_mask") if masks else ("content_mask", "style_mask")
-        bad(lone, f"stands without a {absent}; a row has both or neither")
+    def _content_mask(self, style_masks: tuple[str, ...]) -> str | None:
+        mask: str | None = self._values.get("content_mask")
+        if mask is not None and (not mask or "\0" in mask):
+            self._report("content_mask", "is an empty path or has a NUL character")
+        has_problem = any(problem.column.endswith("_mask") for problem in self.problems)
+        if (mask is None) != (not style_masks) and not has_problem:
+            given, absent = ("style_mask", "content_mask") if style_masks else ("content_mask", "style_mask")
+            self._report(given, f"is given without {absent}; a row has both or neither")
+        return mask
 
-    control = values.get("control")
-    controls = tuple(
-        image("control", item, f"item {index} " if isinstance(control, list) else "")
-        for index, item in enumerate(control if isinstance(control, list) else [control])
-        if control is not None
-    )
+    def _controls(self) -> tuple[ImageRef, ...]:
+        value = self._values.get("control")
+        images = [] if value is None else self._images("control", value)
+        return tuple(image for image in images if image is not None)
 
-    seed = values.get("seed")
-    if seed is not None and not 0 <= seed < 2**63:
-        bad("seed", f"is {seed}, expected 0 to 2^63 - 1")
-    weight = values.get("content_weight")
-    if weight is not None and not (math.isfinite(weight) and weight >= 0):
-        bad("content_weight", f"is {weight}, expected a finite number, 0 or more")
+    def _seed(self) -> int | None:
+        seed: int | None = self._values.get("seed")
+        if seed is not None and not 0 <= seed < 2**63:
+            self._report("seed", f"is {seed}, expected 0 to 2^63 - 1")
+        return seed
 
-    pair_id = text("pair_id")
-    if pair_id is not None and (problem := _id_problem(pair_id)):
-        bad("pair_id", problem)
-    if problems:
-        return None, problems
+    def _content_weight(self) -> float | None:
+        weight = self._values.get("content_weight")
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            self._report("content_weight", f"is {weight}, expected a finite number, 0 or more")
+        return None if weight is None else float(weight)
 
-    row = Row(
-        manifest_row=number,
-        output_row=number,
-        pair_id=pair_id or "",
-        content=content,
-        styles=tuple(style for style in styles if style is not None),
-        prompt=text("prompt"),
-        negative_prompt=text("negative_prompt"),
-        seed=seed,
-        content_weight=None if weight is None else float(weight),
-        content_mask=content_mask,
-        style_masks=masks,
-        controls=tuple(item for item in controls if item is not None),
-    )
-    if pair_id is None:
-        row = _named(row, occurrence)
-    return row, []
+    def _pair_id(self) -> str:
+        """The given id; empty where there is none."""
+        pair_id: str | None = self._values.get("pair_id")
+        if pair_id is not None and (problem := _id_problem(pair_id)):
+            self._report("pair_id", problem)
+        return pair_id or ""
 
 
-def numbered(name: str, occurrence: int) -> str:
-    return name if occurrence == 1 else f"{name}-{occurrence}"
-
-
-def _named(row: Row, occurrence: int) -> Row:
-    asked = {
+def _with_generated_id(row: Row, occurrence: int) -> Row:
+    identity = {
         "content": row.content.key if row.content else None,
         "style": [style.key for style in row.styles],
         "prompt": row.prompt,
@@ -127,14 +151,14 @@ def _named(row: Row, occurrence: int) -> Row:
         "style_mask": list(row.style_masks),
         "control": [control.key for control in row.controls],
     }
-    # Unset fields are left out, so that an optional column full of nulls renames nothing.
-    asked = {name: value for name, value in asked.items() if value is not None and value != []}
-    name = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    return replace(row, pair_id=numbered(name, occurrence))
+    # Without the unset values, so that an optional column of nulls does not change the ids.
+    identity = {name: value for name, value in identity.items() if value is not None and value != []}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return replace(row, pair_id=number_id(digest, occurrence))
 
 
 def _id_problem(pair_id: str) -> str | None:
-    """Ids become file names when images are exported, so none may reach outside a folder."""
+    """Why a pair_id is not allowed; None if it is. Ids become the names of files, so none may be a path."""
     if not pair_id.strip():
         return "is empty"
     if pair_id in (".", "..") or "/" in pair_id or "\\" in pair_id:

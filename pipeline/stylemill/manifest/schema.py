@@ -1,4 +1,4 @@
-"""What a manifest holds: its known columns, a row of it, and the problems a row can have."""
+"""The schema of manifests: known columns, a row, references to images, and the problems a row can have."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from stylemill.config.sampling import Sampling
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image of a manifest: a path (or URI) to read, or the encoded bytes, or bytes and the name they had."""
+    """One image of a manifest: a path or URL, or the encoded bytes, or the bytes and their original name."""
 
     path: str | None
     data: bytes | None = field(default=None, repr=False)
 
     @cached_property
     def key(self) -> str:
-        """What tells two images of a manifest apart. Bytes go before the path: two folders may both hold `001.png`."""
+        """Identifies an image within a manifest: by its bytes, if it has them, since two folders may have a `1.png`."""
         if self.data is not None:
             return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
         return self.path or ""
 
     @property
     def reference(self) -> str:
-        """How the output names this image: the path as the manifest writes it, else `sha256:<hex>` of the bytes."""
+        """The name of this image in the output: the path as in the manifest, or else `sha256:<hex>` of the bytes."""
         return self.path or self.key
 
 
@@ -40,8 +40,8 @@ class ImageRef:
 class Row:
     """One pair to stylize.
 
-    `manifest_row` is its row in the manifest, `output_row` its row in the output, both counted from 0. They differ
-    where a job makes several images of each pair.
+    `manifest_row` is its row in the manifest, and `output_row` its row in the output, both counted from 0. They differ
+    where a job has several output rows for each manifest row.
     """
 
     manifest_row: int
@@ -54,12 +54,12 @@ class Row:
     seed: int | None = None
     content_weight: float | None = None
     content_mask: str | None = None
-    style_masks: tuple[str, ...] = ()  # none, or one a style
-    controls: tuple[ImageRef, ...] = ()  # none, or one a ControlNet of the job
-    image_number: int = 0  # which of the images of one manifest row
+    style_masks: tuple[str, ...] = ()  # one for each style, or none
+    controls: tuple[ImageRef, ...] = ()  # one for each ControlNet of the job, or none
+    image_number: int = 0  # of this output row among those of its manifest row
 
     def images(self) -> Iterator[tuple[str, ImageRef]]:
-        """Every image the row needs, with the column that names it."""
+        """Every image of the row, with the name of its column."""
         if self.content is not None:
             yield "content", self.content
         for style in self.styles:
@@ -74,6 +74,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Problem:
+    """What is wrong with one value of a manifest."""
+
     row: int  # counted from 0
     column: str
     message: str
@@ -89,7 +91,7 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """A path, or the struct `{bytes, path}` that Hugging Face datasets store images in."""
+    """Whether this is the type of a path, or of the struct `{bytes, path}` of images in Hugging Face datasets."""
     if not pt.is_struct(kind):
         return _is_string(kind)
     fields = {item.name: item.type for item in kind}
@@ -116,53 +118,57 @@ def is_list(kind: pa.DataType) -> bool:
 
 @dataclass(frozen=True)
 class Column:
+    """A known column. `manifests/README.md` has its `types` and `meaning`."""
+
     name: str
     types: str
     meaning: str
-    accepts: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]  # takes an Arrow type
     required: bool = False
 
 
-# Compared with the table of manifests/README.md by a test.
+# A test compares them with the table in manifests/README.md.
 _COLUMNS = (
-    Column("pair_id", "string", "names the pair; unique; made from the row's content when absent or null", _is_string),
+    Column("pair_id", "string", "unique name of the pair; if absent or null, a hash of the row", _is_string),
     Column(
         "content",
         "string or struct `{bytes, path}`",
-        "the image whose layout is kept: a path or URI, or the encoded image; null for none (texture, text to image)",
+        "the image whose layout is kept: a path or URL, or the encoded image; null for none (texture, text to image)",
         _is_image,
     ),
     Column(
         "style",
         "string, struct `{bytes, path}`, or a list of either",
-        "the image or images whose look is taken; never null or empty",
+        "the image or images whose style is used; never null or empty",
         lambda kind: _is_image(kind.value_type) if is_list(kind) else _is_image(kind),
         required=True,
     ),
-    Column("prompt", "string", "text that guides denoising", _is_string),
-    Column("negative_prompt", "string", "text that guidance leads away from", _is_string),
-    Column("seed", "integer", "of the pair's initial latents, 0 or more; null: from the job's seed", pt.is_integer),
+    Column("prompt", "string", "the prompt for denoising", _is_string),
+    Column("negative_prompt", "string", "the negative prompt of classifier-free guidance", _is_string),
+    Column(
+        "seed", "integer", "seed of the pair's initial latents, 0 or more; null: from the job's seed", pt.is_integer
+    ),
     Column(
         "content_weight",
         "number",
         "λ of this pair, 0 or more; null: the job's",
         lambda kind: pt.is_floating(kind) or pt.is_integer(kind),
     ),
-    Column("content_mask", "string", "path of the label image of the content", _is_string),
+    Column("content_mask", "string", "path of the mask of the content", _is_string),
     Column(
         "style_mask",
         "string, or a list of them",
-        "path of the label image of the style; one for each style",
+        "path of the mask of the style; one for each style",
         lambda kind: _is_text(kind.value_type) if is_list(kind) else _is_string(kind),
     ),
     Column(
         "control",
         "string, struct `{bytes, path}`, or a list of either",
-        "the image that the job's ControlNet denoises by (edges, depth, pose); one for each, where there are several",
+        "the input of the job's ControlNet (edges, depth, pose); one for each ControlNet, where there are several",
         lambda kind: _is_image(kind.value_type) if is_list(kind) else _is_image(kind),
     ),
 )
-KNOWN: dict[str, Column] = {column.name: column for column in _COLUMNS}
+KNOWN_COLUMNS: dict[str, Column] = {column.name: column for column in _COLUMNS}
 
 OUTPUT_COLUMNS = (
     "pair_id",
@@ -186,40 +192,40 @@ OUTPUT_COLUMNS = (
 
 
 def schema_problems(schema: pa.Schema) -> list[str]:
-    """What keeps a table of this schema from being a manifest; empty when nothing does."""
+    """Why a table with this schema is no manifest; empty if it is one."""
     problems = []
     for name in sorted({name for name in schema.names if schema.names.count(name) > 1}):
-        problems.append(f"column '{name}' stands there more than once; keep one")
+        problems.append(f"duplicate column '{name}'; keep one of them")
     for item in schema:
-        known = KNOWN.get(item.name)
+        known = KNOWN_COLUMNS.get(item.name)
         if known is None:
             if item.name in OUTPUT_COLUMNS:
                 problems.append(f"column '{item.name}' has the name of an output column; rename it")
-        # A table library that sees only nulls in an optional column writes it as type null.
+        # An optional column with only nulls may be written with the type null.
         elif not known.accepts(item.type) and (known.required or not pt.is_null(item.type)):
-            hint = "; in pandas, astype('Int64') keeps integers beside missing values" if item.name == "seed" else ""
+            hint = "; in pandas, astype('Int64') keeps integers with missing values" if item.name == "seed" else ""
             problems.append(f"column '{item.name}' is {item.type}, expected {known.types}{hint}")
-    for known in KNOWN.values():
+    for known in KNOWN_COLUMNS.values():
         if known.required and known.name not in schema.names:
             problems.append(f"no column '{known.name}'; its columns are: {', '.join(schema.names) or 'none'}")
     return problems
 
 
 def schema_warnings(schema: pa.Schema) -> list[str]:
-    """Carried columns that look as if they were meant to be read."""
+    """Warnings about carried columns whose names are like those of known columns or settings."""
     warnings = []
     for name in carried_schema(schema).names:
-        near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, KNOWN_COLUMNS, n=1, cutoff=0.8)
         if name in Sampling.model_fields:
-            warnings.append(f"column '{name}' is only carried through: this setting is the job's, not a row's")
+            warnings.append(f"column '{name}' is only carried through: it is a setting of the job, not of a row")
         elif near:
-            warnings.append(f"column '{name}' is only carried through; was '{near[0]}' meant?")
+            warnings.append(f"column '{name}' is only carried through; did you mean '{near[0]}'?")
     return warnings
 
 
 def carried_schema(schema: pa.Schema) -> pa.Schema:
-    """The columns that go through to the output as they are, with what Hugging Face metadata says of them."""
-    carried = pa.schema([item for item in schema if item.name not in KNOWN])
+    """The columns that go to the output unchanged, with their Hugging Face metadata."""
+    carried = pa.schema([item for item in schema if item.name not in KNOWN_COLUMNS])
     try:
         features: dict[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         features = {name: features[name] for name in carried.names if name in features}

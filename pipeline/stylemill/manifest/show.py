@@ -1,19 +1,18 @@
-"""Describe a manifest in a few lines of text."""
+"""Describe a manifest as text: size, columns, first rows."""
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stylemill.manifest.read import open_manifest
 from stylemill.manifest.row import parse_row
-from stylemill.manifest.schema import KNOWN, Row
+from stylemill.manifest.schema import KNOWN_COLUMNS, Row
 from stylemill.manifest.validate import validate_manifest
 
 
 def show_manifest(path: str | Path, limit: int = 5) -> str:
-    """Size, columns, first `limit` rows and warnings of a manifest. Scans it once; opens no image.
+    """The size, columns, first `limit` rows and warnings of a manifest. Scans it once, and opens no image.
 
     Raises ManifestError as `open_manifest` does.
     """
@@ -30,10 +29,10 @@ def show_manifest(path: str | Path, limit: int = 5) -> str:
     lines.append("columns")
     width = max(map(len, manifest.schema.names))
     for item in manifest.schema:
-        role = KNOWN[item.name].meaning if item.name in KNOWN else "carried through to the output"
+        role = KNOWN_COLUMNS[item.name].meaning if item.name in KNOWN_COLUMNS else "carried through to the output"
         lines.append(f"  {item.name:{width}}  {item.type}: {role}")
     lines.append(f"first {min(limit, manifest.num_rows)} rows, counted from 0")
-    lines += [f"  {number:>4}  {_line(number, values)}" for number, values in islice(manifest.records(0, limit), limit)]
+    lines += [f"  {number:>4}  {_describe(number, values)}" for number, values in manifest.raw_rows(0, limit)]
     lines += [f"warning: {warning}" for warning in report.warnings]
     if not report.ok:
         count = sum(report.counts.values())
@@ -41,17 +40,19 @@ def show_manifest(path: str | Path, limit: int = 5) -> str:
     return "\n".join(lines)
 
 
-def _line(number: int, values: dict[str, Any]) -> str:
+def _describe(number: int, values: dict[str, Any]) -> str:
     row, problems = parse_row(number, values)
-    return _pair(row) if row else "; ".join(f"column '{problem.column}': {problem.message}" for problem in problems)
+    if row:
+        return _describe_row(row)
+    return "; ".join(f"column '{problem.column}': {problem.message}" for problem in problems)
 
 
-def _pair(row: Row) -> str:
+def _describe_row(row: Row) -> str:
     content = [row.content.reference] if row.content else []
     images = " × ".join([*content, " + ".join(style.reference for style in row.styles)])
-    given = [
+    settings = [
         f"{name}={getattr(row, name)!r}"
         for name in ("prompt", "negative_prompt", "seed", "content_weight")
         if getattr(row, name) is not None
     ]
-    return "  ".join([row.pair_id, images, *given])
+    return "  ".join([row.pair_id, images, *settings])

@@ -1,11 +1,12 @@
-"""Check every row of a manifest: values, names, files, and on demand that its images open."""
+"""Check every row of a manifest: its values, its id, that its files exist, and on request that its images open."""
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from tqdm import tqdm
 
 from stylemill.config.paths import is_url
 from stylemill.errors import StylemillError
-from stylemill.manifest.read import Manifest, hash64, open_manifest, repeated, repeats
+from stylemill.manifest.duplicates import duplicate_hashes, duplicate_id_message, hash64
+from stylemill.manifest.read import Manifest, open_manifest
 from stylemill.manifest.row import parse_row
 from stylemill.manifest.schema import ImageRef, Problem, schema_warnings
+
+Decode = Callable[[str, ImageRef], None]
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class ValidationReport:
     path: Path
     rows: int
     problems: tuple[Problem, ...]  # the first ones, by row
-    counts: dict[str, int]  # how many problems each column has, all of them
+    counts: dict[str, int]  # of all problems, by column
     contents: int  # unique images
     styles: int
     rows_without_content: int
@@ -49,114 +53,127 @@ class ValidationReport:
         return "\n".join(lines)
 
 
-@dataclass
-class _Findings:
-    limit: int
-    problems: list[Problem] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, problem: Problem) -> None:
-        self.counts[problem.column] += 1
-        self.problems.append(problem)
-        if len(self.problems) > 2 * self.limit + 100:  # duplicates and decoding report late: keep the first by row
-            self.keep_first()
-
-    def keep_first(self) -> None:
-        self.problems = sorted(self.problems, key=lambda problem: problem.row)[: self.limit]
-
-
 def validate_manifest(
     path: str | Path,
-    decode: Callable[[str, ImageRef], None] | None = None,
+    decode: Decode | None = None,
     *,
     check_files: bool = True,
     workers: int = 4,
     limit: int = 100,
 ) -> ValidationReport:
-    """Check every row, streaming: memory grows by 8 bytes a row and some more for each unique image.
+    """Check every row of a manifest in bounded memory: 8 bytes a row, and some more for each unique image.
 
-    `decode` opens one image of a column and raises a StylemillError when it cannot; it is called in `workers` threads,
-    once for each unique image, behind a bar. Without it, local files only have to be there (`check_files`). A problem
-    of an image is reported at the first row that uses it. At most `limit` problems are kept, all are counted.
+    `decode` opens one image of a column, and raises a StylemillError where it cannot. It is called once for each unique
+    image, in `workers` threads, with a progress bar. Without it, `check_files` only checks that local files exist. A
+    problem of an image is reported at the first row that uses it. All problems are counted, and `limit` are returned.
 
-    Raises ManifestError when the file is no manifest at all: absent, not Parquet, empty, wrong columns.
+    Raises ManifestError where the file is no manifest: absent, not Parquet, empty, or with wrong columns.
     """
     manifest = open_manifest(path)
-    findings = _Findings(limit)
-    ids = array("Q")
-    seen: defaultdict[str, set[int]] = defaultdict(set)
-    checked: set[int] = set()
-    without_content = 0
-    pending: deque[tuple[int, str, Future[None]]] = deque()
-
-    def settle() -> None:
-        row, column, future = pending.popleft()
-        try:
-            future.result()
-        except StylemillError as error:
-            findings.add(Problem(row, column, str(error)))
-
+    problems = _ProblemList(limit)
+    id_hashes = array("Q")
+    unique_images: defaultdict[str, set[int]] = defaultdict(set)
+    rows_without_content = 0
     with (
-        ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool,
+        _image_checks(manifest, decode, check_files, workers, problems) as check_image,
         tqdm(total=manifest.num_rows, unit="row", disable=None if decode else True) as bar,
     ):
-        for number, values in manifest.records():
+        for number, values in manifest.raw_rows():
             bar.update()
-            row, problems = parse_row(number, values)
-            for problem in problems:
-                findings.add(problem)
-            if isinstance(name := values.get("pair_id"), str):
-                ids.append(hash64(name))
+            row, row_problems = parse_row(number, values)
+            for problem in row_problems:
+                problems.add(problem)
+            if isinstance(pair_id := values.get("pair_id"), str):
+                id_hashes.append(hash64(pair_id))
             if row is None:
                 continue
-            without_content += row.content is None
+            rows_without_content += row.content is None
             for column, ref in row.images():
-                image = hash64(ref.key)
-                seen[column].add(image)
-                if image in checked:
-                    continue
-                checked.add(image)
-                if decode is not None:
-                    pending.append((number, column, pool.submit(decode, column, ref)))
-                    if len(pending) > 4 * workers:  # a bounded window: embedded images wait in memory
-                        settle()
-                elif check_files and (missing := _missing(manifest.base, ref)):
-                    findings.add(Problem(number, column, missing))
-        while pending:
-            settle()
-    for problem in _repeated_ids(manifest, repeated(ids)):
-        findings.add(problem)
-    findings.keep_first()
+                unique_images[column].add(hash64(ref.key))
+                check_image(number, column, ref)
+    for problem in _duplicate_ids(manifest, duplicate_hashes(id_hashes)):
+        problems.add(problem)
     return ValidationReport(
         path=manifest.path,
         rows=manifest.num_rows,
-        problems=tuple(findings.problems),
-        counts=dict(findings.counts),
-        contents=len(seen["content"]),
-        styles=len(seen["style"]),
-        rows_without_content=without_content,
+        problems=problems.first(),
+        counts=dict(problems.counts),
+        contents=len(unique_images["content"]),
+        styles=len(unique_images["style"]),
+        rows_without_content=rows_without_content,
         warnings=tuple(schema_warnings(manifest.schema)),
     )
 
 
-def _missing(base: Path, ref: ImageRef) -> str | None:
+@dataclass
+class _ProblemList:
+    """Counts all problems, and keeps the first `limit` by row. They may be added in any order."""
+
+    limit: int
+    counts: Counter[str] = field(default_factory=Counter)  # by column
+    _problems: list[Problem] = field(default_factory=list)
+
+    def add(self, problem: Problem) -> None:
+        self.counts[problem.column] += 1
+        self._problems.append(problem)
+        if len(self._problems) > 2 * self.limit + 100:
+            self._problems = [*self.first()]
+
+    def first(self) -> tuple[Problem, ...]:
+        return tuple(sorted(self._problems, key=lambda problem: problem.row)[: self.limit])
+
+
+@contextmanager
+def _image_checks(
+    manifest: Manifest, decode: Decode | None, check_files: bool, workers: int, problems: _ProblemList
+) -> Iterator[Callable[[int, str, ImageRef], None]]:
+    """Gives a function that checks an image of a row and column; each unique image is checked once."""
+    checked: set[int] = set()
+    pending: deque[tuple[int, str, Future[None]]] = deque()
+
+    def finish_oldest() -> None:
+        row, column, future = pending.popleft()
+        try:
+            future.result()
+        except StylemillError as error:
+            problems.add(Problem(row, column, str(error)))
+
+    def check(row: int, column: str, ref: ImageRef) -> None:
+        image = hash64(ref.key)
+        if image in checked:
+            return
+        checked.add(image)
+        if decode is not None:
+            pending.append((row, column, pool.submit(decode, column, ref)))
+            if len(pending) > 4 * workers:  # the bytes of embedded images are in memory meanwhile
+                finish_oldest()
+        elif check_files and (message := _file_problem(manifest.base, ref)):
+            problems.add(Problem(row, column, message))
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        yield check
+        while pending:
+            finish_oldest()
+
+
+def _file_problem(base: Path, ref: ImageRef) -> str | None:
     if ref.data is not None or ref.path is None or is_url(ref.path):
         return None
     path = base / ref.path
     try:
         if path.is_file():
             return None
-        return f"{path} is not a file" if path.exists() else f"{path} is not there"
+        return f"{path} is not a file" if path.exists() else f"{path} does not exist"
     except OSError as error:
-        return f"{path} cannot be looked at: {error.strerror}"
+        return f"{path} cannot be accessed: {error.strerror}"
 
 
-def _repeated_ids(manifest: Manifest, suspects: set[int]) -> list[Problem]:
-    """The second look at ids whose hashes stand more than once."""
-    first: dict[str, int] = {}
-    problems = []
-    for number, values in manifest.records() if suspects else ():
-        name = values.get("pair_id")
-        if isinstance(name, str) and hash64(name) in suspects and first.setdefault(name, number) != number:
-            problems.append(Problem(number, "pair_id", repeats(name, first[name])))
-    return problems
+def _duplicate_ids(manifest: Manifest, hashes: set[int]) -> Iterator[Problem]:
+    """The rows whose pair_id an earlier row has, among those with these hashes."""
+    first_rows: dict[str, int] = {}
+    for number, values in manifest.raw_rows() if hashes else ():
+        pair_id = values.get("pair_id")
+        if not isinstance(pair_id, str) or hash64(pair_id) not in hashes:
+            continue
+        if (first_row := first_rows.setdefault(pair_id, number)) != number:
+            yield Problem(number, "pair_id", duplicate_id_message(pair_id, first_row))

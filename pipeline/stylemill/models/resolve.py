@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from stylemill.config.model import EMBEDDED
+from stylemill.config.paths import EMBEDDED
 from stylemill.errors import ModelError
 from stylemill.models.file_sets import MODEL, ModelFileSet
 from stylemill.models.folder import check_folder, file_digest, model_paths

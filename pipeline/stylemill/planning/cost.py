@@ -278,7 +278,7 @@ def _windows(job: Job, shape: ModelShape | None) -> int:
 
 
 def _memory(job: Job, shape: ModelShape, pairs: int, images: int, features: int) -> Memory:
-    sizes = (job.image.width_height, job.image.style_width_height, job.slot_size(shape.pixels_per_latent))
+    sizes = (job.image.width_height, job.image.style_width_height, job.unet_call_size(shape.pixels_per_latent))
     positions, style_positions, seen = (width * height for width, height in (_latents(size, shape) for size in sizes))
     dtype, windows = assumed_dtype(job), _windows(job, shape)
     in_windows = 2 * windows * seen if windows > 1 else 0  # a step cuts them all, and joins what it made of them
@@ -298,7 +298,7 @@ def _memory(job: Job, shape: ModelShape, pairs: int, images: int, features: int)
 def assumed_micro_batch(job: Job) -> int:
     """The job's micro-batch; for 'auto' what a worker on a CPU will choose. On a GPU it measures its memory first."""
     given = job.cluster.micro_batch
-    return given if isinstance(given, int) else cpu_micro_batch(job.slot_size(PIXELS_PER_LATENT))
+    return given if isinstance(given, int) else cpu_micro_batch(job.unet_call_size(PIXELS_PER_LATENT))
 
 
 def assumed_dtype(job: Job) -> str:

@@ -19,7 +19,7 @@ from stylemill.images.read import load_image
 from stylemill.manifest.read import Manifest
 from stylemill.manifest.schema import ImageRef, Row
 from stylemill.store.atomic import replace_bytes
-from stylemill.store.fs import local_copy
+from stylemill.store.object_store.reads import local_copy
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stylemill.report.summary import Summary, summarize
 from stylemill.store.ledger import Ledger
-from stylemill.store.lock import holder
+from stylemill.store.lock import lock_holder
 from stylemill.store.retries import pending_retry
 from stylemill.store.run_file import RunFile
 
@@ -45,7 +45,7 @@ def status(output: str | Path) -> Status:
     ledger, checkpoints = Ledger(paths, read_only=True), paths.checkpoints_folder
     return Status(
         summary=summarize(paths, ledger, file.rows),
-        worked_on_by=holder(paths),
+        worked_on_by=lock_holder(paths),
         in_flight=sorted(entry.name for entry in checkpoints.iterdir() if entry.is_dir())
         if checkpoints.exists()
         else [],

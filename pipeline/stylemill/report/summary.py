@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stylemill.errors import DamagedError
 from stylemill.store.ledger import Ledger
 from stylemill.store.paths import RunPaths
-from stylemill.store.retries import failed_before
+from stylemill.store.retries import failed_rows_before
 
 EXAMPLES = 3  # messages of each error class
 _MAX_SHARDS = 100  # whose failures files are read for the examples
@@ -70,13 +70,13 @@ def _examples(paths: RunPaths, ledger: Ledger, classes: set[str]) -> dict[str, l
         wanted = {name for name in classes if len(examples.get(name, [])) < EXAMPLES}
         if not wanted:
             break
-        if not wanted & ledger.classes(shard):
+        if not wanted & ledger.error_classes(shard):
             continue
         shards_read += 1
         if shards_read > _MAX_SHARDS:
             break
         try:
-            failures = failed_before(paths, shard, ledger.latest(shard) + 1).values()
+            failures = failed_rows_before(paths, shard, ledger.latest_generation_of(shard) + 1).values()
         except DamagedError:
             continue  # `verify` reports the damage; the summary does without these examples
         for failure in failures:

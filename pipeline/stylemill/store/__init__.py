@@ -1,1 +1,1 @@
-"""The run folder: the only part that decides what is done. Local disks so far; no torch, no ray."""
+"""The run folder, on a disk or an object store: only this package decides what is committed. No torch, no ray."""

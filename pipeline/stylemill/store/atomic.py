@@ -1,4 +1,4 @@
-"""Files get their final name complete, durable and only if that name is free; damaged ones are moved out of the way."""
+"""Publish files atomically and durably, never replacing one; move damaged files to quarantine."""
 
 from __future__ import annotations
 
@@ -11,41 +11,38 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from stylemill.errors import OutputError, StorageError
 from stylemill.store.object_store.path import BucketPath
+from stylemill.store.paths import RunPaths
 from stylemill.testing.failpoints import failpoint
 
-if TYPE_CHECKING:
-    from stylemill.store.paths import RunPaths
-
 _log = logging.getLogger(__name__)
-# Nothing else that is portable gives a file a name only if that name is free, so these disks are refused.
+# A hard link is the only portable way to give a file a name only if the name is free: without it, a disk is refused.
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Any OSError of the block becomes a StorageError that names `path` and the way on."""
+    """Turn an OSError of the block into a StorageError that names `path` and says how to continue."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _DISK_FULL:
             raise StorageError(
                 f"{path}: the disk is full; nothing committed is lost: free some space, then the same command resumes"
             ) from error
-        raise StorageError(f"{path}: {error.strerror or error}; the same command resumes once this is cured") from error
+        raise StorageError(f"{path}: {error.strerror or error}; the same command resumes once this is fixed") from error
 
 
 def publish(tmp: Path, final: Path) -> bool:
-    """Give the finished file `tmp` the name `final` if nothing stands there, and make both survive a power cut.
+    """Move the finished file `tmp` to the path `final`, durably, unless `final` exists.
 
-    Returns False, and leaves `tmp`, where `final` already stands: it is never replaced. Raises StorageError, and
-    OutputError where the filesystem makes no hard links. In a bucket, where the digest is part of a file's name, a put
-    is all that: it is atomic and durable, and what it may replace has the same bytes.
+    Returns False if `final` exists; then neither file is changed. Raises StorageError, and OutputError if the
+    filesystem has no hard links. In a bucket, one put does it: a put is atomic and durable, and an object that it
+    replaces has the same bytes, because the digest is part of the name.
     """
     if isinstance(final, BucketPath):
         final.bucket.upload(tmp, final.key)
@@ -56,13 +53,13 @@ def publish(tmp: Path, final: Path) -> bool:
         try:
             os.link(tmp, final)
         except FileExistsError:
-            # NFS may answer so to a link that it made, and so does a link whose fsync failed the first time.
+            # The link may be ours: NFS can report this for a link that it made, and an earlier fsync may have failed.
             if not os.path.samefile(tmp, final):
                 return False
         except OSError as error:
             if error.errno in _NO_HARD_LINKS:
                 raise OutputError(
-                    f"{final}: this filesystem makes no hard links ({error.strerror}), so a shard cannot be published "
+                    f"{final}: this filesystem has no hard links ({error.strerror}), so shards cannot be published "
                     "safely; choose a folder on another disk with --output"
                 ) from error
             raise
@@ -73,13 +70,13 @@ def publish(tmp: Path, final: Path) -> bool:
 
 
 def publish_bytes(paths: RunPaths, final: Path, data: bytes, attempt: str) -> bool:
-    """Write `data` below tmp/ and publish it; nothing stays in tmp/ whatever happens short of a kill."""
+    """Write `data` to tmp/ and publish it as `final`, as `publish` does. Only a kill leaves a file in tmp/."""
     if isinstance(final, BucketPath):
         failpoint("mid-write", folder=final.parent.name)
         created = final.bucket.create(final.key, data)
         failpoint("mid-publish", folder=final.parent.name)
         return created
-    tmp = paths.tmp_name(final, attempt)
+    tmp = paths.tmp_file(final, attempt)
     try:
         with storage_errors(final), open(tmp, "xb") as file:
             file.write(data)
@@ -90,11 +87,11 @@ def publish_bytes(paths: RunPaths, final: Path, data: bytes, attempt: str) -> bo
 
 
 def replace_bytes(paths: RunPaths, final: Path, data: bytes) -> None:
-    """Give `final` new bytes, all at once: for a plan or a report, of which the newest is the right one."""
+    """Replace the content of `final` atomically. Only for files that are not data: a plan or a report."""
     if isinstance(final, BucketPath):
         final.bucket.put(final.key, data)
         return
-    tmp = paths.tmp_name(final, uuid4().hex[:12])
+    tmp = paths.tmp_file(final, uuid4().hex[:12])
     try:
         with storage_errors(final):
             paths.tmp.mkdir(exist_ok=True)
@@ -106,8 +103,8 @@ def replace_bytes(paths: RunPaths, final: Path, data: bytes) -> None:
         discard(tmp)
 
 
-def persist(path: Path) -> None:
-    """Make a file that another attempt published survive a power cut: it may have been killed before its own fsync."""
+def sync_published(path: Path) -> None:
+    """Make a file durable that another attempt published: that attempt may have been killed before its fsync."""
     if isinstance(path, BucketPath):
         return
     with storage_errors(path):
@@ -116,14 +113,14 @@ def persist(path: Path) -> None:
 
 
 def discard(path: Path | None) -> None:
-    """Remove an unfinished file; cleaning up hides no other error, and `clean` removes what stays."""
+    """Remove an unfinished file. Errors are ignored: `clean` removes the file later."""
     if path is not None:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it, as far as that goes: what stays is left to the next clean-up."""
+    """Remove a folder and its content. Errors are ignored: the next `clean` removes what is left."""
     if not isinstance(folder, BucketPath):
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -131,39 +128,39 @@ def remove_tree(folder: Path) -> None:
         folder.bucket.delete([path.key for path in folder.walk_files()])
 
 
-def quarantine(paths: RunPaths, path: Path, why: str) -> None:
-    """Move `path` out of the way, keeping it and the reason for whoever wants to know what happened."""
-    aside = paths.quarantine / f"{paths.relative(path).replace('/', '-')}.{uuid4().hex[:8]}"
-    if isinstance(aside, BucketPath):
-        _quarantine_object(path, aside, why)
+def quarantine(paths: RunPaths, path: Path, reason: str) -> None:
+    """Move `path` to the quarantine folder and note the reason there. A file that is gone already is no error."""
+    target = paths.quarantine / f"{paths.relative(path).replace('/', '-')}.{uuid4().hex[:8]}"
+    if isinstance(target, BucketPath):
+        _quarantine_object(path, target, reason)
         return
     with storage_errors(path):
         paths.quarantine.mkdir(exist_ok=True)
         try:
-            os.rename(path, aside)
+            os.rename(path, target)
         except FileNotFoundError:
-            return  # another process moved or removed it first
+            return  # another process was faster
         sync(path.parent)
         with suppress(OSError), open(paths.quarantine / "reasons.txt", "a", encoding="utf-8") as reasons:
-            reasons.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {aside.name}: {why}\n")
-    _log.warning("%s: %s; moved to %s", path, why, paths.relative(aside))
+            reasons.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {target.name}: {reason}\n")
+    _log.warning("%s: %s; moved to %s", path, reason, paths.relative(target))
 
 
-def _quarantine_object(path: Path, aside: BucketPath, why: str) -> None:
+def _quarantine_object(path: Path, target: BucketPath, reason: str) -> None:
     if not isinstance(path, BucketPath):
-        discard(path)  # of this machine's cache
+        discard(path)  # a file of the local cache
         return
     try:
-        path.bucket.copy(path.key, aside.key)
+        path.bucket.copy(path.key, target.key)
     except FileNotFoundError:
         return
     path.unlink()
-    aside.bucket.put(f"{aside.key}.reason.txt", f"{path}: {why}\n".encode())
-    _log.warning("%s: %s; moved to quarantine/%s", path, why, aside.name)
+    target.bucket.put(f"{target.key}.reason.txt", f"{path}: {reason}\n".encode())
+    _log.warning("%s: %s; moved to quarantine/%s", path, reason, target.name)
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of the bytes of a file, in hex. Raises StorageError."""
     with storage_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

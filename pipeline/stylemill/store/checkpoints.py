@@ -3,8 +3,8 @@
     checkpoints/00000/inputs-<attempt>-<digest>.safetensors
     checkpoints/00000/progress-<step>-<attempt>-<digest>.safetensors
 
-The digest of a file's bytes is part of its name, so that a truncation or a flipped bit anywhere is noticed; the name of
-the inputs is part of a progress file, so that progress is never joined to the inputs of another attempt.
+The file name contains the digest of the bytes, so any truncation or flipped bit is noticed. A progress file contains
+the name of its inputs file, so the progress of one attempt is never combined with the inputs of another.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from stylemill.store.paths import RunPaths
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 _PROGRESS = re.compile(r"progress-(?P<step>[0-9]{5,})-(?P<attempt>.+)-[0-9a-f]{32}\.safetensors")
-_KEPT = 2  # progress files: the newest and, should it turn out damaged, the one before
+_KEPT = 2  # progress files: the newest, and the one before in case the newest is damaged
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a shard after `step` steps. `inputs_name` is to be handed on to `save_progress`."""
+    """The state of a shard after `step` steps. Pass `inputs_name` to the next `save_progress`."""
 
     step: int
     inputs_name: str
@@ -45,7 +45,10 @@ class Checkpoint:
 
 
 def save_inputs(paths: RunPaths, shard: int, attempt: str, arrays: Arrays, meta: Mapping[str, Any]) -> str:
-    """Save what a resume would otherwise have to read and encode again; returns the name `save_progress` wants."""
+    """Save the inputs of a shard, which a resumed attempt then does not read and encode again.
+
+    Returns the name of the file, for `save_progress`. Raises StorageError.
+    """
     return _save(paths, shard, f"inputs-{attempt}", attempt, arrays, {"shard": shard, "meta": meta})
 
 
@@ -58,29 +61,30 @@ def save_progress(
     meta: Mapping[str, Any],
     inputs_name: str,
 ) -> None:
-    """Save the state after `step` steps and remove those that two newer ones make useless.
+    """Save the state after `step` steps, and remove all but the two newest progress files.
 
-    `inputs_name` is what `save_inputs` returned or the loaded Checkpoint says. Raises StorageError.
+    `inputs_name` is what `save_inputs` returned or the `inputs_name` of the loaded Checkpoint. Raises StorageError.
     """
     header = {"shard": shard, "step": step, "inputs": inputs_name, "meta": meta}
     _save(paths, shard, f"progress-{step:05d}-{attempt}", attempt, arrays, header)
-    # Only older than this one: an attempt never removes its own newest, whatever others left or still write.
-    for path in [path for found, path in _progress(paths, shard) if found <= step][_KEPT:]:
+    # Files of later steps, of another attempt, do not count: this attempt must not remove what it just wrote.
+    for path in [path for saved_step, path in _list_progress(paths, shard) if saved_step <= step][_KEPT:]:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def load(paths: RunPaths, shard: int, expect: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint of a shard with the most steps whose meta, or that of its inputs, has every item of `expect`.
+    """The checkpoint of a shard with the most steps; None if there is none.
 
-    Damaged ones and those of another job are moved to quarantine. Arrays are writable. Raises StorageError only.
+    Its meta and that of its inputs contain every item of `expect`. Damaged checkpoints and those of another job are
+    moved to quarantine. The arrays are writable. Raises StorageError.
     """
-    for step, path in _progress(paths, shard):
+    for step, path in _list_progress(paths, shard):
         try:
             arrays, header = _load(paths, path)
             inputs, inputs_header = _load(paths, path.parent / str(header["inputs"]))
             if (header["shard"], header["step"], inputs_header["shard"]) != (shard, step, shard):
-                raise DamagedError("it is that of another shard or step")
+                raise DamagedError("it belongs to another shard or step")
             _check_expected(expect, {**inputs_header["meta"], **header["meta"]})
         except (DamagedError, KeyError, TypeError) as error:
             quarantine(paths, path, f"checkpoint not used: {error}")
@@ -90,27 +94,27 @@ def load(paths: RunPaths, shard: int, expect: Mapping[str, Any]) -> Checkpoint |
 
 
 def newest_step(paths: RunPaths, shard: int) -> int | None:
-    """The step that a shard in flight has safely behind it; None where it has no checkpoint, or the disk fails."""
+    """The step of the newest checkpoint of a shard; None if it has none, or if the disk fails."""
     try:
-        return next((step for step, _ in _progress(paths, shard)), None)
+        return next((step for step, _ in _list_progress(paths, shard)), None)
     except StorageError:
         return None
 
 
 def clear(paths: RunPaths, shard: int) -> None:
-    """Remove the checkpoints of a shard; what cannot be removed now is left to `clean`."""
+    """Remove the checkpoints of a shard. Errors are ignored: `clean` removes what is left."""
     remove_tree(paths.checkpoints(shard))
 
 
 def _check_expected(expect: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    expected = json.loads(json.dumps(dict(expect)))  # as it comes back from a file: tuples as lists, keys as strings
-    other = [key for key in expected if key not in meta or meta[key] != expected[key]]
-    if other:
-        raise DamagedError(f"it was written with another {', '.join(other)}")
+    expected = json.loads(json.dumps(dict(expect)))  # as read from a file: tuples become lists, keys strings
+    different = [key for key in expected if key not in meta or meta[key] != expected[key]]
+    if different:
+        raise DamagedError(f"it was written with another {', '.join(different)}")
 
 
-def _progress(paths: RunPaths, shard: int) -> list[tuple[int, Path]]:
-    """Progress files by falling step, the latest written first among equals."""
+def _list_progress(paths: RunPaths, shard: int) -> list[tuple[int, Path]]:
+    """The progress files with their steps: highest step first, and of one step, the last written first."""
     folder = paths.checkpoints(shard)
     found = []
     with storage_errors(folder):
@@ -123,7 +127,7 @@ def _progress(paths: RunPaths, shard: int) -> list[tuple[int, Path]]:
 
 
 def _save(paths: RunPaths, shard: int, stem: str, attempt: str, arrays: Arrays, header: Mapping[str, Any]) -> str:
-    # Not ascontiguousarray, which makes a vector of a scalar.
+    # Not np.ascontiguousarray, which turns a scalar into a vector.
     packed = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = save_arrays(packed, {"stylemill": json.dumps(header, sort_keys=True)})
     final = paths.checkpoints(shard) / f"{stem}-{_digest(data)}.safetensors"
@@ -134,7 +138,7 @@ def _save(paths: RunPaths, shard: int, stem: str, attempt: str, arrays: Arrays, 
 
 
 def _load(paths: RunPaths, path: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and header of a file, which is moved to quarantine if its digest is not the one in its name."""
+    """The arrays and the header of a file. It is moved to quarantine if its digest is not that in its name."""
     with storage_errors(path):
         try:
             data = path.read_bytes()
@@ -148,7 +152,7 @@ def _load(paths: RunPaths, path: Path) -> tuple[Arrays, dict[str, Any]]:
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["stylemill"])
         return {name: array.copy() for name, array in load_arrays(data).items()}, header
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path.name} is no checkpoint: {error}") from error
+        raise DamagedError(f"{path.name} is not a checkpoint: {error}") from error
 
 
 def _digest(data: bytes) -> str:

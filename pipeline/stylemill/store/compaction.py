@@ -1,7 +1,7 @@
-"""Compaction: records that have files of their own move into a segment, as the run goes.
+"""Compaction: move the records of many record files into one segment, while the run goes on.
 
-Records that stand are written into a segment, the segment gets its name and is durable, it is read back, and only then
-are the files removed. A kill at any moment leaves each record in one place or in both, and it counts once.
+The records are written to a segment, which is published, synced and read back. Only then are the record files removed.
+A kill at any moment leaves each record in one place or in both, and it counts once.
 """
 
 from __future__ import annotations
@@ -10,57 +10,57 @@ import json
 from collections.abc import Sequence
 
 from stylemill.errors import DamagedError
-from stylemill.store.atomic import persist, storage_errors
-from stylemill.store.fs import prefetched
+from stylemill.store.atomic import storage_errors, sync_published
 from stylemill.store.ledger import Ledger
-from stylemill.store.lock import exclusive
+from stylemill.store.lock import file_lock
 from stylemill.store.object_store.path import BucketPath
+from stylemill.store.object_store.reads import prefetched
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, checked
-from stylemill.store.segments import ROWS, publish_segment
+from stylemill.store.records import Record, check_record
+from stylemill.store.segments import RECORDS_PER_SEGMENT, publish_segment
 
 
-def compact(paths: RunPaths, ledger: Ledger, least: int = ROWS) -> bool:
-    """Move the records in files of their own into a segment, if there are `least`; says whether it did.
+def compact(paths: RunPaths, ledger: Ledger, min_records: int = RECORDS_PER_SEGMENT) -> bool:
+    """Move the records of all record files into a segment if there are at least `min_records`; returns whether it did.
 
-    The caller holds the RunLock. Raises StorageError, and DamagedError where the disk gave back other bytes.
+    The caller holds the RunLock. Raises StorageError, and DamagedError if the segment that is read back differs.
     """
-    if len(ledger.own_files) < least:
+    if len(ledger.record_files) < min_records:
         return False
-    packed: dict[tuple[int, int], bytes] = {}
+    moved: dict[tuple[int, int], bytes] = {}
     records = []
-    own = {key: paths.record(*key) for key in sorted(ledger.own_files)}
-    with prefetched(paths, own.values()):
-        for key, path in own.items():
+    files = {key: paths.record(*key) for key in sorted(ledger.record_files)}
+    with prefetched(paths, files.values()):
+        for key, path in files.items():
             with storage_errors(path):
                 data = path.read_bytes() if path.exists() else b""
             try:
-                records.append(checked(paths, data, *key))
+                records.append(check_record(paths, data, *key))
             except DamagedError:
-                continue  # the ledger sets it aside
-            packed[key] = data
-    if not packed:
+                continue  # the ledger quarantines it
+            moved[key] = data
+    if not moved:
         return False
-    pack(paths, records)
-    if isinstance(paths.output, BucketPath):  # where nobody else writes records, or sets them aside
-        paths.output.bucket.delete(paths.output.prefix + paths.relative(own[key]) for key in packed)
-        packed.clear()
-    for (shard, generation), data in packed.items():
+    write_segment(paths, records)
+    if isinstance(paths.output, BucketPath):  # there, only the driver writes or quarantines records
+        paths.output.bucket.delete(paths.output.prefix + paths.relative(files[key]) for key in moved)
+        moved.clear()
+    for (shard, generation), data in moved.items():
         path = paths.record(shard, generation)
-        # Under the lock, for an attempt that came too late may set it aside, and then another record is in its place.
-        with exclusive(paths.commit_lock(shard)), storage_errors(path):
+        # A late attempt may quarantine this record and publish another one. The lock keeps it out meanwhile.
+        with file_lock(paths.commit_lock(shard)), storage_errors(path):
             if path.exists() and path.read_bytes() == data:
                 path.unlink()
     ledger.refresh()
     return True
 
 
-def pack(paths: RunPaths, records: Sequence[Record]) -> None:
-    """Write `records` as a segment: durable and read back when this returns. Raises as `compact` does."""
-    persist(publish_segment(paths, [_row(record, record.to_bytes()) for record in records]))
+def write_segment(paths: RunPaths, records: Sequence[Record]) -> None:
+    """Write `records` as a segment, durable and read back. Raises as `compact` does."""
+    sync_published(publish_segment(paths, [_segment_row(record) for record in records]))
 
 
-def _row(record: Record, data: bytes) -> dict[str, object]:
+def _segment_row(record: Record) -> dict[str, object]:
     return {
         "shard": record.shard,
         "generation": record.generation,
@@ -70,5 +70,5 @@ def _row(record: Record, data: bytes) -> dict[str, object]:
         "failures_bytes": record.failures.bytes if record.failures else -1,
         "failed_by_class": json.dumps(record.failed_by_class),
         "retried_by_class": json.dumps(record.retried_by_class),
-        "record": data,
+        "record": record.to_bytes(),
     }

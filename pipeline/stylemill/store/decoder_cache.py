@@ -1,9 +1,9 @@
-"""The refined VAE decoders of a run, one safetensors file for each style:
+"""The refined VAE decoders of a run, one safetensors file for each style image:
 
     cache/decoders/<key>-<digest>.safetensors
 
-A cache and no more: what is missing or damaged is made again, to the same bytes, by whoever needs it. The digest of a
-file's bytes is part of its name, as in a checkpoint. All of it is removed when the run is finished.
+A worker that finds no file, or a damaged one, computes the decoder again, to the same bytes. The file name contains the
+digest of the bytes, as with checkpoints. The cache is removed when the run is finished.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunDecoders:
-    """What all workers of a run share; `attempt` keeps their unfinished files apart."""
+    """The cache that all workers of a run share. `attempt` makes the names of unfinished files unique."""
 
     paths: RunPaths
     attempt: str
 
     def get(self, key: str) -> dict[str, np.ndarray[Any, Any]] | None:
-        """The tensors kept under `key`; None when there are none, or none that are whole."""
+        """The tensors of `key`; None if there is no undamaged file. Raises StorageError."""
         folder = self.paths.decoders_folder
         with storage_errors(folder):
             for path in sorted(folder.glob(f"{key}-*.safetensors")):
@@ -42,7 +42,7 @@ class RunDecoders:
         return None
 
     def put(self, key: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Publish the tensors under `key`. A disk that takes none costs time later, but stops nobody now."""
+        """Publish the tensors of `key`. If the disk fails, only a warning is logged."""
         data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
         final = self.paths.decoders_folder / f"{key}-{_digest(data)}.safetensors"
         try:
@@ -50,7 +50,7 @@ class RunDecoders:
                 final.parent.mkdir(parents=True, exist_ok=True)
             publish_bytes(self.paths, final, data, self.attempt)
         except StorageError as error:
-            _log.warning("a refined decoder is not kept: %s", error)
+            _log.warning("a refined decoder was not cached: %s", error)
 
 
 def _digest(data: bytes) -> str:

@@ -1,6 +1,7 @@
-"""Assemble the Parquet files of a shard below tmp/ and check them there. The same rows give the same bytes.
+"""Write the Parquet files of a shard to tmp/ and check them there. The same rows give the same bytes.
 
-An image is compressed already, so its column is stored as it is; pages carry checksums, so a flipped bit is seen.
+The image column is not compressed, because images are compressed already. Pages have checksums, so a flipped bit is
+noticed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from stylemill.store.atomic import discard, storage_errors, sync
 from stylemill.store.paths import RunPaths
 from stylemill.testing.failpoints import failpoint
 
-ROWS_PER_GROUP = 100  # images a reader must hold to reach one; also what the Hugging Face viewer expects of images
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # exactly the storage of datasets.Image
+ROWS_PER_GROUP = 100  # a reader holds a whole row group; the Hugging Face viewer expects 100 for images
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the storage type of datasets.Image
 FINGERPRINT_KEY = b"stylemill.fingerprint"
 _FAILURE_COLUMNS = ("row", "pair_id", "stage", "error", "message")
 FAILURE_SCHEMA = pa.schema([pa.field(name, pa.int64() if name == "row" else pa.string()) for name in _FAILURE_COLUMNS])
@@ -30,7 +31,7 @@ FAILURE_SCHEMA = pa.schema([pa.field(name, pa.int64() if name == "row" else pa.s
 
 @dataclass(frozen=True)
 class Failure:
-    """A row that is lost for good: where (read | sample | decode | encode), the error class, and its message."""
+    """A failed row: the stage (read | sample | decode | encode), the error class and the message."""
 
     row: int
     pair_id: str
@@ -41,7 +42,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class RowIds:
-    """The rows of a file in their order: manifest row numbers and the pair_id of each."""
+    """The output row numbers of a file, in order, and the pair_id of each row."""
 
     rows: tuple[int, ...]
     pair_ids: tuple[str, ...]
@@ -51,12 +52,12 @@ class RowIds:
 
 
 def output_schema(carried: pa.Schema, style_is_list: bool, fingerprint: str) -> pa.Schema:
-    """The columns of a data file: ours, then those carried through from the manifest.
+    """The schema of a data file: the columns of stylemill, then the columns that are carried over from the manifest.
 
-    The schema metadata names `image` a Hugging Face Image, keeps the features the manifest has for carried columns,
-    and holds the run's `fingerprint`, without which a file of another job could be taken for one of this.
+    The schema metadata declares `image` a Hugging Face Image, keeps the features of the carried columns, and holds the
+    `fingerprint` of the run, which tells the file from one of another job.
     """
-    # "element" is what Parquet calls it, so that reading and writing again changes no byte.
+    # Named "element" as in Parquet, so that reading and rewriting a file gives the same bytes.
     references = pa.list_(pa.field("element", pa.string())) if style_is_list else pa.string()
     own = [
         pa.field("pair_id", pa.string()),
@@ -88,26 +89,26 @@ def _features(carried: pa.Schema) -> dict[str, object]:
 
 
 def write_shard(paths: RunPaths, shard: int, attempt: str, table: pa.Table, generation: int = 0) -> Path:
-    """Write the successful rows of a shard below tmp/, complete, durable and checked; returns the file.
+    """Write the successful rows of a shard to tmp/, fsync the file and read it back; returns its path.
 
-    `table` has the columns of `output_schema` and at least one row. Raises StorageError, and DamagedError if what was
-    written does not read back as it should. Nothing is left behind then.
+    `table` has the columns of `output_schema` and at least one row. Raises StorageError, and DamagedError if what is
+    read back differs; then no file is left.
     """
-    return _write(table, paths.tmp_name(paths.data(shard, generation), attempt))
+    return _write(table, paths.tmp_file(paths.data(shard, generation), attempt))
 
 
 def write_failures(
     paths: RunPaths, shard: int, attempt: str, failures: Sequence[Failure], fingerprint: str, generation: int = 0
 ) -> Path:
-    """Write the failed rows of a shard below tmp/, in row order; raises as `write_shard` does."""
+    """Write the failed rows of a shard to tmp/, in row order; returns and raises as `write_shard` does."""
     rows = [asdict(failure) for failure in sorted(failures, key=lambda failure: failure.row)]
     schema = FAILURE_SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint.encode()})
     table = pa.Table.from_pylist(rows, schema=schema)
-    return _write(table, paths.tmp_name(paths.failures(shard, generation), attempt))
+    return _write(table, paths.tmp_file(paths.failures(shard, generation), attempt))
 
 
-def write_again(path: Path, tmp: Path) -> Path:
-    """Write the rows of the valid file at `path` to `tmp`: other bytes mean that `path` was changed since."""
+def rewrite(path: Path, tmp: Path) -> Path:
+    """Write the rows of the file `path` to `tmp`. If the bytes differ, `path` was changed after it was written."""
     with storage_errors(path):
         table = pq.ParquetFile(path).read(use_threads=False)
     return _write(table, tmp)
@@ -115,9 +116,9 @@ def write_again(path: Path, tmp: Path) -> Path:
 
 def _write(table: pa.Table, tmp: Path) -> Path:
     if not table.num_rows:
-        raise ValueError("a file without a row makes a dataset folder unreadable: leave it out")
-    leaves, read_back = _stored(table.schema)
-    text = [leaf for leaf in leaves if leaf != "image.bytes"]
+        raise ValueError("a Parquet file without rows makes a dataset folder unreadable; leave it out")
+    leaves, schema = _stored_schema(table.schema)
+    compressed = [leaf for leaf in leaves if leaf != "image.bytes"]
     try:
         with storage_errors(tmp):
             with open(tmp, "xb") as file:
@@ -126,26 +127,26 @@ def _write(table: pa.Table, tmp: Path) -> Path:
                     file,
                     row_group_size=ROWS_PER_GROUP,
                     version="2.6",
-                    compression={leaf: "zstd" if leaf in text else "none" for leaf in leaves},
+                    compression={leaf: "zstd" if leaf in compressed else "none" for leaf in leaves},
                     use_dictionary=False,
-                    write_statistics=text,
-                    write_batch_size=1,  # rows between looks at a page's size: many images would overflow one page
+                    write_statistics=compressed,
+                    write_batch_size=1,  # rows between checks of the page size; with more, images would overflow a page
                     data_page_size=1 << 20,
                     write_page_checksum=True,
                 )
-                failpoint("mid-write", folder=tmp.name.partition("-")[0])  # its last bytes are in a buffer
+                failpoint("mid-write", folder=tmp.name.partition("-")[0])  # the last bytes are still buffered
             sync(tmp)
-        if check_file(tmp, read_back) != row_ids(table):
-            raise DamagedError(f"{tmp}: other rows were read back than were written")
+        if check_file(tmp, schema) != row_ids(table):
+            raise DamagedError(f"{tmp}: the rows that were read back are not those that were written")
     except BaseException:
-        # pyarrow closes what it was writing into a valid partial file, and nothing unfinished may look finished.
+        # pyarrow closes an interrupted file properly, so it would look like a complete one.
         discard(tmp)
         raise
     return tmp
 
 
-def _stored(schema: pa.Schema) -> tuple[list[str], pa.Schema]:
-    """The dotted paths of Parquet's own columns, `style.list.element`, and the schema as it will read back."""
+def _stored_schema(schema: pa.Schema) -> tuple[list[str], pa.Schema]:
+    """The paths of the leaf columns in Parquet, such as `style.list.element`, and the schema that will be read back."""
     buffer = io.BytesIO()
     pq.write_table(schema.empty_table(), buffer, version="2.6")
     file = pq.ParquetFile(buffer)
@@ -153,10 +154,10 @@ def _stored(schema: pa.Schema) -> tuple[list[str], pa.Schema]:
 
 
 def check_file(path: Path, schema: pa.Schema | None = None, fingerprint: str | None = None) -> RowIds:
-    """Read a data or failures file to its last byte and return its rows.
+    """Read and check a whole data or failures file; returns its rows.
 
-    Checks every page's checksum, every image's digest where the file has a `sha256` column, and the schema and the
-    run's fingerprint where they are given. Raises DamagedError saying what is wrong, StorageError where the disk fails.
+    Checks the checksum of every page, the digest of every image if there is a `sha256` column, and the schema and the
+    fingerprint of the run if they are given. Raises DamagedError, and StorageError if the disk fails.
     """
     rows: list[int] = []
     pair_ids: list[str] = []
@@ -165,8 +166,8 @@ def check_file(path: Path, schema: pa.Schema | None = None, fingerprint: str | N
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             if schema is not None and not parquet.schema_arrow.equals(schema, check_metadata=True):
                 raise DamagedError(f"{path}: has other columns, or belongs to another job")
-            marked = (parquet.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
-            if fingerprint is not None and marked != fingerprint:
+            file_fingerprint = (parquet.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
+            if fingerprint is not None and file_fingerprint != fingerprint:
                 raise DamagedError(f"{path}: belongs to another job")
             for group in range(parquet.num_row_groups):
                 table = parquet.read_row_group(group, use_threads=False)
@@ -175,12 +176,12 @@ def check_file(path: Path, schema: pa.Schema | None = None, fingerprint: str | N
                 rows += ids.rows
                 pair_ids += ids.pair_ids
     except OSError as error:
-        if error.errno is not None:  # pyarrow's own, without a number, are damage
+        if error.errno is not None:  # pyarrow raises OSError without errno for damage
             with storage_errors(path):
                 raise
         raise DamagedError(f"{path}: is damaged: {error}") from error
     except (pa.ArrowException, ValueError, KeyError) as error:
-        raise DamagedError(f"{path}: is truncated, damaged or no file of a run: {error}") from error
+        raise DamagedError(f"{path}: is truncated, damaged, or not a file of a run: {error}") from error
     return RowIds(tuple(rows), tuple(pair_ids))
 
 
@@ -197,4 +198,4 @@ def _check_images(path: Path, table: pa.Table, ids: RowIds) -> None:
     images = (image.as_py() for chunk in chunks for image in chunk.field("bytes"))
     for row, image, expected in zip(ids.rows, images, table.column("sha256").to_pylist(), strict=True):
         if image is None or hashlib.sha256(image).hexdigest() != expected:
-            raise DamagedError(f"{path}: row {row}: the image is not the one its column sha256 names")
+            raise DamagedError(f"{path}: row {row}: the digest of the image is not that in the column sha256")

@@ -1,19 +1,23 @@
-"""Every path of a run folder comes from one object.
+"""The names of all files and folders of a run folder. Nothing here reads or writes.
 
-<output>/job.json                                  resolved job, fingerprint, row and shard count, versions
-<output>/data/train-00000-of-00042.parquet         successful rows only
-<output>/failures/00000.parquet                    rows that failed for good
-<output>/records/00000.json                        published last: what makes a shard done
-<output>/records/compact-000000-<digest>.parquet   thousands of them, once a run has so many
-<output>/retry.json                                which failed rows are being tried again, until they were
-<output>/checkpoints/00000/  00000.lock            shards in flight only
-<output>/cache/decoders/                           refined VAE decoders, until the run is finished
-<output>/tmp/                                      everything unfinished, on the same filesystem as the rest
-<output>/quarantine/                               damaged files, moved out of the way with the reason
-<output>/lock                                      held by the run that works here
+<output>/job.json                                  resolved job, fingerprint, number of rows and shards, versions
+<output>/numerics.json                             device, libraries and micro-batch of the first worker
+<output>/data/train-00000-of-00042.parquet         the successful rows of a shard
+<output>/failures/00000.parquet                    its failed rows
+<output>/records/00000.json                        its record, published last: with it, the shard is committed
+<output>/records/compact-000000-<digest>.parquet   a segment: the records of thousands of shards
+<output>/retry.json                                the failed rows that are being retried; removed after the retry
+<output>/checkpoints/00000/  00000.lock            checkpoints and commit lock of a shard in flight
+<output>/cache/decoders/                           refined VAE decoders; removed when the run is finished
+<output>/tmp/                                      unfinished files, on the same filesystem as the others
+<output>/quarantine/                               damaged files, each with the reason
+<output>/lock                                      held by the process that works on the run
+<output>/contact-sheet.jpg
 
-On an object store, data and failures files have the first digits of their digest in their names, and tmp/, cache/ and
-the shards' locks are on each machine's own disk, in `scratch`.
+Files of a later generation have its number in their names: train-00000-of-00042-r1.parquet, 00000.r1.json.
+
+On an object store, the names of data and failures files also contain the first digits of their SHA-256. There, tmp/,
+cache/ and the commit locks are on the local disk of each machine, in the folder `scratch`.
 """
 
 from __future__ import annotations
@@ -24,22 +28,19 @@ import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
-from stylemill.errors import OutputError, StorageError
-from stylemill.store.atomic import discard, publish, storage_errors, sync
 from stylemill.store.object_store.path import BucketPath, output_path
 
-LAST_GENERATION = 10_000  # what has a higher number in its name is no file of ours
-_FILE = re.compile(
+MAX_GENERATIONS = 10_000  # a file with a higher number in its name is not part of a run
+_FILE_NAME = re.compile(
     r"(train-)?(?P<shard>[0-9]+)(-of-[0-9]+)?(-r(?P<generation>[0-9]+))?(-(?P<digest>[0-9a-f]{16}))?\.parquet"
 )
-_RECORD = re.compile(r"(?P<shard>[0-9]+)(\.r(?P<generation>[0-9]+))?\.json")
+_RECORD_NAME = re.compile(r"(?P<shard>[0-9]+)(\.r(?P<generation>[0-9]+))?\.json")
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The run folder at `output`, cut into `shards` shards. Numbers are as wide as the shard count, at least 5."""
+    """Paths of the run folder `output` with `shards` shards. Shard numbers have at least 5 digits."""
 
     output: Path
     shards: int
@@ -49,12 +50,12 @@ class RunPaths:
 
     @property
     def on_bucket(self) -> bool:
-        """Whether the run folder is on an object store."""
+        """Whether the run folder is on an object store, not on a disk."""
         return isinstance(self.output, BucketPath)
 
     @property
     def scratch(self) -> Path:
-        """Where this machine keeps what is unfinished or can be made again: for a local run, its folder."""
+        """The local folder for unfinished files and caches: the run folder, unless that is on an object store."""
         if not self.on_bucket:
             return self.output
         name = f"stylemill-{os.getuid()}-{sha256(str(self.output).encode()).hexdigest()[:16]}"
@@ -74,56 +75,58 @@ class RunPaths:
         return output_path(self.failures_name(shard, generation))
 
     def data_name(self, shard: int, generation: int = 0) -> str:
-        """`data` as a string: a million Paths take as many seconds as the rest of opening a run."""
+        """`data` as a string. Creating a million Path objects would double the time that opening a run takes."""
         width, suffix = self._width, _suffix("-r", generation)
         return f"{self.output}/data/train-{shard:0{width}d}-of-{self.shards:0{width}d}{suffix}.parquet"
 
     def failures_name(self, shard: int, generation: int = 0) -> str:
         return f"{self.output}/failures/{self.number(shard)}{_suffix('-r', generation)}.parquet"
 
-    def committed(self, final: Path, digest: str) -> Path:
-        """Where the data or failures file `final` with the SHA-256 `digest` stands once it is committed.
+    def committed_path(self, final: Path, digest: str) -> Path:
+        """The path of the data or failures file `final` with the SHA-256 `digest` after its commit.
 
-        On an object store no two attempts may have one name, or the later one would take the earlier one's place.
+        On an object store, a put replaces an object of the same name. The digest in the name keeps the files of two
+        attempts apart.
         """
         return final.with_name(f"{final.stem}-{digest[:16]}{final.suffix}") if self.on_bucket else final
 
     def record(self, shard: int, generation: int = 0) -> Path:
         return self.records_folder / f"{self.number(shard)}{_suffix('.r', generation)}.json"
 
-    def parse_record(self, name: str) -> tuple[int, int] | None:
-        """Shard and generation of the record whose file has this name; None for any other file."""
-        match = _RECORD.fullmatch(name)
+    def parse_record_name(self, name: str) -> tuple[int, int] | None:
+        """Shard and generation of the record file with this name; None if it is not the name of a record file."""
+        match = _RECORD_NAME.fullmatch(name)
         if match is None:
             return None
         shard, generation = int(match["shard"]), int(match["generation"] or 0)
-        ours = shard < self.shards and generation < LAST_GENERATION and self.record(shard, generation).name == name
-        return (shard, generation) if ours else None
-
-    def parse_file(self, path: Path) -> tuple[int, int] | None:
-        """Shard and generation of the data or failures file that is named like `path`; None for any other file."""
-        match = _FILE.fullmatch(path.name)
-        if match is None or int(match["shard"]) >= self.shards or int(match["generation"] or 0) >= LAST_GENERATION:
+        if shard >= self.shards or generation >= MAX_GENERATIONS or self.record(shard, generation).name != name:
             return None
-        shard, generation = int(match["shard"]), int(match["generation"] or 0)
+        return shard, generation
+
+    def parse_file_path(self, path: Path) -> tuple[int, int] | None:
+        """Shard and generation of the data or failures file `path`; None if it is not the path of such a file."""
+        match = _FILE_NAME.fullmatch(path.name)
+        if match is None:
+            return None
+        shard, generation, digest = int(match["shard"]), int(match["generation"] or 0), match["digest"] or ""
+        if shard >= self.shards or generation >= MAX_GENERATIONS:
+            return None
         finals = (self.data(shard, generation), self.failures(shard, generation))
-        return (
-            (shard, generation) if path in [self.committed(final, match["digest"] or "") for final in finals] else None
-        )
+        return (shard, generation) if path in [self.committed_path(final, digest) for final in finals] else None
 
     def checkpoints(self, shard: int) -> Path:
-        """The folder of one shard's checkpoints."""
+        """The folder of the checkpoints of one shard."""
         return self.checkpoints_folder / self.number(shard)
 
     def commit_lock(self, shard: int) -> Path:
         return self.scratch / "checkpoints" / f"{self.number(shard)}.lock"
 
-    def tmp_name(self, final: Path, attempt: str) -> Path:
-        """Where `attempt` writes what becomes `final`; no other attempt and no other final name gets the same."""
+    def tmp_file(self, final: Path, attempt: str) -> Path:
+        """The unfinished file that `attempt` writes and publishes as `final`: unique to both."""
         return self.tmp / f"{self.relative(final).replace('/', '-')}.{attempt}"
 
     def relative(self, path: Path) -> str:
-        """`path` as records and messages write it: below the run folder, with forward slashes."""
+        """`path` relative to the run folder, with forward slashes, as records and messages show it."""
         return path.relative_to(self.output if isinstance(path, type(self.output)) else self.scratch).as_posix()
 
     @property
@@ -178,36 +181,6 @@ class RunPaths:
     def contact_sheet(self) -> Path:
         return self.output / "contact-sheet.jpg"
 
-    def create(self) -> None:
-        """Make the folders and try out what a commit does, so that a run fails now and not after hours of sampling.
 
-        Raises OutputError where the folder cannot be written or its filesystem has no hard links.
-        """
-        if self.on_bucket:  # which the RunLock tries out
-            with storage_errors(self.tmp):
-                self.tmp.mkdir(parents=True, exist_ok=True)
-            return
-        folders = (self.data_folder, self.failures_folder, self.records_folder, self.checkpoints_folder, self.tmp)
-        grown = {self.output, *(folder.parent for folder in (self.output, *self.output.parents) if not folder.exists())}
-        unique = uuid4().hex[:12]
-        probe, linked = (self.tmp / f"probe.{unique}.{name}" for name in ("tmp", "final"))
-        try:
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-            for folder in grown:
-                sync(folder)
-            probe.write_bytes(b"stylemill")
-            publish(probe, linked)
-        except (OSError, StorageError) as error:
-            cause = error.__cause__ or error
-            raise OutputError(
-                f"{self.output}: cannot be written ({getattr(cause, 'strerror', None) or cause}); make room or rights "
-                "there, or choose another folder with --output"
-            ) from error
-        finally:
-            discard(probe)
-            discard(linked)
-
-
-def _suffix(mark: str, generation: int) -> str:
-    return f"{mark}{generation}" if generation else ""
+def _suffix(prefix: str, generation: int) -> str:
+    return f"{prefix}{generation}" if generation else ""

@@ -1,4 +1,4 @@
-"""Records: a shard is done if and only if a valid record stands, in a file of its own or in a segment."""
+"""Records: a shard is committed if and only if it has a valid record, in a record file or in a segment."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import storage_errors
 from stylemill.store.paths import RunPaths
-from stylemill.store.segments import find_record
+from stylemill.store.segments import find_in_segments
 
-# Keys are sorted, so that of the record's own digest is never the last one.
-_SEAL = re.compile(rb'\n "sha256": "([0-9a-f]{64})",(?=\n)')
+# The line with the digest of the record. Keys are sorted and this one is never the last, so a comma follows.
+_DIGEST_LINE = re.compile(rb'\n "sha256": "([0-9a-f]{64})",(?=\n)')
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A committed file: its name below the run folder, and what must be found there."""
+    """A committed file: its path relative to the run folder, its rows, bytes and SHA-256."""
 
     name: str
     rows: int
@@ -30,10 +30,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of the manifest rows [first_row, stop_row). Times are seconds by name of the stage.
+    """The result of one generation of a shard, whose output rows are [first_row, stop_row).
 
-    A later generation is about those rows only that had failed before it, `retried_by_class` of them: it takes them
-    from the failed ones, and those that failed again are among its own.
+    Generation 0 holds all rows of the shard. A later one holds the rows that had failed before it: `retried_by_class`
+    counts these by error class, `failed_by_class` those that failed again. `timings` are seconds by name of the stage.
     """
 
     shard: int
@@ -52,7 +52,7 @@ class Record:
     timings: dict[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """JSON with sorted keys and, under `sha256`, the digest of the same JSON without that key."""
+        """JSON with sorted keys. Its key `sha256` is the digest of the same JSON without that key."""
         values = asdict(self)
         if not self.generation:
             del values["retried_by_class"]
@@ -60,9 +60,9 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
-        """Raises DamagedError for anything but the very bytes `to_bytes` gives, so no truncation or edit passes."""
-        seals = _SEAL.findall(data)
-        if len(seals) != 1 or hashlib.sha256(_SEAL.sub(b"", data)).hexdigest().encode() != seals[0]:
+        """The inverse of `to_bytes`. Raises DamagedError if the digest is not that of `data`: truncated or edited."""
+        digests = _DIGEST_LINE.findall(data)
+        if len(digests) != 1 or hashlib.sha256(_DIGEST_LINE.sub(b"", data)).hexdigest().encode() != digests[0]:
             raise DamagedError("the record is truncated, or was changed after it was written")
         try:
             values = json.loads(data)
@@ -71,7 +71,7 @@ class Record:
                 values[key] = FileEntry(**values[key]) if values[key] is not None else None
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DamagedError("it is no record") from error
+            raise DamagedError("it is not a record") from error
 
 
 def _json(values: dict[str, Any]) -> bytes:
@@ -79,42 +79,42 @@ def _json(values: dict[str, Any]) -> bytes:
 
 
 def valid_record(paths: RunPaths, shard: int, generation: int = 0) -> Record | None:
-    """The record on disk, None if there is none. Raises DamagedError if it is invalid or its files are not there."""
-    found = find(paths, shard, generation)
-    return None if found is None else checked(paths, found[0], shard, generation)
+    """The record of a generation of a shard; None if there is none. Raises as `check_record` does, and StorageError."""
+    found = find_record(paths, shard, generation)
+    return None if found is None else check_record(paths, found[0], shard, generation)
 
 
-def find(paths: RunPaths, shard: int, generation: int) -> tuple[bytes, Path] | None:
-    """The bytes of a record, whatever they are, and the file they stand in: its own, or a segment."""
+def find_record(paths: RunPaths, shard: int, generation: int) -> tuple[bytes, Path] | None:
+    """The bytes of a record, unchecked, and the file that holds them: the record file or a segment."""
     path = paths.record(shard, generation)
     with storage_errors(path):
         try:
             return path.read_bytes(), path
         except FileNotFoundError:
-            pass  # a segment is durable before the records in it are removed, so looking there second misses none
-    return find_record(paths, shard, generation)
+            pass  # a segment is durable before its record files are removed, so reading it second misses no record
+    return find_in_segments(paths, shard, generation)
 
 
-def checked(paths: RunPaths, data: bytes, shard: int, generation: int) -> Record:
-    """The record `data`. Raises DamagedError unless it is that of the shard and its files are there in their sizes."""
+def check_record(paths: RunPaths, data: bytes, shard: int, generation: int) -> Record:
+    """Parse a record. Raises DamagedError unless it is valid, of this shard, and its files exist with their sizes."""
     record = Record.from_bytes(data)
     if (record.shard, record.generation) != (shard, generation):
-        raise DamagedError(f"the record is that of shard {record.shard}, generation {record.generation}")
+        raise DamagedError(f"the record belongs to shard {record.shard}, generation {record.generation}")
     for entry, final in (
         (record.data, paths.data(shard, generation)),
         (record.failures, paths.failures(shard, generation)),
     ):
         if entry is None:
             continue
-        final = paths.committed(final, entry.sha256)
+        final = paths.committed_path(final, entry.sha256)
         if entry.name != paths.relative(final):
-            raise DamagedError(f"the record names {entry.name}, which is not the file of this shard")
+            raise DamagedError(f"the record names {entry.name}, which is not a file of this shard")
         with storage_errors(final):
             try:
                 size = final.stat().st_size
             except FileNotFoundError:
                 size = None
         if size != entry.bytes:
-            found = "is missing" if size is None else f"has {size} bytes, not {entry.bytes}"
-            raise DamagedError(f"{entry.name} {found}")
+            problem = "is missing" if size is None else f"has {size} bytes, not {entry.bytes}"
+            raise DamagedError(f"{entry.name} {problem}")
     return record

@@ -1,4 +1,4 @@
-"""Records made again from the files they were about: what is whole is not sampled a second time."""
+"""Recover records from data and failures files that are valid, so that their rows are not sampled again."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from uuid import uuid4
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import digest, discard, storage_errors
 from stylemill.store.commit import complete_record, publish_record
-from stylemill.store.fs import local_copy, names
 from stylemill.store.ledger import Ledger
-from stylemill.store.lock import exclusive
-from stylemill.store.parquet import check_file, write_again
+from stylemill.store.lock import file_lock
+from stylemill.store.object_store.reads import list_names, local_copy
+from stylemill.store.parquet import check_file, rewrite
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record
-from stylemill.store.retries import failed_before
+from stylemill.store.retries import failed_rows_before
 from stylemill.store.run_file import RunFile
 
 
 def recover_records(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
-    """Give a record to each shard that lacks no more than that: a kill, or damage, took it. Returns how many.
+    """Publish a record for each shard whose files are valid and only its record is missing; returns how many.
 
-    The caller holds the RunLock. What is not whole stays as it is, for the commit that comes. Raises StorageError.
+    A kill or damage can leave such shards. Invalid files are not changed: the next commit of their shard quarantines
+    them. The caller holds the RunLock. Raises StorageError.
     """
     count = 0
-    found: dict[tuple[int, int], list[Path]] = defaultdict(list)
+    candidates: dict[tuple[int, int], list[Path]] = defaultdict(list)
     for path, *key in files_without_record(paths, ledger):
-        found[key[0], key[1]].append(path)
-    for (shard, generation), files in sorted(found.items()):
-        with exclusive(paths.commit_lock(shard)):
-            record = _adopted(paths, run, shard, generation, files)
+        candidates[key[0], key[1]].append(path)
+    for (shard, generation), files in sorted(candidates.items()):
+        with file_lock(paths.commit_lock(shard)):
+            record = _recover_record(paths, run, shard, generation, files)
         if record is not None:
             ledger.read(shard, generation)
             count += 1
@@ -40,25 +41,25 @@ def recover_records(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
 
 
 def files_without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
-    """Files that are named as those of a shard and a generation are, while no record of that one stands."""
+    """The data and failures files of generations that have no record, each with its shard and generation."""
     for folder in (paths.data_folder, paths.failures_folder):
-        for path in [folder / name for name in names(folder)]:
-            if (key := shard_of(paths, path)) and not ledger.stands(*key):
+        for path in [folder / name for name in list_names(folder)]:
+            if (key := shard_of(paths, path)) and not ledger.has_record(*key):
                 yield path, *key
 
 
 def shard_of(paths: RunPaths, path: Path) -> tuple[int, int] | None:
-    """Shard and generation that a record, data or failures file is of by its name; None for any other file."""
+    """Shard and generation of a record, data or failures file, by its name; None for any other file."""
     if path.parent == paths.records_folder:
-        return paths.parse_record(path.name)
-    return paths.parse_file(path)
+        return paths.parse_record_name(path.name)
+    return paths.parse_file_path(path)
 
 
-def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int, files: list[Path]) -> Record | None:
-    """The record that the files of a generation deserve, published; None unless they are as a commit left them."""
+def _recover_record(paths: RunPaths, run: RunFile, shard: int, generation: int, files: list[Path]) -> Record | None:
+    """Publish the record for the files of a generation; None if they are not valid or do not hold all of its rows."""
     data = [path for path in files if path.parent == paths.data_folder and path.exists()]
     failures = [path for path in files if path.parent == paths.failures_folder and path.exists()]
-    if max(len(data), len(failures)) > 1:  # uploads of several attempts, on an object store
+    if max(len(data), len(failures)) > 1:  # on an object store, several attempts uploaded files
         return None
     attempt = f"found-{uuid4().hex[:12]}"
     rows = run.rows_of(shard)
@@ -67,9 +68,9 @@ def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int, files: 
         try:
             if valid_record(paths, shard, generation) is not None:
                 return None
-            retried = failed_before(paths, shard, generation)
-            found = [row for path, copy in local.items() for row in _whole_rows(paths, run, path, copy, attempt)]
-            if sorted(found) != (sorted(retried) if generation else list(rows)):
+            retried = failed_rows_before(paths, shard, generation)
+            present = [row for path, copy in local.items() for row in _verified_rows(paths, run, path, copy, attempt)]
+            if sorted(present) != (sorted(retried) if generation else list(rows)):
                 return None
         except DamagedError:
             return None
@@ -82,21 +83,25 @@ def _adopted(paths: RunPaths, run: RunFile, shard: int, generation: int, files: 
             generation=generation,
             retried_by_class=dict(Counter(failure.error for failure in retried.values())),
         )
-        record = complete_record(paths, draft, *(local[place[0]] if place else None for place in (data, failures)))
+        record = complete_record(paths, draft, *(local[kind[0]] if kind else None for kind in (data, failures)))
+        # On an object store, the names contain the digests of the files, and may be wrong.
         named = {paths.output / entry.name for entry in (record.data, record.failures) if entry}
-        return publish_record(paths, record) if named == set(local) else None  # a bucket's names say the digest
+        return publish_record(paths, record) if named == set(local) else None
 
 
-def _whole_rows(paths: RunPaths, run: RunFile, path: Path, copy: Path, attempt: str) -> tuple[int, ...]:
-    """The rows of a file that is, to the byte, what our writer makes of them: pages have checksums, the footer none."""
+def _verified_rows(paths: RunPaths, run: RunFile, path: Path, copy: Path, attempt: str) -> tuple[int, ...]:
+    """The rows of a file. Raises DamagedError unless writing them again gives the same bytes.
+
+    This also checks the footer, which has no checksum.
+    """
     rows = check_file(copy, fingerprint=run.fingerprint_sha256).rows
     paths.tmp.mkdir(exist_ok=True)
-    again = paths.tmp_name(path, attempt)
+    rewritten = paths.tmp_file(path, attempt)
     try:
         with storage_errors(path):
-            same = digest(write_again(copy, again)) == digest(copy)
+            same = digest(rewrite(copy, rewritten)) == digest(copy)
     finally:
-        discard(again)
+        discard(rewritten)
     if not same or list(rows) != sorted(rows):
-        raise DamagedError(f"{path}: is not as it was written")
+        raise DamagedError(f"{path}: was changed after it was written")
     return rows

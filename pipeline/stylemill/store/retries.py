@@ -1,7 +1,8 @@
-"""Generations: failed rows of a shard are tried again without a change to what is committed.
+"""Retries of failed rows, in generations. A retry never changes a committed file.
 
-Generation n of a shard is about the rows that had failed before it: `data/…-rn.parquet` has those that succeeded,
-`failures/…-rn.parquet` those that failed again. So a row is in one data file at most, at every moment.
+Generation 0 of a shard holds all of its rows. Generation n holds the rows that had failed before it:
+`data/…-rn.parquet` those that succeeded now, `failures/…-rn.parquet` those that failed again. So at any time a row is
+in one data file at most.
 """
 
 from __future__ import annotations
@@ -16,67 +17,69 @@ import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import replace_bytes, storage_errors
-from stylemill.store.fs import local_copy
 from stylemill.store.ledger import Ledger
+from stylemill.store.object_store.reads import local_copy
 from stylemill.store.parquet import FAILURE_SCHEMA, Failure
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record, valid_record
 
-LOST_WORDS = "this row failed, and was tried again since; why it failed is lost with a damaged file"
+LOST_MESSAGE = "this row failed and was retried later; the reason was lost with a damaged file"
 
 
 @dataclass(frozen=True)
 class GenerationRows:
-    """What one generation of a shard has to hold: `rows` are to be made, `held` failed then and are known since."""
+    """The rows of one generation: `rows` are to be sampled, `known_failures` are to be recorded as failed."""
 
     rows: frozenset[int]
-    held: dict[int, Failure]
+    known_failures: dict[int, Failure]
 
 
-def generation_rows(paths: RunPaths, rows: range, shard: int, generation: int, newest: int) -> GenerationRows:
-    """The rows of `generation`, which has no record; `newest` is the latest generation of any shard.
+def generation_rows(paths: RunPaths, rows: range, shard: int, generation: int, latest: int) -> GenerationRows:
+    """The rows of `generation`, which has no record; `latest` is the latest generation of all shards.
 
-    Where a later generation stands, what it is about failed in this one: it is not tried here once more, or a row could
-    succeed twice. Raises DamagedError where the generation before is not whole.
+    The rows of a later generation with a record have failed in this one. They are not sampled again, or a row could
+    succeed twice. Raises DamagedError if the generation before is missing or damaged.
     """
-    before = frozenset(failed_before(paths, shard, generation) if generation else rows)
-    later = [valid_record(paths, shard, number) for number in range(generation + 1, newest + 1)]
-    held: dict[int, Failure] = {}
+    before = frozenset(failed_rows_before(paths, shard, generation) if generation else rows)
+    later = [valid_record(paths, shard, number) for number in range(generation + 1, latest + 1)]
+    known: dict[int, Failure] = {}
     for record in later:
-        held = _reasons(paths, shard, generation, record) | held if record else held
-    return GenerationRows(before - held.keys(), held)
+        known = _earlier_failures(paths, shard, generation, record) | known if record else known
+    return GenerationRows(before - known.keys(), known)
 
 
-def failed_before(paths: RunPaths, shard: int, generation: int) -> dict[int, Failure]:
-    """The rows of a shard that were failed when every generation before `generation` was done, by row."""
+def failed_rows_before(paths: RunPaths, shard: int, generation: int) -> dict[int, Failure]:
+    """The failed rows of a shard after all generations before `generation`, by row.
+
+    Raises DamagedError if one of these generations is missing or damaged.
+    """
     failed: dict[int, Failure] = {}
     for number in range(generation):
         record = valid_record(paths, shard, number)
         if record is None:
-            raise DamagedError(f"{paths.record(shard, number)}: is missing; `stylemill repair` makes it again")
+            raise DamagedError(f"{paths.record(shard, number)}: is missing; run `stylemill repair`")
         if number:
-            for row, _ in _rows(paths, record):
+            for row, _ in _row_ids(paths, record):
                 failed.pop(row, None)
-        failed |= failures_of(paths, record)
+        failed |= read_failures(paths, record)
     return dict(sorted(failed.items()))
 
 
-def failures_of(paths: RunPaths, record: Record) -> dict[int, Failure]:
-    """The rows that failed in one generation. Raises DamagedError where the file is not what the record names."""
+def read_failures(paths: RunPaths, record: Record) -> dict[int, Failure]:
+    """The failures of one generation, by row. Raises DamagedError if its file is missing or damaged."""
     if record.failures is None:
         return {}
-    return _read_failures(paths, paths.output / record.failures.name)
+    return _read_failures_file(paths, paths.output / record.failures.name)
 
 
 def begin_retry(paths: RunPaths, wanted: Mapping[int, int]) -> None:
-    """Note durably that failed rows are tried again until each shard of `wanted` has that generation."""
-    if not wanted:
-        return
-    replace_bytes(paths, paths.retry, json.dumps(wanted).encode())  # a plan, not data: the newest is the right one
+    """Write retry.json: failed rows are retried until each shard of `wanted` has that generation."""
+    if wanted:
+        replace_bytes(paths, paths.retry, json.dumps(wanted).encode())
 
 
-def noted_retry(paths: RunPaths) -> dict[int, int]:
-    """What `begin_retry` noted; nothing where there is no note, or a damaged one."""
+def read_retry(paths: RunPaths) -> dict[int, int]:
+    """The content of retry.json, shard -> generation; empty if the file is missing or damaged."""
     with storage_errors(paths.retry):
         try:
             data = paths.retry.read_bytes()
@@ -85,54 +88,54 @@ def noted_retry(paths: RunPaths) -> dict[int, int]:
     try:
         return {int(shard): int(generation) for shard, generation in json.loads(data).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return {}  # as if it had not begun: what was retried stands, and the rest is still recorded as failed
+        return {}  # as if no retry had begun: the rows that were not retried yet are still recorded as failed
 
 
 def pending_retry(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
-    """The shards of a retry that was begun and not ended, which are not done yet: shard -> generation that is next."""
-    if not (wanted := noted_retry(paths)):
+    """The shards of an unfinished retry that still have failed rows to retry, each with its next generation."""
+    if not (wanted := read_retry(paths)):
         return {}
     failed = set(ledger.failed_shards())
     return {
-        shard: ledger.latest(shard) + 1
+        shard: ledger.latest_generation_of(shard) + 1
         for shard, generation in sorted(wanted.items())
-        if shard in failed and ledger.latest(shard) < generation
+        if shard in failed and ledger.latest_generation_of(shard) < generation
     }
 
 
 def end_retry(paths: RunPaths) -> None:
-    """Every shard of the retry is done, or its note is damaged."""
+    """Remove retry.json, when every shard of the retry is committed or the file is damaged."""
     with storage_errors(paths.retry):
         paths.retry.unlink(missing_ok=True)
 
 
-def _rows(paths: RunPaths, record: Record) -> list[tuple[int, str]]:
-    """Row and pair_id of all rows that a generation is about."""
-    found: list[tuple[int, str]] = []
+def _row_ids(paths: RunPaths, record: Record) -> list[tuple[int, str]]:
+    """Row and pair_id of all rows of a generation."""
+    ids: list[tuple[int, str]] = []
     for entry in (record.data, record.failures):
         if entry is not None:
             table = _read(paths, paths.output / entry.name, ["row", "pair_id"])
-            found += zip(table.column("row").to_pylist(), table.column("pair_id").to_pylist(), strict=True)
-    return found
+            ids += zip(table.column("row").to_pylist(), table.column("pair_id").to_pylist(), strict=True)
+    return ids
 
 
-def _reasons(paths: RunPaths, shard: int, generation: int, later: Record) -> dict[int, Failure]:
-    """Why the rows of the generation `later` had failed in `generation`: its failures may stand without a record."""
-    ids = dict(_rows(paths, later))
+def _earlier_failures(paths: RunPaths, shard: int, generation: int, later: Record) -> dict[int, Failure]:
+    """Why the rows of the generation `later` failed in `generation`, from its failures file if that still exists."""
+    ids = dict(_row_ids(paths, later))
     try:
-        known = _read_failures(paths, paths.failures(shard, generation))
+        failures = _read_failures_file(paths, paths.failures(shard, generation))
     except DamagedError:
-        known = {}
-    if ids.keys() <= known.keys():
-        return {row: known[row] for row in ids}
-    # Which row had which class is lost, the numbers of them are not: sums over records stay right.
+        failures = {}
+    if ids.keys() <= failures.keys():
+        return {row: failures[row] for row in ids}
+    # Only the number of rows of each error class is known. Any assignment keeps the sums over all records right.
     classes = [name for name, count in sorted(later.retried_by_class.items()) for _ in range(count)]
     return {
-        row: Failure(row, ids[row], "read", name, LOST_WORDS) for row, name in zip(sorted(ids), classes, strict=False)
+        row: Failure(row, ids[row], "read", name, LOST_MESSAGE) for row, name in zip(sorted(ids), classes, strict=False)
     }
 
 
-def _read_failures(paths: RunPaths, path: Path) -> dict[int, Failure]:
+def _read_failures_file(paths: RunPaths, path: Path) -> dict[int, Failure]:
     try:
         rows = _read(paths, path, FAILURE_SCHEMA.names).to_pylist()
         return {row["row"]: Failure(**row) for row in rows}
@@ -145,11 +148,11 @@ def _read(paths: RunPaths, path: Path, columns: list[str]) -> pa.Table:
         with local_copy(paths, path) as copy, pq.ParquetFile(copy, page_checksum_verification=True) as file:
             return file.read(columns, use_threads=False)
     except FileNotFoundError as error:
-        raise DamagedError(f"{path}: is missing; `stylemill repair` makes it again") from error
+        raise DamagedError(f"{path}: is missing; run `stylemill repair`") from error
     except OSError as error:
         if error.errno is not None:
             with storage_errors(path):
                 raise
-        raise DamagedError(f"{path}: is damaged ({error}); `stylemill repair` makes it again") from error
+        raise DamagedError(f"{path}: is damaged ({error}); run `stylemill repair`") from error
     except (pa.ArrowException, ValueError, KeyError) as error:
-        raise DamagedError(f"{path}: is damaged ({error}); `stylemill repair` makes it again") from error
+        raise DamagedError(f"{path}: is damaged ({error}); run `stylemill repair`") from error

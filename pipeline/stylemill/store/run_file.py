@@ -1,4 +1,4 @@
-"""job.json: what a run folder is. Written once, before any work, and never replaced."""
+"""Create a run folder and its job.json, which is written once, before any work, and never replaced."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from stylemill.errors import OutputError
-from stylemill.store.atomic import storage_errors
+from stylemill.errors import OutputError, StorageError
+from stylemill.store.atomic import discard, publish, storage_errors, sync
 from stylemill.store.paths import RunPaths
 
-_NAMED = 3  # files in one message
-_RECORDED = ("stylemill", "torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy")
+_MAX_LISTED = 3  # files in one message
+_VERSIONED_LIBRARIES = ("stylemill", "torch", "diffusers", "transformers", "ray", "pyarrow", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
 class RunFile:
-    """A run's resolved job, its fingerprint, and how its rows are cut into shards."""
+    """The resolved job of a run, its fingerprint, and how its output rows are divided into shards."""
 
     fingerprint: dict[str, Any]
     fingerprint_sha256: str
@@ -41,53 +42,86 @@ class RunFile:
 
     @classmethod
     def find(cls, output: str | Path) -> RunFile | None:
-        """The run that stands in `output`; None where there is none. Raises OutputError for a damaged job.json."""
+        """The run in the folder `output`; None if it has no job.json. Raises OutputError if job.json is damaged."""
         path = RunPaths(Path(output), 1).job
         try:
             file = cls(**json.loads(path.read_bytes()))
             if min(file.rows, file.shards, file.pairs_per_shard) < 1 or not isinstance(file.fingerprint, dict):
-                raise ValueError("no rows, or no job")
+                raise ValueError("no rows, or no fingerprint")
             return file
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise OutputError(
-                f"{path}: cannot be read ({error.strerror or error}); mend that, or choose another folder with --output"
+                f"{path}: cannot be read ({error.strerror or error}); fix that, or choose another folder with --output"
             ) from error
         except (ValueError, TypeError, RecursionError) as error:
             raise OutputError(
-                f"{path}: damaged, or written by another program. If a run stands beside it, nothing committed is "
-                "lost: put job.json back from a copy. Else choose another folder with --output"
+                f"{path}: damaged, or written by another program. If this is a run folder, nothing committed is lost: "
+                "restore job.json from a copy. Otherwise choose another folder with --output"
             ) from error
 
     @classmethod
     def open(cls, output: str | Path) -> tuple[RunFile, RunPaths]:
-        """The run in `output` and its paths. Raises OutputError where there is none."""
+        """The run in the folder `output`, and its paths. Raises OutputError if it has no job.json."""
         file = cls.find(output)
         if file is None:
-            raise OutputError(f"{output}: is not a run folder (it has no job.json); name the folder a run writes to")
+            raise OutputError(f"{output}: is not a run folder (it has no job.json); give the output folder of a run")
         return file, RunPaths(Path(output), file.shards)
 
 
-def refuse_foreign_files(paths: RunPaths) -> None:
-    """Raise OutputError where a folder that is no run holds what no start of a run left there.
+def create_run_folder(paths: RunPaths) -> None:
+    """Create the folders of a run, and publish a probe file as a commit would.
 
-    A run makes and empties folders such as tmp/ and checkpoints/, and they must be its own.
+    Raises OutputError where the folder cannot be written or its filesystem has no hard links: before the run, not after
+    hours of sampling. On an object store, RunLock makes the probe.
+    """
+    if paths.on_bucket:
+        with storage_errors(paths.tmp):
+            paths.tmp.mkdir(parents=True, exist_ok=True)
+        return
+    output = paths.output
+    folders = (paths.data_folder, paths.failures_folder, paths.records_folder, paths.checkpoints_folder, paths.tmp)
+    changed = {output, *(folder.parent for folder in (output, *output.parents) if not folder.exists())}
+    unique = uuid4().hex[:12]
+    probe, published = (paths.tmp / f"probe.{unique}.{name}" for name in ("tmp", "final"))
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        for folder in changed:
+            sync(folder)
+        probe.write_bytes(b"stylemill")
+        publish(probe, published)
+    except (OSError, StorageError) as error:
+        cause = error.__cause__ or error
+        raise OutputError(
+            f"{output}: cannot be written ({getattr(cause, 'strerror', None) or cause}); free some space, fix the "
+            "permissions, or choose another folder with --output"
+        ) from error
+    finally:
+        discard(probe)
+        discard(published)
+
+
+def refuse_foreign_files(paths: RunPaths) -> None:
+    """Raise OutputError if the folder is not a run folder and contains files of other programs.
+
+    A run empties folders such as tmp/ and checkpoints/, so they must not contain anything else.
     """
     with storage_errors(paths.output):
         if not paths.output.is_dir() or paths.job.exists():
             return
-        strangers = [path.name for path in sorted(paths.output.iterdir()) if not _left_by_a_start(paths, path)]
-    if strangers:
-        named = ", ".join(strangers[:_NAMED]) + (", …" if len(strangers) > _NAMED else "")
+        foreign = [path.name for path in sorted(paths.output.iterdir()) if not _is_left_by_run(paths, path)]
+    if foreign:
+        listed = ", ".join(foreign[:_MAX_LISTED]) + (", …" if len(foreign) > _MAX_LISTED else "")
         raise OutputError(
-            f"{paths.output}: holds other files ({named}) and no run (no job.json); name a new or an empty folder with "
-            "--output"
+            f"{paths.output}: holds other files ({listed}) and no run (no job.json); give a new or an empty folder "
+            "with --output"
         )
 
 
-def _left_by_a_start(paths: RunPaths, path: Path) -> bool:
-    """Whether `path` is hidden, or what a start that was killed before it wrote job.json leaves behind."""
+def _is_left_by_run(paths: RunPaths, path: Path) -> bool:
+    """Whether `path` is hidden, or a run that was killed before it wrote job.json can have left it."""
     if path.name.startswith(".") or path == paths.lock:
         return True
     if path not in (
@@ -98,16 +132,16 @@ def _left_by_a_start(paths: RunPaths, path: Path) -> bool:
         paths.tmp,
     ):
         return False
-    unfinished = ("probe.", f"{paths.job.name}.") if path == paths.tmp else ()
-    return path.is_dir() and all(inner.name.startswith(unfinished) for inner in path.iterdir())
+    allowed = ("probe.", f"{paths.job.name}.") if path == paths.tmp else ()
+    return path.is_dir() and all(inner.name.startswith(allowed) for inner in path.iterdir())
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on."""
-    found = {}
-    for name in _RECORDED:
+    """By name, the installed versions of the libraries that the output depends on."""
+    versions = {}
+    for name in _VERSIONED_LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions

@@ -1,13 +1,13 @@
-"""Faults that a test wants to happen: at a named point of the protocol, this process dies, fails, hangs or is late.
+"""Failpoints: named points of the code where a test makes the process die, fail, hang or wait.
 
-    STYLEMILL_FAILPOINTS='after-record:kill:shard=1'              at the first hit, and never again
+    STYLEMILL_FAILPOINTS='after-record:kill:shard=1'               at the first hit, and never again
     STYLEMILL_FAILPOINTS='mid-sample:raise:error=ENOSPC:hit=2; mid-write:delay:seconds=0.2:times=5'
-    STYLEMILL_FAILPOINTS='mid-sample:segfault:row=7:times=always'  a pair that kills whoever samples it
-    STYLEMILL_FAILPOINTS_STATE=/tmp/some-folder                   where hits are counted, over all processes
+    STYLEMILL_FAILPOINTS='mid-sample:segfault:row=7:times=always'  a pair that kills every worker that samples it
+    STYLEMILL_FAILPOINTS_STATE=/tmp/some-folder                    where hits are counted, over all processes
 
-A rule is `point:action` and conditions. `hit`, `times`, `seconds` and `error` are the rule's own; any other is compared
-with what the point says of itself (shard, step, row, folder, …). Without the variable, which no one sets but
-tests, a point is a look into the environment and nothing else.
+A rule is `point:action`, followed by options. `hit`, `times`, `seconds` and `error` belong to the rule. Any other
+option is a condition: it is compared with an argument of the failpoint (shard, step, row, folder, …). Only tests set
+the variable. Without it, a failpoint does nothing.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from typing import Any
 
 from stylemill import errors
 
-# In the order in which a run comes by them.
+# In the order in which a run passes them.
 POINTS = (
-    "load",  # a worker is about to load the model
+    "load",  # before a worker loads the model
     "before-read",
-    "read-image",  # name: the image's, about to be decoded
+    "read-image",  # before an image is decoded; name: that of the image
     "after-read",
-    "mid-sample",  # a step was taken: step, and row: those still being made
+    "mid-sample",  # after a step; step, and row: all rows that are still sampled
     "before-checkpoint",
     "after-checkpoint",
     "before-decode",
-    "mid-write",  # a file below tmp/ has content and is not complete; folder: where it will go
-    "before-publish",  # of the shard's files
-    "mid-publish",  # a file has its final name, and nobody made that durable; folder
-    "after-publish",  # files stand, the record does not
+    "mid-write",  # a file in tmp/ is written in part; folder: where it will be published
+    "before-publish",  # of the files of a shard
+    "mid-publish",  # a file has its final name, but is not durable yet; folder
+    "after-publish",  # the files of a shard are published, its record is not
     "before-record",
     "after-record",
-    "mid-clean",  # in clean-up, tmp/ and what is done being removed
+    "mid-clean",  # while tmp/ and checkpoints of committed shards are removed
 )
 ACTIONS = ("kill", "exit", "segfault", "stop", "raise", "hang", "delay")
-_OWN = ("hit", "times", "seconds", "error")
+_RULE_OPTIONS = ("hit", "times", "seconds", "error")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What shall happen where, from which hit on, and how often."""
+    """An action at a point, from the `hit`th hit on, `times` times."""
 
     number: int
     point: str
@@ -63,55 +63,57 @@ class Rule:
     seconds: float
     error: str
 
-    def applies(self, point: str, facts: dict[str, Any]) -> bool:
-        return point == self.point and all(_holds(facts.get(name), wanted) for name, wanted in self.conditions.items())
+    def matches(self, point: str, arguments: dict[str, Any]) -> bool:
+        return point == self.point and all(
+            _matches_value(arguments.get(name), expected) for name, expected in self.conditions.items()
+        )
 
 
-def failpoint(point: str, **facts: Any) -> None:
-    """A point of the protocol, with what a rule may ask of it; a collection holds if any of its members does."""
+def failpoint(point: str, **arguments: Any) -> None:
+    """Act as the rules for this point say. A condition compares an argument, or any member of a collection."""
     if not (text := os.environ.get("STYLEMILL_FAILPOINTS")):
         return
-    for rule in parse(text):
-        if rule.applies(point, facts):
+    for rule in parse_rules(text):
+        if rule.matches(point, arguments):
             hit = _count(rule)
             if rule.hit <= hit < rule.hit + rule.times:
-                _act(rule)
+                _perform(rule)
 
 
 @lru_cache
-def parse(text: str) -> tuple[Rule, ...]:
-    """The rules of STYLEMILL_FAILPOINTS. Raises ValueError for a point or action that there is not."""
+def parse_rules(text: str) -> tuple[Rule, ...]:
+    """The rules in STYLEMILL_FAILPOINTS. Raises ValueError for an unknown point or action."""
     rules = []
-    for number, words in enumerate(word for word in text.split(";") if word.strip()):
-        point, action, *options = (part.strip() for part in words.split(":"))
+    for number, part in enumerate(part for part in text.split(";") if part.strip()):
+        point, action, *options = (field.strip() for field in part.split(":"))
         if point not in POINTS or action not in ACTIONS:
-            raise ValueError(f"STYLEMILL_FAILPOINTS: {words.strip()!r}: points {POINTS}, actions {ACTIONS}")
-        given = dict(option.split("=", 1) for option in options)
-        own = {name: given.pop(name) for name in _OWN if name in given}
-        times = own.get("times", "1")
+            raise ValueError(f"STYLEMILL_FAILPOINTS: {part.strip()!r}: points are {POINTS}, actions are {ACTIONS}")
+        conditions = dict(option.split("=", 1) for option in options)
+        given = {name: conditions.pop(name) for name in _RULE_OPTIONS if name in conditions}
+        times = given.get("times", "1")
         rules.append(
             Rule(
                 number=number,
                 point=point,
                 action=action,
-                conditions=given,
-                hit=int(own.get("hit", "1")),
+                conditions=conditions,
+                hit=int(given.get("hit", "1")),
                 times=float("inf") if times == "always" else int(times),
-                seconds=float(own.get("seconds", "0.1")),
-                error=own.get("error", "RuntimeError"),
+                seconds=float(given.get("seconds", "0.1")),
+                error=given.get("error", "RuntimeError"),
             )
         )
     return tuple(rules)
 
 
-def _holds(fact: Any, wanted: str) -> bool:
-    if isinstance(fact, Collection) and not isinstance(fact, str):
-        return any(str(one) == wanted for one in fact)
-    return str(fact) == wanted
+def _matches_value(argument: Any, expected: str) -> bool:
+    if isinstance(argument, Collection) and not isinstance(argument, str):
+        return any(str(member) == expected for member in argument)
+    return str(argument) == expected
 
 
 def _count(rule: Rule) -> int:
-    """Which hit of the rule this is, from 1, over all processes: each makes the next file that is not there."""
+    """The number of this hit of the rule, from 1, over all processes: each hit creates the next missing file."""
     folder = Path(os.environ["STYLEMILL_FAILPOINTS_STATE"])
     for hit in count(1):
         try:
@@ -122,7 +124,7 @@ def _count(rule: Rule) -> int:
     raise AssertionError
 
 
-def _act(rule: Rule) -> None:
+def _perform(rule: Rule) -> None:
     if rule.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif rule.action == "exit":
@@ -142,6 +144,6 @@ def _act(rule: Rule) -> None:
 def _error(rule: Rule) -> BaseException:
     if (number := getattr(errno, rule.error, None)) is not None:
         return OSError(number, os.strerror(number))
-    kind = getattr(errors, rule.error, None) or getattr(builtins, rule.error)
-    raised: BaseException = kind(f"injected at {rule.point}")
-    return raised
+    error_class = getattr(errors, rule.error, None) or getattr(builtins, rule.error)
+    error: BaseException = error_class(f"injected at {rule.point}")
+    return error

@@ -1,1 +1,1 @@
-"""Run folders on an object store: requests, paths, the lock, uploads."""
+"""A run folder on an object store: requests, bucket, paths, lock, reads and uploads."""

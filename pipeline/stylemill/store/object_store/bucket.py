@@ -1,183 +1,176 @@
-"""What a run on an object store asks of S3: put, get, list, delete. Each call is tried again while that can help.
+"""A bucket on S3: put, get, list and delete objects, upload and download files.
 
-A put is atomic: an object is there with all its bytes or not at all, and an upload in parts is invisible until it is
-completed. Nothing here depends on a rename, which no object store has.
+A put is atomic: an object exists with all its bytes or not at all, and a multipart upload is invisible until it is
+completed. Nothing here depends on renaming, which object stores do not have.
 """
 
 from __future__ import annotations
 
 import logging
-import random
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stylemill import s3
-from stylemill.errors import OutputError, StorageError, StylemillError
+from stylemill.errors import StorageError, StylemillError
+from stylemill.store.object_store.requests import NOT_IMPLEMENTED, send
 from stylemill.testing.failpoints import failpoint
 
 _log = logging.getLogger(__name__)
-TRIES = 8  # of a call that a busy, silent or absent store does not answer: about a minute of pauses
-PAUSE, LONGEST_PAUSE = 0.5, 20.0  # seconds before the second try, doubled before each further one up to the longest
-TIMEOUT = 30.0  # seconds without a byte
-PART = 32 << 20  # bytes of one request: larger files go up and come down in parts
-AT_ONCE = 16  # requests, where many small objects are read
-
-_BUSY = {408, 409, 429}  # and 5xx: asking again can help
-_NOT_IMPLEMENTED = 501
-_DENIED = {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "403"}
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError"}
+PART_BYTES = 32 << 20  # of one request: larger files are uploaded and downloaded in parts
+CONCURRENT_REQUESTS = 16  # when many small objects are read or deleted
 
 
-class Found(NamedTuple):
-    """An object as a listing shows it; `modified` in seconds since 1970, by the store's clock."""
+class ObjectInfo(NamedTuple):
+    """An object in a listing: its bytes, and when it was written, in seconds since 1970 by the clock of the store."""
 
     size: int
     modified: float
 
 
 @cache
-def bucket(name: str) -> Bucket:
-    """The bucket of this name, one object for all threads."""
+def open_bucket(name: str) -> Bucket:
+    """The bucket `name`: one object for all threads of the process."""
     return Bucket(name)
 
 
 class Bucket:
-    """Raises OutputError for what the user must change (no such bucket, no rights), else StorageError."""
+    """One bucket. Every method can raise what `requests.send` raises; FileNotFoundError only where it says so."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.conditional = True  # whether the store creates only what is absent when asked to
-        self.guards: dict[str, Callable[[], None]] = {}  # by prefix: raises where this process may no longer write
-        self._ahead: dict[str, bytes] = {}
-        self._sizes: dict[str, int] = {}
+        self.conditional_puts = True  # whether the store supports them; `probe` finds out
+        # By prefix: called before an object with that prefix is written or deleted; raises if that is not allowed.
+        self.write_checks: dict[str, Callable[[], None]] = {}
+        self._prefetched: dict[str, bytes] = {}
+        self._listed_sizes: dict[str, int] = {}
 
     # --- objects ------------------------------------------------------------------------------------------------------
 
     def get(self, key: str) -> bytes:
         """The bytes of an object. Raises FileNotFoundError."""
-        ahead = self._ahead.pop(key, None)
-        return self._range(key, 0, None) if ahead is None else ahead
+        prefetched = self._prefetched.pop(key, None)
+        return self._get_range(key, 0, None) if prefetched is None else prefetched
 
     def put(self, key: str, data: bytes) -> None:
-        self._guarded(key)
+        self._check_write(key)
         self._call("put_object", key, Body=data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put an object where there is none; False where another stands. One with the same bytes is as good as ours.
+        """Put an object that does not exist yet; False if it exists with other bytes.
 
-        Without conditional puts, looking first must do: whoever is alone in writing such objects may ask for it.
+        Without conditional puts, this checks first and then puts: two processes must not create the same key then.
         """
-        self._guarded(key)
+        self._check_write(key)
         try:
-            if not self.conditional and self.size(key) is not None:
+            if not self.conditional_puts and self.size(key) is not None:
                 raise FileExistsError(key)
-            condition: dict[str, Any] = {"IfNoneMatch": "*"} if self.conditional else {}
+            condition: dict[str, Any] = {"IfNoneMatch": "*"} if self.conditional_puts else {}
             self._call("put_object", key, Body=data, **condition)
         except FileExistsError:
-            return self.get(key) == data  # a first try may have succeeded and its answer been lost
+            return self.get(key) == data  # an earlier try may have succeeded, and its response been lost
         except StorageError as error:
-            if not self.conditional or s3.error_status(error) != _NOT_IMPLEMENTED:
+            if not self.conditional_puts or s3.error_status(error) != NOT_IMPLEMENTED:
                 raise
-            self.conditional = False
+            self.conditional_puts = False
             return self.create(key, data)
         return True
 
-    def swap(self, key: str, data: bytes, tag: str, tries: int = 0) -> str:
-        """Replace the object that has this `tag`; returns the new tag. Raises FileExistsError for another one.
+    def replace(self, key: str, data: bytes, etag: str, tries: int = 0) -> str:
+        """Replace the object if it still has this `etag`; returns the new etag. Raises FileExistsError if it has not.
 
-        It may be the caller's own: where the answer to a first try was lost.
+        The other object can be the caller's own, if the response to an earlier try was lost.
         """
-        condition: dict[str, Any] = {"IfMatch": tag} if self.conditional else {}
-        if not condition and self.head(key)["ETag"] != tag:
+        condition: dict[str, Any] = {"IfMatch": etag} if self.conditional_puts else {}
+        if not condition and self.head(key)["ETag"] != etag:
             raise FileExistsError(key)
         return str(self._call("put_object", key, tries, Body=data, **condition)["ETag"])
 
     def head(self, key: str, tries: int = 0) -> Any:
-        """S3's answer about an object. Raises FileNotFoundError."""
+        """The response to a HEAD request. Raises FileNotFoundError."""
         return self._call("head_object", key, tries=tries)
 
     def size(self, key: str) -> int | None:
-        """Bytes of an object; None where there is none."""
-        if key in self._sizes:
-            return self._sizes[key]
-        if key in self._ahead:
-            return len(self._ahead[key])
+        """The bytes of an object; None if it does not exist."""
+        if key in self._listed_sizes:
+            return self._listed_sizes[key]
+        if key in self._prefetched:
+            return len(self._prefetched[key])
         try:
             return int(self.head(key)["ContentLength"])
         except FileNotFoundError:
             return None
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; one that is not there is no error. (Not all stores delete many in one request.)"""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        """Delete objects; one that does not exist is no error. One request each: not all stores can delete many."""
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             list(pool.map(self._delete, keys))
 
     def _delete(self, key: str) -> None:
-        self._guarded(key)
-        self._sizes.pop(key, None)
+        self._check_write(key)
+        self._listed_sizes.pop(key, None)
         self._call("delete_object", key)
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object within the bucket. Raises FileNotFoundError."""
-        self._guarded(to)
+        self._check_write(to)
         self._call("copy_object", to, CopySource={"Bucket": self.name, "Key": key})
 
-    def list(self, prefix: str, below: bool = True) -> dict[str, Found | None]:
-        """Objects whose key begins with `prefix`; without `below`, folders in place of what is in them, as None."""
-        found: dict[str, Found | None] = {}
-        more: dict[str, Any] = {} if below else {"Delimiter": "/"}
+    def list(self, prefix: str, recursive: bool = True) -> dict[str, ObjectInfo | None]:
+        """The objects with a key prefix. If not `recursive`, a subfolder is listed as None in place of its content."""
+        found: dict[str, ObjectInfo | None] = {}
+        more: dict[str, Any] = {} if recursive else {"Delimiter": "/"}
         while True:
             page = self._call("list_objects_v2", "", Prefix=prefix, **more)
             found |= {entry["Prefix"]: None for entry in page.get("CommonPrefixes", ())}
             for entry in page.get("Contents", ()):
-                found[entry["Key"]] = Found(entry["Size"], entry["LastModified"].timestamp())
+                found[entry["Key"]] = ObjectInfo(entry["Size"], entry["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return found
             more["ContinuationToken"] = page["NextContinuationToken"]
 
-    def has_below(self, prefix: str) -> bool:
-        """Whether there is any object whose key begins with `prefix`."""
+    def has_objects(self, prefix: str) -> bool:
+        """Whether there is an object whose key begins with `prefix`."""
         return bool(self._call("list_objects_v2", "", Prefix=prefix, MaxKeys=1).get("Contents"))
 
-    def try_out(self, key: str) -> None:
-        """Put, list and delete an object; a second put tells whether the store creates only what is absent."""
-        self.conditional = True
+    def probe(self, key: str) -> None:
+        """Put, list and delete an object. Puts it twice, to find out whether the store has conditional puts."""
+        self.conditional_puts = True
         try:
             self._call("put_object", key, Body=b"stylemill", IfNoneMatch="*")
             self._call("put_object", key, Body=b"stylemill", IfNoneMatch="*")
-            self.conditional = False
+            self.conditional_puts = False
         except FileExistsError:
             pass
         except StorageError as error:
-            if s3.error_status(error) != _NOT_IMPLEMENTED:
+            if s3.error_status(error) != NOT_IMPLEMENTED:
                 raise
-            self.conditional = False
+            self.conditional_puts = False
         self.list(key)
         self.delete([key])
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def upload(self, file: Path, key: str) -> None:
-        """Put a file. One that goes up in parts is invisible until it is complete; what a kill leaves never shows.
+        """Put a file, in several requests if it is larger than PART_BYTES.
 
-        The store keeps, and may bill, parts of an upload that was killed until its lifecycle rules remove them.
+        A killed multipart upload leaves parts that are invisible. The store keeps them, and may bill them, until its
+        lifecycle rules remove them.
         """
         size = file.stat().st_size
         with open(file, "rb") as source:
-            if size <= PART:
+            if size <= PART_BYTES:
                 self.put(key, source.read())
                 return
-            self._guarded(key)
+            self._check_write(key)
             upload: dict[str, Any] = {"UploadId": self._call("create_multipart_upload", key)["UploadId"]}
             try:
                 parts = []
-                for number in range(1, -(-size // PART) + 1):
-                    done = self._call("upload_part", key, **upload, PartNumber=number, Body=source.read(PART))
-                    parts.append({"PartNumber": number, "ETag": done["ETag"]})
+                for number in range(1, -(-size // PART_BYTES) + 1):
+                    part = self._call("upload_part", key, **upload, PartNumber=number, Body=source.read(PART_BYTES))
+                    parts.append({"PartNumber": number, "ETag": part["ETag"]})
                     failpoint("mid-publish", folder=key.split("/")[-2])
                 self._complete(key, size, MultipartUpload={"Parts": parts}, **upload)
             except BaseException:
@@ -188,127 +181,73 @@ class Bucket:
         try:
             self._call("complete_multipart_upload", key, **upload)
         except (StylemillError, FileNotFoundError):
-            if self.size(key) != size:  # else it was completed, and the answer lost
+            if self.size(key) != size:  # otherwise an earlier try completed it, and its response was lost
                 raise
 
     def _abort(self, key: str, upload: dict[str, Any]) -> None:
         try:
             self._call("abort_multipart_upload", key, tries=1, **upload)
         except (StylemillError, OSError) as error:
-            _log.debug("parts of %s stay until a lifecycle rule removes them: %s", key, error)
+            _log.debug("the parts of %s stay until a lifecycle rule removes them: %s", key, error)
 
     def download(self, key: str, file: Path) -> bool:
-        """Write an object to a new file; False where there is none. Raises StorageError where it changed meanwhile."""
+        """Write an object to a new file; False if it does not exist. Raises StorageError if it changes meanwhile."""
         size = self.size(key)
         if size is None:
             return False
         with open(file, "xb") as target:
-            for start in range(0, size, PART):
-                target.write(self._range(key, start, min(start + PART, size)))
+            for start in range(0, size, PART_BYTES):
+                target.write(self._get_range(key, start, min(start + PART_BYTES, size)))
             if target.tell() != size:
-                raise StorageError(f"{self._url(key)}: changed while it was read; try again")
+                raise StorageError(f"s3://{self.name}/{key}: changed while it was read; try again")
         return True
 
-    def _range(self, key: str, start: int, stop: int | None) -> bytes:
+    def _get_range(self, key: str, start: int, stop: int | None) -> bytes:
         path = f"{self.name}/{key}"
         try:
-            data: bytes = self._retried(lambda fs: fs.cat_file(path, start=start, end=stop), key)
+            data: bytes = send(lambda fs: fs.cat_file(path, start=start, end=stop), self.name, key)
         except StorageError as error:
-            if s3.error_code(error) == "InvalidRange":  # of nothing at all
+            if s3.error_code(error) == "InvalidRange":  # the object is empty
                 return b""
             raise
         return data
 
-    # --- what is asked of many objects --------------------------------------------------------------------------------
+    # --- many objects at once -----------------------------------------------------------------------------------------
 
-    def read_ahead(self, keys: Iterable[str], sizes_below: Iterable[str]) -> None:
-        """Until `forget`, `size` answers from listings of these prefixes, and `get`, once each, with bytes read now."""
-        for prefix in sizes_below:
-            self._sizes |= {key: found.size for key, found in self.list(prefix).items() if found}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            for key, data in pool.map(self._got, keys):
+    def prefetch(self, keys: Iterable[str], list_prefixes: Iterable[str]) -> None:
+        """Read objects concurrently, and the sizes of all objects with the given prefixes from listings.
+
+        Until `clear_prefetched`, `size` answers from the listings, and the first `get` of each key from what was read.
+        """
+        for prefix in list_prefixes:
+            self._listed_sizes |= {key: info.size for key, info in self.list(prefix).items() if info}
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+            for key, data in pool.map(self._get_if_exists, keys):
                 if data is not None:
-                    self._ahead[key] = data
+                    self._prefetched[key] = data
 
-    def _got(self, key: str) -> tuple[str, bytes | None]:
+    def _get_if_exists(self, key: str) -> tuple[str, bytes | None]:
         try:
-            return key, self._range(key, 0, None)
+            return key, self._get_range(key, 0, None)
         except FileNotFoundError:
             return key, None
 
-    def forget(self) -> None:
-        self._sizes.clear()
-        self._ahead.clear()
+    def clear_prefetched(self) -> None:
+        self._listed_sizes.clear()
+        self._prefetched.clear()
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """What `read_ahead` listed."""
-        return self._sizes
+    def listed_sizes(self) -> dict[str, int]:
+        """By key, the sizes that `prefetch` listed."""
+        return self._listed_sizes
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
-    def _guarded(self, key: str) -> None:
-        for prefix, check in list(self.guards.items()):
+    def _check_write(self, key: str) -> None:
+        for prefix, check in list(self.write_checks.items()):
             if key.startswith(prefix):
                 check()
 
     def _call(self, method: str, key: str, tries: int = 0, **arguments: Any) -> Any:
-        named = {"Bucket": self.name} | ({"Key": key} if key else {}) | arguments
-        return self._retried(lambda fs: fs.call_s3(method, **named), key or arguments.get("Prefix", ""), tries)
-
-    def _retried(self, call: Callable[[Any], Any], key: str, tries: int = 0) -> Any:
-        for pause in self._pauses(tries or TRIES):
-            try:
-                return call(self._filesystem(key))
-            except (StylemillError, TypeError, AttributeError):
-                raise
-            except Exception as error:  # botocore, aiohttp and the event loop each have trees of their own
-                trouble, again = self._trouble(error, key)
-                if pause is None or not again:
-                    raise trouble from error
-                _log.debug("%s; tried again in %.1f s", trouble, pause)
-                time.sleep(pause)
-        raise AssertionError
-
-    @staticmethod
-    def _pauses(tries: int) -> Iterator[float | None]:
-        """Seconds before each further try, jittered lest all workers come back at once; None after the last one."""
-        for attempt in range(tries - 1):
-            yield random.uniform(0.5, 1.0) * min(PAUSE * 2**attempt, LONGEST_PAUSE)
-        yield None
-
-    def _filesystem(self, key: str) -> Any:
-        try:
-            return s3.filesystem(TIMEOUT, tries=1)
-        except ImportError:
-            raise OutputError(
-                f"{self._url(key)}: s3:// needs s3fs on every machine; pip install 'stylemill[s3]'"
-            ) from None
-
-    def _url(self, key: str) -> str:
-        return f"s3://{self.name}/{key}"
-
-    def _trouble(self, error: BaseException, key: str) -> tuple[Exception, bool]:
-        """What is raised for an error, and whether trying again can help."""
-        code, status, url = s3.error_code(error), s3.error_status(error), self._url(key)
-        kinds = {type(one).__name__ for one in (error, error.__cause__)}
-        if code == "NoSuchBucket":
-            return OutputError(f"{url}: there is no bucket {self.name}; create it, or name another one"), False
-        if code in ("PreconditionFailed", "412"):
-            return FileExistsError(url), False
-        if code in _DENIED or status in (401, 403) or kinds & _NO_CREDENTIALS:
-            said = code or "no credentials were found"
-            return OutputError(
-                f"{url}: the store refuses access ({said}); give this machine and every worker credentials (such as "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) that may read, write, list and delete there"
-            ), False
-        if isinstance(error, FileNotFoundError) or status == 404:
-            return FileNotFoundError(url), False
-        again = (
-            status is None
-            or status in _BUSY
-            or code == "RequestTimeout"
-            or (status >= 500 and status != _NOT_IMPLEMENTED)
-        )
-        words = " ".join(str(error).split())[:200] or type(error).__name__
-        return StorageError(f"{url}: {words}; the same command resumes once the store answers again"), again
+        request = {"Bucket": self.name} | ({"Key": key} if key else {}) | arguments
+        return send(lambda fs: fs.call_s3(method, **request), self.name, key or arguments.get("Prefix", ""), tries)

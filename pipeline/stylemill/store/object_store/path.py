@@ -1,6 +1,6 @@
-"""Paths of a run folder on an object store: `s3://bucket/prefix/…`, with those of Path's methods that the store uses.
+"""Paths on an object store: `s3://bucket/prefix/…`, with the methods of pathlib.Path that the store uses.
 
-What needs a real file (os, open, pyarrow) gets a TypeError from one, not a file of a strange name.
+A function that needs a local file (os, open, pyarrow) raises TypeError for such a path.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from uuid import uuid4
 
 from stylemill.config.paths import split_url
 from stylemill.errors import OutputError
-from stylemill.store.object_store.bucket import Bucket, Found, bucket
+from stylemill.store.object_store.bucket import Bucket, ObjectInfo, open_bucket
 
-PROBE = ".stylemill-probe-"
+PROBE_PREFIX = ".stylemill-probe-"
 
 if TYPE_CHECKING:
-    _Base = Path  # so that one type goes through the store; `iterdir` and the like are the only ones it has at run time
+    _Base = Path  # one type for disks and buckets; at run time, a BucketPath has only the methods below
 else:
     _Base = PurePosixPath
 
@@ -32,19 +32,19 @@ class _Stat:
 
 
 class BucketPath(_Base):
-    """`s3://bucket/key`. What an object is, is asked anew each time, but of what `iterdir` found."""
+    """`s3://bucket/key`. Each method asks the store, except `stat` of a path from `iterdir`, which uses the listing."""
 
-    _found: Found | None = None
+    _info: ObjectInfo | None = None
 
     def __str__(self) -> str:
         return re.sub("^s3:/", "s3://", super().__str__())
 
     def __fspath__(self) -> str:
-        raise TypeError(f"{self} is no file of this machine")
+        raise TypeError(f"{self} is not a local file")
 
     @property
     def bucket(self) -> Bucket:
-        return bucket(self.parts[1])
+        return open_bucket(self.parts[1])
 
     @property
     def key(self) -> str:
@@ -52,7 +52,7 @@ class BucketPath(_Base):
 
     @property
     def prefix(self) -> str:
-        """What the keys below this folder begin with."""
+        """The prefix of the keys of all objects in this folder."""
         return f"{self.key}/" if self.key else ""
 
     def absolute(self) -> BucketPath:
@@ -65,49 +65,49 @@ class BucketPath(_Base):
         return self.bucket.size(self.key) is not None or self.is_dir()
 
     def is_dir(self, **_: Any) -> bool:
-        """Whether anything is below."""
-        return self.bucket.has_below(self.prefix)
+        """Whether the folder contains an object."""
+        return self.bucket.has_objects(self.prefix)
 
     def stat(self, **_: Any) -> Any:
         """Raises FileNotFoundError."""
-        if self._found:
-            return _Stat(self._found.size, int(self._found.modified * 1e9))
+        if self._info:
+            return _Stat(self._info.size, int(self._info.modified * 1e9))
         size = self.bucket.size(self.key)
         if size is None:
             raise FileNotFoundError(str(self))
         return _Stat(size)
 
     def iterdir(self) -> Generator[BucketPath, None, None]:
-        """What is directly below, in order of names; nothing where there is no such folder."""
-        return self._listed(below=False)
+        """The direct children by name; none if the folder does not exist."""
+        return self._list(recursive=False)
 
     def walk_files(self) -> Generator[BucketPath, None, None]:
-        """Every object below, however deep."""
-        return self._listed(below=True)
+        """All objects in this folder and its subfolders."""
+        return self._list(recursive=True)
 
-    def _listed(self, below: bool) -> Generator[BucketPath, None, None]:
-        for key, found in sorted(self.bucket.list(self.prefix, below).items()):
+    def _list(self, recursive: bool) -> Generator[BucketPath, None, None]:
+        for key, info in sorted(self.bucket.list(self.prefix, recursive).items()):
             path = self / key.removeprefix(self.prefix).rstrip("/")
-            path._found = found
+            path._info = info
             yield path
 
     def unlink(self, missing_ok: bool = False) -> None:
         self.bucket.delete([self.key])
 
     def mkdir(self, *_: Any, **__: Any) -> None:
-        """Folders are there as soon as something is in them."""
+        """Does nothing: a folder exists as soon as it contains an object."""
 
-    def try_out(self) -> None:
-        """Write, read, list and delete below this folder once, and see whether puts can be conditional.
+    def probe(self) -> None:
+        """Put, list and delete a probe object in this folder, and find out whether the store has conditional puts.
 
-        Raises OutputError where one of that is not allowed.
+        Raises OutputError if one of these is not allowed.
         """
-        probe = self / f"{PROBE}{uuid4().hex[:12]}"
-        probe.bucket.try_out(probe.key)
+        probe = self / f"{PROBE_PREFIX}{uuid4().hex[:12]}"
+        probe.bucket.probe(probe.key)
 
 
 def output_path(output: str | Path) -> Path:
-    """The run folder that a job or a user names. Raises OutputError for a scheme that is not written."""
+    """The path of a run folder, given as a path or a URL. Raises OutputError unless it is local or `s3://bucket/folder`."""
     url = split_url(PurePath(output))
     if url is None:
         return Path(output)

@@ -1,9 +1,9 @@
-"""The commit of a shard on an object store: workers upload files, the driver alone publishes records.
+"""The commit of a shard on an object store: workers upload files, only the driver publishes records.
 
-A worker's files have their digest in their names, so no attempt can replace what another one wrote; none of them counts
-until a record names it. The driver, which holds the run's lock, creates the record from what the worker that has the
-lease returned, whatever others uploaded meanwhile or upload later. Files that no record names are removed when the run
-is finished.
+The names of data and failures files contain their digest, so an attempt cannot replace a file of another one. A file
+does not count until a record names it. The driver, which holds the lock of the run, publishes the record that the
+worker of the current attempt returned; what other attempts uploaded, or upload later, has no record. Such files are
+removed when the run is finished.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from pathlib import Path
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import publish
 from stylemill.store.ledger import Ledger
-from stylemill.store.object_store.path import PROBE, BucketPath
+from stylemill.store.object_store.path import PROBE_PREFIX, BucketPath
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, checked, valid_record
+from stylemill.store.records import Record, check_record, valid_record
 from stylemill.testing.failpoints import failpoint
 
 
-def upload(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:
-    """Upload the files that the complete `record` names, and return it; where one stands already, that one.
+def upload_files(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp: Path | None) -> Record:
+    """Upload the files that the complete `record` names, and return it for the driver to publish.
 
-    What is returned is for the driver to publish. Raises StorageError.
+    If the shard has a valid record already, nothing is uploaded and that record is returned. Raises StorageError.
     """
     try:
-        standing = paths.record(record.shard, record.generation).read_bytes()
-        return checked(paths, standing, record.shard, record.generation)
+        existing = paths.record(record.shard, record.generation).read_bytes()
+        return check_record(paths, existing, record.shard, record.generation)
     except (FileNotFoundError, DamagedError):
-        pass  # a damaged one is set aside by the driver
+        pass  # the driver quarantines a damaged record
     failpoint("before-publish", shard=record.shard)
     for tmp, entry in ((data_tmp, record.data), (failures_tmp, record.failures)):
         if tmp is not None and entry is not None:
@@ -38,25 +38,25 @@ def upload(paths: RunPaths, record: Record, data_tmp: Path | None, failures_tmp:
     return record
 
 
-def remove_unnamed(paths: RunPaths, ledger: Ledger) -> None:
-    """Remove the files that no record of a finished run names: late and lost uploads. Nothing on a disk."""
-    for folder, place in ((paths.data_folder, 0), (paths.failures_folder, 1)):
+def remove_unreferenced(paths: RunPaths, ledger: Ledger) -> None:
+    """Remove the data and failures files of a finished run that no record names. Does nothing on a disk."""
+    for folder, position in ((paths.data_folder, 0), (paths.failures_folder, 1)):
         if not isinstance(folder, BucketPath):
             return
-        found: dict[tuple[int, int], list[Path]] = defaultdict(list)
+        uploads: dict[tuple[int, int], list[BucketPath]] = defaultdict(list)
         for path in folder.iterdir():
-            if key := paths.parse_file(path):
-                found[key].append(path)
-        for (shard, generation), files in found.items():
-            if len(files) > ledger.files(shard, generation)[place]:
-                named = _named(paths, shard, generation)
-                folder.bucket.delete([path.key for path in files if isinstance(path, BucketPath) and path not in named])
+            if key := paths.parse_file_path(path):
+                uploads[key].append(path)
+        for (shard, generation), files in uploads.items():
+            if len(files) > ledger.has_files(shard, generation)[position]:
+                referenced = _referenced_files(paths, shard, generation)
+                folder.bucket.delete([path.key for path in files if path not in referenced])
     if isinstance(paths.output, BucketPath):
-        probes = paths.output.bucket.list(paths.output.prefix + PROBE)
+        probes = paths.output.bucket.list(paths.output.prefix + PROBE_PREFIX)
         paths.output.bucket.delete(probes)
 
 
-def _named(paths: RunPaths, shard: int, generation: int) -> set[Path]:
+def _referenced_files(paths: RunPaths, shard: int, generation: int) -> set[Path]:
     try:
         record = valid_record(paths, shard, generation)
     except DamagedError:
