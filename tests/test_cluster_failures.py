@@ -88,14 +88,20 @@ def failures(run: Run) -> list[tuple[int, str, str]]:
     return [(row["row"], row["stage"], row["error"]) for row in rows]
 
 
+KILL = "mid-sample:kill:row=4:step=3"
+SEGFAULT = "mid-sample:segfault:row=4:step=3"
+RAISE = "mid-sample:raise:row=5:step=2"  # as a permanent CUDA error does
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "poison_row", "stage"),
     [
-        ("mid-sample:kill:row=4:step=3:times=always", 4, "sample"),
-        ("mid-sample:segfault:row=5:step=1:times=always", 5, "sample"),
-        ("mid-sample:raise:row=5:step=2:times=always", 5, "sample"),  # as a permanent CUDA error does
+        # Each rule but the last acts once, so that attempts and probes end both ways.
+        (f"{KILL}; {SEGFAULT}; {KILL}; {SEGFAULT}:times=always", 4, "sample"),
+        (f"{RAISE}:times=always", 5, "sample"),
     ],
+    ids=["kill and segfault", "raise"],
 )
 def test_a_poison_pair_is_recorded_as_failed_and_the_other_images_are_identical(
     run_with: Any, undisturbed: dict[int, bytes], rules: str, poison_row: int, stage: str
