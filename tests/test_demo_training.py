@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo_training import pool as pool_module
+from demo_training import dataset
 from demo_training.pictures import SIDE, picture
 from demo_training.renderers import MANNERS
 from demo_training.train import main
@@ -60,7 +60,7 @@ def test_gradients_through_the_embedded_unet_have_no_lattice():
 
 @pytest.mark.slow
 def test_training_ends_in_a_model_that_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_module, "textures", lambda: [(picture(7, 0)[0], "a photo")])
+    monkeypatch.setattr(dataset, "textures", lambda: [(picture(7, 0)[0], "a photo")])
     monkeypatch.setattr("demo_training.train.version", lambda name: "0")  # of scikit-image, which tests do without
     few = ["--pictures", "30", "--vae-steps", "1", "--unet-steps", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "model"), *few])

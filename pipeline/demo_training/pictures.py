@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from demo_training.fields import (
+from demo_training.float_images import (
     SIDE,
     Field,
     Random,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageDraw
 
-from demo_training.fields import (
+from demo_training.float_images import (
     SIDE,
     Field,
     Random,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from demo_training.pool import draw_pool
+from demo_training.dataset import draw_pool
 from demo_training.unet import encode_pool, new_unet, train_unet
 from demo_training.vae import CHANNELS, new_vae, psnr, train_vae
 from stylemill.demo.untrained import write_demo_model

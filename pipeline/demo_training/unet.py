@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from demo_training.dataset import varied
+from demo_training.optimization import averaged, set_rate, tell
 from demo_training.pictures import SIDE
-from demo_training.pool import varied
-from demo_training.steps import averaged, set_rate, tell
 from demo_training.vae import CHANNELS, PIXELS, new_vae
 
 CAPTIONED = 0.3  # of the pictures a batch shows the UNet; the others come with the empty prompt, which guidance uses

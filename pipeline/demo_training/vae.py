@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from demo_training.dataset import crops
+from demo_training.optimization import averaged, set_rate, tell
 from demo_training.pictures import SIDE
-from demo_training.pool import crops
-from demo_training.steps import averaged, set_rate, tell
 
 HALVINGS = 2  # a latent stands for 4 × 4 pixels
 PIXELS = 2**HALVINGS

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stylemill.engine.losses import ideal_attention
 from stylemill.errors import ModelError
-from stylemill.models.layer_names import choose
+from stylemill.models.attention_layers import choose
 
 
 @dataclass(frozen=True)

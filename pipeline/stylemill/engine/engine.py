@@ -22,7 +22,7 @@ from stylemill.config.model import ControlNet, DType, Lora
 from stylemill.config.sampling import Sampling, cpu_micro_batch
 from stylemill.engine.attention import choose_layers
 from stylemill.engine.batching import blocks, micro_batches
-from stylemill.engine.init_state import begin
+from stylemill.engine.initial_state import begin
 from stylemill.engine.inputs import Pair
 from stylemill.engine.memory import catch_out_of_memory
 from stylemill.engine.noise import Noise

@@ -12,8 +12,8 @@ from stylemill.config.sampling import cpu_micro_batch
 from stylemill.errors import JobError, ModelError
 from stylemill.manifest import Row
 from stylemill.models.architecture import is_sdxl, read_config, refuse_misfits
+from stylemill.models.attention_layers import choose
 from stylemill.models.hub import model_paths
-from stylemill.models.layer_names import choose
 from stylemill.models.safetensors_file import count_parameters
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine.attention import choose_layers, self_attention_layers
 from stylemill.errors import ModelError
-from stylemill.models.layer_names import choose
+from stylemill.models.attention_layers import choose
 from stylemill.planning.cost import read_shape
 
 
