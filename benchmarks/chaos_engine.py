@@ -37,7 +37,7 @@ class FakeEngine:
     checkpoint changes the image.
     """
 
-    model = SimpleNamespace(grid=SIDE, pixels_per_latent=SIDE, cut_off=lambda text: "")
+    model = SimpleNamespace(grid=SIDE, pixels_per_latent=SIDE, truncated_text=lambda text: "")
 
     def __init__(self, threads: int, micro_batch: int) -> None:
         self.threads, self.micro_batch = threads, micro_batch
@@ -60,7 +60,7 @@ class FakeEngine:
         settings: Sampling,
         state: SampleState | None = None,
         noise: None = None,
-        left_out: Mapping[int, str] | None = None,
+        excluded: Mapping[int, str] | None = None,
     ) -> Iterator[SampleState]:
         import torch
 
@@ -68,12 +68,12 @@ class FakeEngine:
 
         draws = Noise(settings.seed)
         state = state or _begin(pairs, settings)
-        if left_out:
-            state.leave_out(left_out)
+        if excluded:
+            state.exclude(excluded)
         while state.step < settings.steps:
             time.sleep(float(os.environ.get("CHAOS_SECONDS", "0")))
             for place, pair in enumerate(state.inputs.pairs):
-                if place not in state.unreadable:
+                if place not in state.excluded:
                     style = torch.stack([state.inputs.images[one] for one in pair.styles]).mean(0)
                     drawn = torch.from_numpy(draws.step_noise(pair.identity, state.step, tuple(style.shape)))
                     state.latents_of[place] = 0.8 * state.latents_of[place] + 0.2 * style + 9 * drawn.float()
@@ -117,13 +117,13 @@ def _begin(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     lost = {
         place: "an image of this pair could not be read, or it was not asked for"
         for place, pair in enumerate(pairs)
-        if pair.idle or any(image.pixels is None for image in pair.images)
+        if pair.placeholder or any(image.pixels is None for image in pair.images)
     }
     return SampleState(
         inputs=ShardInputs(made, tensors, [image.digest for image in images.values()], texts=[]),
         latents_of=[torch.zeros(shape) if pair.content is None else tensors[pair.content] for pair in made],
         lost_at=torch.full((len(pairs),), -1),
-        unreadable=lost,
+        excluded=lost,
         step=settings.first_step,
         losses=torch.full((len(pairs), 2, 2), torch.nan),
     )

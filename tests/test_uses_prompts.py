@@ -24,10 +24,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_cut_off_is_what_encoding_does_not_see(model: Path):
     loaded = Engine.load(model).model
     long = "a" * 40 + " " + "b" * 60
-    lost = loaded.cut_off(long)
+    lost = loaded.truncated_text(long)
     assert lost
     assert set(lost) == {"b"}
-    assert loaded.cut_off(long.removesuffix(lost)) == loaded.cut_off("") == ""
+    assert loaded.truncated_text(long.removesuffix(lost)) == loaded.truncated_text("") == ""
     assert loaded.encode_text(long).hidden.equal(loaded.encode_text(long + "c").hidden)
 
 

@@ -168,7 +168,7 @@ def test_a_style_of_another_size_equals_the_oracle(model: Path) -> None:
 def test_a_pair_of_unknown_size_has_no_slot_in_the_engine(model: Path) -> None:
     engine = Engine.load(model, dtype="float32", device="cpu")
     good = Pair((InputImage("s", pixels(1, (64, 64))),), (64, 64))
-    bad = Pair((InputImage("x", None),), (64, 64), InputImage("c", pixels(2, (64, 64))), sized=False)
+    bad = Pair((InputImage("x", None),), (64, 64), InputImage("c", pixels(2, (64, 64))), size_known=False)
     *_, state = engine.sample([bad, good], Sampling(steps=1, iterations=1))
     assert engine.passes == {"denoise": 1, "gradient": 1, "feature": 1}
     assert list(state.failures) == [0]

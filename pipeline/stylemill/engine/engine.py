@@ -143,13 +143,13 @@ class Engine:
         settings: Sampling,
         state: SampleState | None = None,
         noise: Noise | None = None,
-        left_out: Mapping[int, str] | None = None,
+        excluded: Mapping[int, str] | None = None,
     ) -> Iterator[SampleState]:
         """Sample `pairs` in lockstep, yielding the one state, changed in place, after every step.
 
         The caller owns progress, checkpoints and stopping. With `state` (restored from a checkpoint) sampling goes
         on after `state.step` and `pairs` is not looked at. A pair that cannot be sampled is noted in
-        `state.failures`; the others go on and come out as if it had been well. `left_out` says which pairs must not
+        `state.failures`; the others go on and come out as if it had been well. `excluded` says which pairs must not
         be sampled, and why. Out of memory, a step is repeated with half the micro-batch, which then stays so; raises
         DeviceMemoryError where that is 1 already.
         """
@@ -157,11 +157,11 @@ class Engine:
         with self._repeatable():
             if state is None:
                 state = catch_out_of_memory(lambda: begin(self.model, pairs, settings, noise, self.layers))
-            if left_out:
-                state.leave_out(left_out)
+            if excluded:
+                state.exclude(excluded)
             state.to(self.model.device)
             sampler = self._sampler(state, settings, noise)
-        if len(state.unreadable) == len(state.latents_of):
+        if len(state.excluded) == len(state.latents_of):
             state.step = settings.steps  # nothing to sample
             yield state
         while state.step < settings.steps:
@@ -194,7 +194,7 @@ class Engine:
                 circular(state.inputs.tiling, self.model.vae.decoder),
             ):
                 if not usable:
-                    state.unreadable |= {pair: UNSOUND for pair in pairs if pair not in failures}
+                    state.excluded |= {pair: UNSOUND for pair in pairs if pair not in failures}
                     continue
                 for batch in batches:
                     decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))

@@ -64,8 +64,8 @@ def begin(
                 prompt=texts.index(pair.prompt),
                 negative=texts.index(pair.negative_prompt),
                 content_weight=settings.content_weight if pair.content_weight is None else pair.content_weight,
-                shape=_latent_shape(model, pair.size if pair.sized else (model.grid, model.grid)),
-                slot=pair.sized,
+                shape=_latent_shape(model, pair.size if pair.size_known else (model.grid, model.grid)),
+                slot=pair.size_known,
                 masks=tuple(mask_places[key] for key, _ in own_masks),
                 controls=tuple(control_places[image.name, pair.size] for image in own_controls),
                 identity=identity(pair),
@@ -110,7 +110,7 @@ def begin(
         inputs=inputs,
         latents_of=latents,
         lost_at=torch.full((len(pairs),), -1),
-        unreadable=lost,
+        excluded=lost,
         step=settings.first_step,
         moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
         history_of=[torch.zeros(n, *z.shape, dtype=z.dtype) for z in latents] if (n := scheduler.history) else [],
@@ -128,7 +128,7 @@ def _refined_on(pairs: Sequence[Pair], images: dict[str, InputImage]) -> list[Te
 
 
 def _impossible(pair: Pair, made: PairInputs, settings: Sampling) -> str | None:
-    if pair.idle:
+    if pair.placeholder:
         return "this pair was not asked for"
     if any(image.pixels is None for image in pair.images):
         return "an image of this pair could not be read"

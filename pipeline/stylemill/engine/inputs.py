@@ -28,8 +28,10 @@ class Pair:
     content_mask: LabelImage | None = None
     style_masks: tuple[LabelImage, ...] = ()
     controls: tuple[InputImage, ...] = ()
-    idle: bool = False  # its image is not asked for: it only keeps its slot, zero-filled
-    sized: bool = True  # False: nobody knows its sizes, since an image could not be read; it is failed, without a slot
+    placeholder: bool = False  # its image is not asked for: it only keeps its slot, zero-filled
+    size_known: bool = (
+        True  # False: nobody knows its sizes, since an image could not be read; it is failed, without a slot
+    )
 
     @property
     def images(self) -> tuple[InputImage, ...]:

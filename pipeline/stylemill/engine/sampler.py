@@ -189,7 +189,7 @@ class Sampler:
 
 def _asked_for(state: SampleState, block: Block) -> list[Batch]:
     """The micro-batches with a pair that can succeed. The features of the block are read for all of them, as ever."""
-    return [batch for batch in block.batches if not all(pair in state.unreadable for pair in batch)]
+    return [batch for batch in block.batches if not all(pair in state.excluded for pair in batch)]
 
 
 def _gather(tensors: list[Tensor], batch: Batch) -> Tensor:

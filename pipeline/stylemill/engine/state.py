@@ -78,7 +78,7 @@ class SampleState:
     inputs: ShardInputs
     latents_of: list[Tensor]
     lost_at: Tensor  # (P,)
-    unreadable: dict[int, str]
+    excluded: dict[int, str]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
     history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, of schedulers that look back
@@ -107,7 +107,7 @@ class SampleState:
             for pair, step in enumerate(self.lost_at.tolist())
             if step >= 0
         }
-        return lost | self.unreadable
+        return lost | self.excluded
 
     def copy(self) -> SampleState:
         """One that a step can be taken with, while this one stays as it is."""
@@ -124,7 +124,7 @@ class SampleState:
         """Be what `other` is, which is not used any more."""
         vars(self).update(vars(other))
 
-    def leave_out(self, why: Mapping[int, str]) -> None:
+    def exclude(self, why: Mapping[int, str]) -> None:
         """Give pairs up, each for its reason. Their slots stay, zero-filled, and so do the images of theirs alone."""
         for tensors in (self.latents_of, self.moments_of, self.history_of):
             tensors[:] = [torch.zeros_like(one) if place in why else one for place, one in enumerate(tensors)]
@@ -132,7 +132,7 @@ class SampleState:
         needed = {image for pair in kept for image in (pair.content, *pair.styles)}
         images = [one if place in needed else torch.zeros_like(one) for place, one in enumerate(self.inputs.images)]
         self.inputs = replace(self.inputs, images=images)
-        self.unreadable = {**why, **self.unreadable}
+        self.excluded = {**why, **self.excluded}
 
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
         """Arrays and JSON-able facts that never change; saved once a shard."""
@@ -163,9 +163,9 @@ class SampleState:
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
         arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
         arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
-        unreadable = {str(pair): why for pair, why in self.unreadable.items()}
+        excluded = {str(pair): why for pair, why in self.excluded.items()}
         counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
-        return arrays, {"step": self.step, **counts, "unreadable": unreadable}
+        return arrays, {"step": self.step, **counts, "unreadable": excluded}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
@@ -188,7 +188,7 @@ class SampleState:
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
-            unreadable={int(pair): why for pair, why in facts["unreadable"].items()},
+            excluded={int(pair): why for pair, why in facts["unreadable"].items()},
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
             history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],

@@ -105,8 +105,8 @@ class Windows:
             latents_of=[view.of(state.latents_of[pair]) for pair, view in self.views],
             lost_at=state.lost_at.new_full((count,), -1),
             losses=losses.new_full((count, *losses.shape[1:]), torch.nan),
-            unreadable={
-                place: state.unreadable[pair] for place, (pair, _) in enumerate(self.views) if pair in state.unreadable
+            excluded={
+                place: state.excluded[pair] for place, (pair, _) in enumerate(self.views) if pair in state.excluded
             },
         )
 

@@ -101,7 +101,7 @@ class DiffusionModel:
             pooled = encoded.text_embeds[0] if self.is_sdxl and encoder is self.text_encoders[-1] else None
         return Text(torch.cat(hidden, dim=-1), pooled).to(self.latent_dtype)
 
-    def cut_off(self, text: str) -> str:
+    def truncated_text(self, text: str) -> str:
         """The end of `text` that the (first) tokenizer has no room for and the model does not see; mostly empty."""
         tokenizer = self.tokenizers[0]
         tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
