@@ -16,7 +16,7 @@ from stylemill.demo.untrained import write_demo_model
 from stylemill.engine.attention import self_attention_layers
 from stylemill.errors import ModelError
 from stylemill.models.hub import resolve_model
-from stylemill.planning.cost import read_shape
+from stylemill.planning.model_shape import read_shape
 
 
 @pytest.fixture(scope="module")

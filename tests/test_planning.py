@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
 from stylemill.manifest import ImageRef, Row
-from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
+from stylemill.models.attention_layers import attention_layers
+from stylemill.planning.cost import count_cost
+from stylemill.planning.model_shape import ModelShape, read_shape
 from stylemill.planning.plan import Plan, automatic_shard, fingerprint_differences, fingerprint_sha256, plan
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
@@ -37,7 +39,7 @@ SDXL = {
 
 def _shape(unet: dict, parameters: int = 0) -> ModelShape:
     channels = unet["block_out_channels"]
-    return ModelShape(tuple(_self_attention(unet)), channels[0], len(channels), 4, 8, parameters)
+    return ModelShape(tuple(attention_layers(unet)), channels[0], len(channels), 4, 8, parameters)
 
 
 def _weights(path: Path) -> None:
@@ -338,7 +340,7 @@ def test_a_model_that_is_not_here_yet(job, monkeypatch):
         ({"image": {"size": 500}}, JobError, "500×500: sides must be multiples of 64 for this model, such as 512×512"),
         ({"model": {"layers": [10, 16]}}, ModelError, r"layers: there is no self-attention layer 16; .* has 0 down_bl"),
         ({"model": {"layers": "mid_block.attn2"}}, ModelError, r"layers: no self-attention layer is called 'mid_blo"),
-        ({"model": {"layers": "up_blocks.3"}}, ModelError, r"'up_blocks.3' fits several layers: 13 up_blocks.3.att"),
+        ({"model": {"layers": "up_blocks.3"}}, ModelError, r"'up_blocks.3' matches several layers: 13 up_blocks.3.att"),
         ({"model": {"layers": ["6", "mid_block"]}}, ModelError, r"no self-attention layer is called '6'"),
         ({"model": {"layers": [6, "mid_block"]}}, ModelError, r"layers \[6, 'mid_block'\]: choose distinct layers"),
         ({"sampling": {"layer_weights": [1.0]}}, JobError, r"layer_weights has 1 numbers for the 6 layers of model.l"),

@@ -129,7 +129,7 @@ def test_a_label_that_no_style_bears_fails_its_pair_alone(engine: Engine) -> Non
     whole = last(engine, [SPLIT, PADDED, PLAIN], settings)
     state = last(engine, [SPLIT, LACKING, PLAIN], settings)
     assert list(state.failures) == [1]
-    assert "label 9 of content_mask stands in none of this pair's style masks" in state.failures[1]
+    assert "label 9 of content_mask is in none of this pair's style masks" in state.failures[1]
     assert torch.equal(state.latents_of[0], whole.latents_of[0])
     assert torch.equal(state.latents_of[2], whole.latents_of[2])
     assert all(latents.isfinite().all() for latents in state.latents_of)

@@ -22,7 +22,7 @@ from stylemill.config.model import DType
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair, SampleState
-from stylemill.engine.unet.decoder_refinement import RecentDecoders, own_decoder, refine
+from stylemill.engine.unet.decoder_refinement import RecentDecoders, copied_decoder, fine_tune_decoder
 from stylemill.errors import StorageError
 from stylemill.store import decoder_cache
 from stylemill.store.decoder_cache import RunDecoders
@@ -119,9 +119,9 @@ def test_loss_falls_and_only_what_changed_is_returned(engine: Engine) -> None:
             return float((vae.decode(latent).sample - target).abs().mean())
 
     before = distance()
-    with own_decoder(vae, torch.float32):
-        assert refine(vae, latent, target, 0, 1e-3) == {}
-        changed = refine(vae, latent, target, 20, 1e-4)
+    with copied_decoder(vae, torch.float32):
+        assert fine_tune_decoder(vae, latent, target, 0, 1e-3) == {}
+        changed = fine_tune_decoder(vae, latent, target, 20, 1e-4)
         assert distance() < 0.9 * before
         assert set(changed) <= set(vae.decoder.state_dict())
     assert distance() == before

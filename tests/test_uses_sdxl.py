@@ -17,7 +17,7 @@ from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, Noise, Pair, SampleState
 from stylemill.engine.attention import self_attention_layers
 from stylemill.engine.unet.text import Text
-from stylemill.planning.cost import read_shape
+from stylemill.planning.model_shape import read_shape
 from test_equivalence import CONTENTS, SIZE, STYLES, assert_equal, image, last, trajectory
 
 PROMPTED = Pair((STYLES[0],), SIZE, prompt="a lighthouse", negative_prompt="blurry", seed=5)

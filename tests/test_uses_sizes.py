@@ -23,7 +23,8 @@ from stylemill.engine import Engine, InputImage, Noise, Pair
 from stylemill.errors import JobError
 from stylemill.images.fit import kept_size
 from stylemill.manifest import ImageRef, Row
-from stylemill.planning.cost import count_cost, read_shape
+from stylemill.planning.cost import count_cost
+from stylemill.planning.model_shape import read_shape
 from stylemill.planning.plan import plan
 
 SIZES = {"square": (150, 150), "wide": (260, 130), "tall": (100, 210), "small": (70, 60), "huge": (2000, 900)}

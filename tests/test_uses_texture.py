@@ -17,7 +17,7 @@ import oracle
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.state import PairInputs, ShardInputs
-from stylemill.engine.unet.tiling import circular
+from stylemill.engine.unet.tiling import circular_padding
 from stylemill.engine.windows import Windows
 
 SMALL, WIDE, TALL, LARGE = (64, 64), (128, 64), (64, 128), (128, 128)  # pixels; a latent has 8 of them a side
@@ -108,7 +108,7 @@ def test_the_model_is_as_before_even_after_an_error(engine: Engine) -> None:
     assert (own(unet), own(vae), str(unet), str(vae)) == before  # between two steps the model is the caller's
 
     def fails() -> None:
-        with circular("x", unet, vae):
+        with circular_padding("x", unet, vae):
             assert own(unet) != before[0]
             raise RuntimeError("on the way")
 
@@ -127,7 +127,7 @@ def test_downsampling_that_pads_by_itself_wraps_too(padding: int, tiling: Any) -
     x, shift = torch.randn(1, 2, 8, 8, dtype=torch.float64), {"x": (0, 4), "y": (4, 0), "both": (4, 2)}[tiling]
     halved = shift[0] // 2, shift[1] // 2
     plain = layer(x)
-    with circular(tiling, layer):
+    with circular_padding(tiling, layer):
         here, there = layer(x), layer(torch.roll(x, shift, (2, 3)))
     assert_equal(torch.roll(here, halved, (2, 3)), there)
     assert here.shape == plain.shape

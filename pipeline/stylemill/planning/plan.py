@@ -13,9 +13,10 @@ from stylemill.manifest import Manifest, open_manifest
 from stylemill.models.hub import ModelFiles, resolve_model
 from stylemill.models.single_file import is_single_file, resolve_single_file
 from stylemill.planning.controlnets import controlnet_parameters, plan_controlnets
-from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
+from stylemill.planning.cost import Cost, count_cost
 from stylemill.planning.fingerprint import Fingerprint, fingerprint, fingerprint_differences, fingerprint_sha256
 from stylemill.planning.loras import plan_loras
+from stylemill.planning.model_shape import check_against_model, read_shape
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_foreign_files
 
