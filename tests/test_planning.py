@@ -1,4 +1,4 @@
-"""Plans: fixed shards, the fingerprint, and costs counted as the engine counts them."""
+"""Plans: fixed shards, the fingerprint, and costs that equal those of the engine."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_fingerprint_holds_what_images_follow_from(job, model):
     assert difference.startswith("model.scheduler/scheduler_config.json: run has 44136fa355b3")
 
 
-def test_passes_are_counted_as_the_method_counts_them(job):
+def test_passes_are_counted_for_each_method(job):
     cost = plan(job).cost()  # three shards of 2 contents × 4 styles
     assert (cost.contents, cost.styles, cost.blocks) == (6, 4, 1)
     assert (cost.denoise, cost.gradient) == (24 * 50, 24 * 50)
@@ -212,7 +212,7 @@ def test_passes_are_counted_as_the_method_counts_them(job):
     assert (cost.denoise, cost.gradient, cost.shared_features) == (24 * 50, 0, 0)
 
     cost = plan(_with(job, sampling={"content_weight": 0.0})).cost()
-    assert (cost.shared_features, cost.unshared_features) == (3 * 4 * 50, 24 * 50)  # no content features for λ = 0
+    assert (cost.shared_features, cost.unshared_features) == (3 * 4 * 50, 24 * 50)  # λ = 0: no features of contents
 
     cost = plan(_with(job, preset="style-transfer", sampling={"method": "optimization", "steps": 200})).cost()
     assert (cost.denoise, cost.gradient, cost.shared_features) == (0, 24 * 200, 3 * 6 * 200)
@@ -238,36 +238,46 @@ _CFG = {"guidance_scale": 3.0}
     ],
     ids=str,
 )
-def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, settings, budget):
-    from stylemill.demo.untrained import write_demo_model
+def test_the_engine_makes_the_planned_passes(job, tmp_path, folder, engine32, settings, budget):
+    """Two shards of 8 and 4 pairs, and pairs of two kinds: λ = 0 in two rows."""
     from stylemill.engine import Engine, InputImage, Pair
 
     settings = {"steps": 2, "iterations": 2, **settings}
+    weights = [None] * 12
+    weights[2], weights[9] = 0.0, 0.0
+    manifest = _write_manifest(tmp_path / "two_kinds.parquet", 3, 4)
+    pq.write_table(pq.read_table(manifest).append_column("content_weight", pa.array(weights, pa.float64())), manifest)
     cluster = {"micro_batch": 2, "feature_budget_mb": budget}
-    model = {"name": str(write_demo_model(tmp_path / "demo"))}
-    made = plan(_with(job, model=model, sampling=settings, cluster=cluster, image={"size": 128}))
+    changes = {"model": {"name": str(folder)}, "sampling": settings, "cluster": cluster, "image": {"size": 128}}
+    made = plan(_with(job, manifest=str(manifest), **changes))
     cost = made.cost()
     assert cost.blocks > 1 if budget == 1 else cost.blocks == 1
 
-    engine = Engine.load(made.model.folder, micro_batch=2, feature_budget_mb=budget)
+    engine = Engine(engine32.model, micro_batch=2, feature_budget_mb=budget)
     pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    assert made.shards == 2
     for shard in range(made.shards):
         rows = made.rows_of(shard)
         pairs = [
-            Pair((InputImage(row.styles[0].key, pixels),), (128, 128), content=InputImage(row.content.key, pixels))
+            Pair(
+                (InputImage(row.styles[0].key, pixels),),
+                (128, 128),
+                content=InputImage(row.content.key, pixels),
+                content_weight=row.content_weight,
+            )
             for row in made.manifest.rows(rows.start, rows.stop)
         ]
         for _ in engine.sample(pairs, made.job.sampling):
             pass
-    made_passes = {"denoise": cost.denoise, "gradient": cost.gradient, "feature": cost.shared_features}
-    assert engine.passes == {kind: passes for kind, passes in made_passes.items() if passes}
+    planned_passes = {"denoise": cost.denoise, "gradient": cost.gradient, "feature": cost.shared_features}
+    assert engine.passes == {kind: passes for kind, passes in planned_passes.items() if passes}
 
 
-def test_features_above_the_budget_are_worked_in_blocks(job):
-    rows = [Row(i, i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # zip: nothing to share
+def test_features_above_the_budget_are_split_into_blocks(job):
+    rows = [Row(i, i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # no shared image
     shape = _shape(SD15)
     image = shape.feature_elements(None, (64, 64)) * 4  # 16.9 million scalars in float32
-    budget = 4 * image // 2**20 + 1  # room for the four images of two pairs
+    budget = 4 * image // 2**20 + 1  # enough for the four images of two pairs
     blocked = _with(job, cluster={"feature_budget_mb": budget, "micro_batch": 2})
     cost = count_cost(blocked, [rows], shape)
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 16 * 50, 16 * 50)
@@ -278,7 +288,7 @@ def test_features_above_the_budget_are_worked_in_blocks(job):
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 4 * 3 * 50, 16 * 50)
 
 
-def test_layers_and_their_sizes():
+def test_layers_and_their_feature_sizes_follow_from_the_configuration():
     sd15, sdxl = _shape(SD15), _shape(SDXL)
     assert (len(sd15.attention), len(sdxl.attention)) == (16, 70)
     assert sd15.attention[6] == (3, 1280, "mid_block.attentions.0.transformer_blocks.0.attn1")
@@ -289,7 +299,7 @@ def test_layers_and_their_sizes():
     assert 32 * sd15.feature_elements(None, (64, 64)) * 2 / 2**30 == pytest.approx(1.05, abs=0.01)
 
 
-def test_memory_is_estimated_from_headers(job):
+def test_memory_is_estimated_from_the_headers_of_the_weights(job):
     memory = plan(job).cost().memory
     assert memory.dtype == "float32"
     assert memory.weights == 3 * 1_000_000 * 4
@@ -301,7 +311,7 @@ def test_memory_is_estimated_from_headers(job):
     assert halved.total == pytest.approx(halved.weights + memory.features / 2 + memory.state + memory.activations / 2)
 
 
-def test_the_page_that_plan_prints(job, tmp_path):
+def test_the_description_of_a_plan(job, tmp_path):
     text = plan(_with(job, shards={"pairs_per_shard": 7})).describe()
     for expected in (
         "rows            24\n",
