@@ -30,7 +30,7 @@ class FakeEngine:
     checkpoint therefore changes the image.
     """
 
-    model = SimpleNamespace(grid=PIXELS_PER_LATENT, pixels_per_latent=PIXELS_PER_LATENT, cut_off=lambda text: "")
+    model = SimpleNamespace(grid=PIXELS_PER_LATENT, pixels_per_latent=PIXELS_PER_LATENT, truncated_text=lambda text: "")
 
     def __init__(self, threads: int, micro_batch: int) -> None:
         self.threads, self.micro_batch = threads, micro_batch
@@ -53,7 +53,7 @@ class FakeEngine:
         settings: Sampling,
         state: SampleState | None = None,
         noise: None = None,
-        left_out: Mapping[int, str] | None = None,
+        excluded: Mapping[int, str] | None = None,
     ) -> Iterator[SampleState]:
         import torch
 
@@ -61,12 +61,12 @@ class FakeEngine:
 
         draws = Noise(settings.seed)
         state = state or _initial_state(pairs, settings)
-        if left_out:
-            state.leave_out(left_out)
+        if excluded:
+            state.exclude(excluded)
         while state.step < settings.steps:
             time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0")))
             for index, pair in enumerate(state.inputs.pairs):
-                if index not in state.unreadable:
+                if index not in state.excluded:
                     style = torch.stack([state.inputs.images[image] for image in pair.styles]).mean(0)
                     drawn = torch.from_numpy(draws.step_noise(pair.identity, state.step, tuple(style.shape)))
                     state.latents_of[index] = 0.8 * state.latents_of[index] + 0.2 * style + 9 * drawn.float()
@@ -113,13 +113,13 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     unreadable = {
         index: "an image of this pair could not be read, or it was not asked for"
         for index, pair in enumerate(pairs)
-        if pair.idle or any(image.pixels is None for image in pair.images)
+        if pair.placeholder or any(image.pixels is None for image in pair.images)
     }
     return SampleState(
         inputs=ShardInputs(inputs, tensors, [image.digest for image in images.values()], texts=[]),
         latents_of=[torch.zeros(shape) if pair.content is None else tensors[pair.content] for pair in inputs],
         lost_at=torch.full((len(pairs),), -1),
-        unreadable=unreadable,
+        excluded=unreadable,
         step=settings.first_step,
         losses=torch.full((len(pairs), 2, 2), torch.nan),
     )

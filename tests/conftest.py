@@ -1,6 +1,7 @@
 """Fixtures of the tests that compare the engine with the oracle, and of those that run jobs, killed and undisturbed.
 
-A test file may override them.
+Models and engines are loaded once for all test files: a test that changes one loads its own. A test file may define a
+fixture of the same name.
 """
 
 from __future__ import annotations
@@ -17,36 +18,49 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def demo_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of the demo models by family, "sd" and "sdxl". Tests must not change files in them."""
-    from stylemill.demo.untrained import write_demo_model
-
-    folder = tmp_path_factory.mktemp("demo-models")
-    return {"sd": write_demo_model(folder / "sd"), "sdxl": write_demo_model(folder / "sdxl", kind="sdxl")}
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's folder."""
+    """The folder of the untrained model of Stable Diffusion 1.x's architecture."""
     from stylemill.demo.untrained import write_demo_model
 
-    return write_demo_model(tmp_path_factory.mktemp("models") / "demo")
+    return write_demo_model(tmp_path_factory.mktemp("models") / "sd")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the untrained model of SDXL's architecture."""
+    from stylemill.demo.untrained import write_demo_model
+
+    return write_demo_model(tmp_path_factory.mktemp("models") / "sdxl", kind="sdxl")
+
+
+@pytest.fixture(scope="session")
+def demo_models(folder: Path, sdxl_folder: Path) -> dict[str, Path]:
+    """Both folders by family, "sd" and "sdxl". Tests must not change files in them."""
+    return {"sd": folder, "sdxl": sdxl_folder}
+
+
+@pytest.fixture(scope="session")
 def model(folder: Path) -> Any:
-    """The demo model as the oracle holds it, in float64."""
+    """The model of `folder` as the oracle holds it, in float64."""
     import oracle
 
     return oracle.Model.load(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engine(folder: Path) -> Any:
-    """The engine with the demo model in float64."""
+    """The engine with the model of `folder` in float64."""
     from stylemill.engine import Engine
 
     return Engine.load(folder, dtype="float64", device="cpu", micro_batch=4)
+
+
+@pytest.fixture(scope="session")
+def engine32(folder: Path) -> Any:
+    """The engine with the model of `folder` in float32."""
+    from stylemill.engine import Engine
+
+    return Engine.load(folder, dtype="float32", device="cpu", micro_batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
-"""Attention distillation the naive way: the oracle that the engine is compared with.
+"""A naive implementation of attention distillation: the oracle that the engine is compared with.
 
-Written from the equations of arXiv 2502.20235 alone, for reading rather than speed: one pair at a time, no cache, no
+It follows the equations of arXiv 2502.20235 and is written for reading, not for speed: one pair at a time, no cache, no
 batch, no lockstep, attention written out, plain forward hooks, `torch.optim.Adam`. Every feature is computed again for
-every pair and step. It shares no code with the engine; pair, settings and noise are known by their attributes only.
+every pair and step. It imports nothing from stylemill; of pairs, settings and noise it uses only the attributes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it does
+torch.set_num_threads(1)  # for such small tensors, a second thread makes it slower
 
 USED_LAYERS = 6  # the last six self-attention layers in running order
 
@@ -39,8 +39,8 @@ class Model:
     tokenizer: Any
     text_encoder: Any
     scheduler_config: dict[str, Any]
-    sdxl: Any = None  # diffusers' pipeline over these parts; only its words for prompts and sizes are used
-    controlnets: tuple[tuple[Any, float, float, float], ...] = ()  # each with its scale, and when it starts and ends
+    sdxl: Any = None  # diffusers' pipeline with these parts; only its encoding of prompts and sizes is used
+    controlnets: tuple[tuple[Any, float, float, float], ...] = ()  # (ControlNet, scale, start, end) each
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float64) -> Model:
@@ -75,7 +75,7 @@ class Model:
         return scheduler
 
     def sampler(self, name: str, steps: int) -> Any:
-        """What makes the steps; it is used for one pair, from start to end, as diffusers' pipelines do."""
+        """diffusers' scheduler for the steps of one pair from start to end, as in diffusers' pipelines."""
         kinds: dict[str, tuple[Any, dict[str, Any]]] = {
             "lcm": (diffusers.LCMScheduler, {}),
             "tcd": (diffusers.TCDScheduler, {}),
@@ -103,8 +103,8 @@ class Model:
         return self.text_encoder(ids.input_ids)[0]  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def told(self, prompt: str, latent: Tensor) -> dict[str, Any]:
-        """What the UNet hears of a prompt, and for SDXL of the picture's size, uncropped."""
+    def conditions(self, prompt: str, latent: Tensor) -> dict[str, Any]:
+        """The UNet's keyword arguments for a prompt and, for SDXL, for the image's size without cropping."""
         if self.sdxl is None:
             return {"encoder_hidden_states": self.encode_prompt(prompt)}
         hidden, _, pooled, _ = self.sdxl.encode_prompt(prompt, do_classifier_free_guidance=False)
@@ -146,7 +146,7 @@ class Trace:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, forbidden: Tensor | None = None) -> Tensor:
-    """`forbidden` (tokens, tokens of k): True where the one may not see the other."""
+    """Attention written out; `forbidden` (tokens, tokens of k) is True where a token must not attend to another."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if forbidden is not None:
         scores = scores.masked_fill(forbidden, -math.inf)
@@ -154,65 +154,65 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forbidden: Tensor | None = None) -> 
 
 
 def forbidden(pair: Any, tokens: int) -> Tensor | None:
-    """Controllable synthesis: at a layer of so many tokens, a target sees style tokens of its own label alone.
+    """Controllable synthesis: at a layer with so many tokens, a target attends to style tokens of its own label only.
 
-    Label images are brought to the layer's grid by F.interpolate's nearest neighbour. −1, no label, sees everything.
+    Label images are resized to the layer's grid by F.interpolate's nearest neighbour. −1, no label, attends to all.
     """
     if pair.content_mask is None:
         return None
     width, height = pair.size
-    shrink = round(math.sqrt(width * height / tokens))  # pixels a token is wide and high
+    side = round(math.sqrt(width * height / tokens))  # of a token, in pixels
 
     def labels(mask: Any) -> list[int]:
-        picture = torch.from_numpy(np.array(mask.labels)).double()[None, None]
-        grid = (picture.shape[2] // shrink, picture.shape[3] // shrink)
-        return torch.nn.functional.interpolate(picture, grid, mode="nearest").flatten().int().tolist()
+        image = torch.from_numpy(np.array(mask.labels)).double()[None, None]
+        grid = (image.shape[2] // side, image.shape[3] // side)
+        return torch.nn.functional.interpolate(image, grid, mode="nearest").flatten().int().tolist()
 
     style = [label for mask in pair.style_masks for label in labels(mask)]
     return torch.tensor([[own not in (-1, other) for other in style] for own in labels(pair.content_mask)])
 
 
 def layers(model: Model, latent: Tensor, timestep: int, count: int = USED_LAYERS) -> list[Layer]:
-    """Run the UNet with the null prompt; the last `count` self-attention layers, in the order in which they ran."""
-    running: list[dict[str, Tensor]] = []
+    """Run the UNet with the null prompt and record the last `count` self-attention layers, in running order."""
+    recorded: list[dict[str, Tensor]] = []
 
     def heads(attn: Any, x: Tensor) -> Tensor:  # (1, tokens, heads * head_dim) -> (1, heads, tokens, head_dim)
         return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
     def hook(attn: Any) -> list[Any]:
-        def begins(*_: Any) -> None:
-            running.append({})
+        def start(*_: Any) -> None:
+            recorded.append({})
 
-        def keep(name: str) -> Any:
-            return lambda _module, _inputs, output: running[-1].__setitem__(name, heads(attn, output))
+        def record(name: str) -> Any:
+            return lambda _module, _inputs, output: recorded[-1].__setitem__(name, heads(attn, output))
 
-        def merged(_module: Any, inputs: Any) -> None:  # what enters the output projection: the heads side by side
-            running[-1]["out"] = heads(attn, inputs[0])
+        def record_out(_module: Any, inputs: Any) -> None:  # the input of the output projection: all heads, joined
+            recorded[-1]["out"] = heads(attn, inputs[0])
 
         return [
-            attn.register_forward_pre_hook(begins),
-            attn.to_q.register_forward_hook(keep("q")),
-            attn.to_k.register_forward_hook(keep("k")),
-            attn.to_v.register_forward_hook(keep("v")),
-            attn.to_out[0].register_forward_pre_hook(merged),
+            attn.register_forward_pre_hook(start),
+            attn.to_q.register_forward_hook(record("q")),
+            attn.to_k.register_forward_hook(record("k")),
+            attn.to_v.register_forward_hook(record("v")),
+            attn.to_out[0].register_forward_pre_hook(record_out),
         ]
 
     hooks = [
         handle for name, module in model.unet.named_modules() if name.endswith(".attn1") for handle in hook(module)
     ]
     try:
-        model.unet(latent, timestep, **model.told("", latent))
+        model.unet(latent, timestep, **model.conditions("", latent))
     finally:
         for handle in hooks:
             handle.remove()
-    return [Layer(**kept) for kept in running][-count:]
+    return [Layer(**tensors) for tensors in recorded][-count:]
 
 
 @contextmanager
 def injected(
     model: Model, styles: Sequence[list[Layer]], content: list[Layer] | None, query_scale: float, pair: Any
 ) -> Iterator[None]:
-    """KV injection: the used layers attend to K, V of the styles, with the Q of the content where there is one."""
+    """KV injection: the used layers attend to K and V of the styles, with the content's Q if there is a content."""
     ran: list[Any] = []
     hooks = [
         module.register_forward_pre_hook(lambda module, _: ran.append(module))
@@ -220,7 +220,7 @@ def injected(
         if name.endswith(".attn1")
     ]
     blank = torch.zeros(1, 4, 8, 8, dtype=model.dtype)
-    model.unet(blank, 0, **model.told("", blank))
+    model.unet(blank, 0, **model.conditions("", blank))  # to see in which order the layers run
     for handle in hooks:
         handle.remove()
     used = ran[-USED_LAYERS:]
@@ -242,28 +242,28 @@ def injected(
         yield
     finally:
         for attn in used:
-            del attn.forward  # the class's own again
+            del attn.forward  # the method of the class is in use again
 
 
 def losses(
     target: list[Layer], styles: Sequence[list[Layer]], content: list[Layer] | None, settings: Any, pair: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """L_AD and L_content, summed over layers (eqs. 3-5), each layer with its weight, Q scaled in the ideal only."""
+    """L_AD and L_content, weighted and summed over layers (eqs. 3-5); `query_scale` is for the ideal attention only."""
     weights = settings.layer_weights or [1.0] * len(target)
     ad = torch.zeros((), dtype=target[0].q.dtype)
-    preserved = None if content is None else torch.zeros_like(ad)
+    content_loss = None if content is None else torch.zeros_like(ad)
     for i, (q, k, v, _) in enumerate(target):
         style_k = torch.cat([style[i].k for style in styles], dim=2)
         style_v = torch.cat([style[i].v for style in styles], dim=2)
         ideal = attend(q * settings.query_scale, style_k, style_v, forbidden(pair, q.shape[2])).detach()
         ad = ad + weights[i] * (attend(q, k, v) - ideal).abs().mean()
-        if content is not None and preserved is not None:
-            preserved = preserved + weights[i] * (q - content[i].q).abs().mean()
-    return ad, preserved
+        if content is not None and content_loss is not None:
+            content_loss = content_loss + weights[i] * (q - content[i].q).abs().mean()
+    return ad, content_loss
 
 
 class NaivePair:
-    """One pair before the model: its clean latents, its embeddings, its noise."""
+    """One pair with the model, and the operations of a step on it."""
 
     def __init__(self, model: Model, pair: Any, settings: Any, noise: Any) -> None:
         self.model, self.pair, self.settings, self.noise = model, pair, settings, noise
@@ -278,30 +278,27 @@ class NaivePair:
     def tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.model.dtype)[None]
 
-    def drawn(self) -> Tensor:
+    def initial_latents(self) -> Tensor:
         width, height = self.pair.size
         factor = 2 ** (len(self.model.vae.config.block_out_channels) - 1)
         shape = (self.model.unet.config.in_channels, height // factor, width // factor)
         return self.tensor(self.noise.initial_latents(self.pair, shape))
 
-    def initial_latents(self) -> Tensor:
-        return self.drawn()
-
     def noised_start(self) -> Tensor:
-        """The content's latent under the pair's own noise, at the first timestep that is not skipped."""
+        """The content's latent with the pair's noise, at the first timestep that is not skipped."""
         if self.content is None:
-            raise ValueError("no content to start from")
+            raise ValueError("the pair has no content to start from")
         timestep = torch.tensor([self.timesteps[self.first_step]])
-        return self.scheduler.add_noise(self.content, self.drawn(), timestep)  # type: ignore[no-any-return]
+        return self.scheduler.add_noise(self.content, self.initial_latents(), timestep)  # type: ignore[no-any-return]
 
     @property
     def first_step(self) -> int:
-        """A strength s leaves the last s · steps steps, and at least one."""
+        """With a strength s, the last s · steps steps are taken, and at least one."""
         steps = self.settings.steps
         return steps - max(1, round(self.settings.strength * steps))  # type: ignore[no-any-return]
 
     def noised(self, clean: Tensor, image: Any, step: int, timestep: int | None = None) -> Tensor:
-        """The image's latent at `timestep`, or that which `step` arrives at, with the image's own noise."""
+        """The image's latent with the image's noise at `timestep`; by default, the timestep that follows `step`."""
         timestep = self.next_timestep(step) if timestep is None else timestep
         noise = self.tensor(self.noise.image_noise(image.digest, step, tuple(clean.shape[1:])))
         return self.scheduler.add_noise(clean, noise, torch.tensor([timestep]))  # type: ignore[no-any-return]
@@ -316,10 +313,10 @@ class NaivePair:
         return None if self.content is None else self.noised(self.content, self.pair.content, step, timestep)
 
     def weight_at(self, step: int) -> float:
-        """λ at a step: its factor moves evenly from the schedule's first number to its second."""
+        """λ at a step: its factor changes linearly from the schedule's first number to its second."""
         first, last = self.settings.content_schedule
-        way = step / (self.settings.steps - 1) if self.settings.steps > 1 else 0.0
-        return self.content_weight * (first * (1 - way) + last * way)  # type: ignore[no-any-return]
+        progress = step / (self.settings.steps - 1) if self.settings.steps > 1 else 0.0
+        return self.content_weight * (first * (1 - progress) + last * progress)  # type: ignore[no-any-return]
 
     def is_guided(self, step: int) -> bool:
         end = self.settings.end_step
@@ -329,21 +326,21 @@ class NaivePair:
         return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
 
     def predicted(self, z: Tensor, timestep: int, prompt: str) -> Tensor:
-        """ε with what the ControlNets that act now add to the skips and the middle of the UNet."""
-        told, added = self.model.told(prompt, z), {}
+        """ε, with the residuals of the ControlNets that are active at this timestep."""
+        conditions, residuals = self.model.conditions(prompt, z), {}
         share = self.timesteps.index(timestep) / len(self.timesteps), 1 / len(self.timesteps)
         for place, (net, scale, start, end) in enumerate(self.model.controlnets):
             if share[0] < start or share[0] + share[1] > end + 1e-9:
                 continue
-            picture = self.tensor(self.pair.controls[place].pixels).permute(0, 3, 1, 2) / 255
-            heard = net(z, timestep, controlnet_cond=picture, **told)
-            tensors = [scale * tensor for tensor in (*heard.down_block_res_samples, heard.mid_block_res_sample)]
-            added = {i: added.get(i, 0) + tensor for i, tensor in enumerate(tensors)}
-        if not added:
-            return self.model.unet(z, timestep, **told).sample  # type: ignore[no-any-return]
-        *down, middle = added.values()
+            control = self.tensor(self.pair.controls[place].pixels).permute(0, 3, 1, 2) / 255
+            output = net(z, timestep, controlnet_cond=control, **conditions)
+            tensors = [scale * tensor for tensor in (*output.down_block_res_samples, output.mid_block_res_sample)]
+            residuals = {i: residuals.get(i, 0) + tensor for i, tensor in enumerate(tensors)}
+        if not residuals:
+            return self.model.unet(z, timestep, **conditions).sample  # type: ignore[no-any-return]
+        *down, middle = residuals.values()
         return self.model.unet(  # type: ignore[no-any-return]
-            z, timestep, down_block_additional_residuals=down, mid_block_additional_residual=middle, **told
+            z, timestep, down_block_additional_residuals=down, mid_block_additional_residual=middle, **conditions
         ).sample
 
     @torch.no_grad()
@@ -357,49 +354,50 @@ class NaivePair:
         return self.step(epsilon, self.timesteps.index(timestep), z)
 
     def step(self, epsilon: Tensor, step: int, z: Tensor) -> Tensor:
-        """diffusers' own step, with this pair's noise for what it draws. z is what the UNet takes, before and after."""
+        """A step of diffusers' scheduler with this pair's noise; z is scaled as the UNet takes it, before and after."""
         sampler, timestep = self.sampler, self.sampler.timesteps[step]
-        if self.settings.scheduler.startswith("euler"):  # whose latents are x + σ n
+        if self.settings.scheduler.startswith("euler"):  # its latents are x + σ n
             before, after = ((sampler.sigmas[i] ** 2 + 1) ** 0.5 for i in (step, step + 1))
             torch.testing.assert_close(sampler.scale_model_input(z * before, timestep), z, rtol=0, atol=1e-12)
         else:
             before = after = 1.0
         pair = self.pair
         content = None if pair.content is None else pair.content.digest
-        shown = (pair.image_number, content, [style.digest for style in pair.styles], pair.prompt)
-        key = hashlib.sha256(repr(shown if pair.seed is None else pair.seed).encode()).hexdigest()
+        identity = (pair.image_number, content, [style.digest for style in pair.styles], pair.prompt)
+        key = hashlib.sha256(repr(identity if pair.seed is None else pair.seed).encode()).hexdigest()
 
-        def drawn(shape: Any, **_: Any) -> Tensor:
+        def draw(shape: Any, **_: Any) -> Tensor:
             return self.tensor(self.noise.step_noise(key, step, tuple(shape[1:])))
 
         eta = {} if self.settings.eta is None else {"eta": self.settings.eta}
         module = sys.modules[type(sampler).__module__]
-        with mock.patch.object(module, "randn_tensor", drawn, create=True):
+        with mock.patch.object(module, "randn_tensor", draw, create=True):
             return sampler.step(epsilon, timestep, z * before, **eta).prev_sample / after  # type: ignore[no-any-return]
 
     def gradient(
         self, z: Tensor, timestep: int, styles: Sequence[Tensor], content: Tensor | None, step: int, trace: Trace
     ) -> Tensor:
-        """∂L_total/∂z at `timestep`, features of style and content latents computed anew."""
+        """∂L_total/∂z at `timestep`, with the features of style and content latents computed again."""
         with torch.no_grad():
             style_layers = [layers(self.model, style, timestep) for style in styles]
             content_layers = None if content is None else layers(self.model, content, timestep)
         z = z.detach().clone().requires_grad_(True)
-        ad, preserved = losses(layers(self.model, z, timestep), style_layers, content_layers, self.settings, self.pair)
-        loss = ad if preserved is None else ad + self.weight_at(step) * preserved
+        target_layers = layers(self.model, z, timestep)
+        ad, content_loss = losses(target_layers, style_layers, content_layers, self.settings, self.pair)
+        loss = ad if content_loss is None else ad + self.weight_at(step) * content_loss
         (gradient,) = torch.autograd.grad(loss, z)
         trace.gradients.append(gradient.clone())
-        trace.losses.append((ad.item(), None if preserved is None else preserved.item()))
+        trace.losses.append((ad.item(), None if content_loss is None else content_loss.item()))
         return gradient
 
     def guided_gradient(self, z: Tensor, step: int, trace: Trace) -> Tensor:
-        """The gradient of guided sampling: everything noised to the timestep that `step` arrives at."""
+        """The gradient of guided sampling, with all images noised to the timestep that follows `step`."""
         styles, content = self.noised_styles(step), self.noised_content(step)
         return self.gradient(z, self.next_timestep(step), styles, content, step, trace)
 
 
 def adain(z: Tensor, styles: Sequence[Tensor]) -> Tensor:
-    """Give z the channel mean and unbiased std of the styles' latents, pooled over all of them."""
+    """Give z the channel means and unbiased standard deviations of the styles' latents, pooled over all styles."""
     pooled = torch.cat([style.flatten(2) for style in styles], dim=2)  # (1, C, sum of h * w)
     mean, std = z.mean(dim=(2, 3), keepdim=True), z.std(dim=(2, 3), keepdim=True)
     return (z - mean) / (std + 1e-6) * pooled.std(dim=2)[..., None, None] + pooled.mean(dim=2)[..., None, None]
@@ -410,9 +408,9 @@ def adam(z: Tensor, learning_rate: float) -> torch.optim.Adam:
 
 
 def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    """Guided sampling of one pair: a DDIM step, AdaIN, then a fresh Adam at the timestep arrived at.
+    """Guided sampling of one pair: a scheduler step, AdaIN, then a fresh Adam at the timestep that follows.
 
-    With method `gradient` the latent takes plain steps down the gradient instead.
+    With method `gradient`, plain gradient steps instead of Adam's.
     """
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
     z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
@@ -433,7 +431,7 @@ def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
 
 
 def naive_optimization(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    """Latent optimization of one pair: one Adam for the whole run, features of clean latents at falling timesteps."""
+    """Latent optimization of one pair: one Adam for the run, features of clean latents at decreasing timesteps."""
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
     from_noise = naive.content is None or settings.init == "noise"
     z = naive.initial_latents() if from_noise else naive.content.clone()  # type: ignore[union-attr]
@@ -448,7 +446,7 @@ def naive_optimization(model: Model, pair: Any, settings: Any, noise: Any) -> Tr
 
 @torch.no_grad()
 def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    """The older method: denoising at t with K, V of the styles and Q of the content, both noised to t; no gradient."""
+    """KV injection: denoising at t with K, V of the styles and Q of the content, both noised to t; no gradient."""
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
     z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
     for step in range(naive.first_step if settings.init == "content" else 0, settings.steps):
@@ -457,7 +455,7 @@ def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Tr
             styles, content = naive.noised_styles(step, t), naive.noised_content(step, t)
             if settings.adain:
                 z = adain(z, styles)
-            # λ = 0 leaves the content aside in every method.
+            # With λ = 0, the content is not used in any method.
             content_layers = None if content is None or not naive.content_weight else layers(model, content, t)
             style_layers, scale = [layers(model, style, t) for style in styles], settings.query_scale
             with injected(model, style_layers, content_layers, scale, pair):
@@ -469,23 +467,23 @@ def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Tr
 
 
 def naive_expansion(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    """Guided sampling of latents larger than a window: each step in every window by itself, then the mean of them all.
+    """Guided sampling of latents larger than a window: a step in each window alone, then the mean over the windows.
 
-    Along an axis of `settings.tiling` windows go on at the other end, and there are as many as begin inside.
+    Along an axis of `settings.tiling`, windows continue at the other end, and one starts at every stride.
     """
 
-    def starts(size: int, wraps: bool) -> list[int]:
-        found, wraps = [0], wraps and size > settings.window
-        while found[-1] + settings.window < size and not wraps:
-            found.append(min(found[-1] + settings.window_stride, size - settings.window))
-        while wraps and found[-1] + settings.window_stride < size:
-            found.append(found[-1] + settings.window_stride)
-        return found
+    def window_starts(size: int, wraps: bool) -> list[int]:
+        starts, wraps = [0], wraps and size > settings.window
+        while starts[-1] + settings.window < size and not wraps:
+            starts.append(min(starts[-1] + settings.window_stride, size - settings.window))
+        while wraps and starts[-1] + settings.window_stride < size:
+            starts.append(starts[-1] + settings.window_stride)
+        return starts
 
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
     z = naive.initial_latents()
-    tops = starts(z.shape[2], settings.tiling in ("y", "both"))
-    lefts = starts(z.shape[3], settings.tiling in ("x", "both"))
+    tops = window_starts(z.shape[2], settings.tiling in ("y", "both"))
+    lefts = window_starts(z.shape[3], settings.tiling in ("x", "both"))
     for step, timestep in enumerate(naive.timesteps):
         total, count = torch.zeros_like(z), torch.zeros_like(z)
         for top, left in [(top, left) for top in tops for left in lefts]:
@@ -498,16 +496,16 @@ def naive_expansion(model: Model, pair: Any, settings: Any, noise: Any) -> Trace
                 window.grad = naive.guided_gradient(window, step, trace)
                 optimizer.step()
             for part, value in ((total, window), (count, torch.ones_like(window))):
-                spread = torch.zeros_like(z)
-                spread[:, :, : settings.window, : settings.window] = value
-                part += torch.roll(spread, (top, left), (2, 3))
+                whole = torch.zeros_like(z)
+                whole[:, :, : settings.window, : settings.window] = value
+                part += torch.roll(whole, (top, left), (2, 3))
         z = total / count
         trace.latents.append(z.clone())
     return trace
 
 
 class WrappedConv(torch.nn.Module):
-    """A convolution whose input is begun again at its ends along some axes (2: y, 3: x) and has zeros at the others."""
+    """A convolution with circular padding along some axes (2: y, 3: x) and zeros along the others."""
 
     def __init__(self, conv: Any, axes: tuple[int, ...]) -> None:
         super().__init__()
@@ -523,7 +521,7 @@ class WrappedConv(torch.nn.Module):
 
 
 def tiled(model: Model, tiling: str) -> Model:
-    """A model built anew whose UNet and VAE decoder have no border along x, y or both."""
+    """A copy of the model whose UNet and VAE decoder have circular padding along x, y or both."""
 
     def wrapped(module: Any) -> Any:
         module = copy.deepcopy(module)
@@ -531,7 +529,7 @@ def tiled(model: Model, tiling: str) -> Model:
             if isinstance(conv, torch.nn.Conv2d) and any(conv.padding):
                 parent, _, leaf = name.rpartition(".")
                 if tiling == "both":
-                    anew: Any = torch.nn.Conv2d(
+                    circular: Any = torch.nn.Conv2d(
                         conv.in_channels,
                         conv.out_channels,
                         conv.kernel_size,  # type: ignore[arg-type]
@@ -540,10 +538,10 @@ def tiled(model: Model, tiling: str) -> Model:
                         padding_mode="circular",
                         dtype=conv.weight.dtype,
                     )
-                    anew.load_state_dict(conv.state_dict())
+                    circular.load_state_dict(conv.state_dict())
                 else:
-                    anew = WrappedConv(conv, (3,) if tiling == "x" else (2,))
-                setattr(module.get_submodule(parent), leaf, anew.requires_grad_(False))
+                    circular = WrappedConv(conv, (3,) if tiling == "x" else (2,))
+                setattr(module.get_submodule(parent), leaf, circular.requires_grad_(False))
         return module
 
     vae = copy.deepcopy(model.vae)
@@ -552,26 +550,26 @@ def tiled(model: Model, tiling: str) -> Model:
 
 
 def refined(model: Model, pixels: np.ndarray[Any, Any], steps: int, learning_rate: float) -> tuple[Model, list[float]]:
-    """A model whose decoder learned to decode one picture's latent to that picture, and the loss before each step."""
+    """A copy of the model whose decoder is fine-tuned to reconstruct one image, and the loss before each step."""
     vae = copy.deepcopy(model.vae)
     image = torch.from_numpy(pixels).to(model.dtype).permute(2, 0, 1)[None] / 127.5 - 1
     latents = model.encode_image(pixels) / vae.config.scaling_factor
     optimizer = torch.optim.Adam(vae.decoder.requires_grad_(True).parameters(), lr=learning_rate)
-    seen = []
+    loss_values = []
     for _ in range(steps):
         loss = torch.nn.functional.l1_loss(vae.decode(latents).sample, image)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(loss.item())
-    return replace(model, vae=vae.requires_grad_(False)), seen
+        loss_values.append(loss.item())
+    return replace(model, vae=vae.requires_grad_(False)), loss_values
 
 
 def naive_sample(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
-    ways = {"optimization": naive_optimization, "kv_injection": naive_kv_injection}
-    return ways.get(settings.method, naive_guided)(model, pair, settings, noise)
+    methods = {"optimization": naive_optimization, "kv_injection": naive_kv_injection}
+    return methods.get(settings.method, naive_guided)(model, pair, settings, noise)
 
 
 def naive_gradient(model: Model, pair: Any, settings: Any, noise: Any, latents: Tensor, step: int) -> Tensor:
-    """∂L_total/∂z of guided sampling at `latents` (1, C, h, w) after the DDIM step of number `step`."""
+    """∂L_total/∂z of guided sampling at `latents` (1, C, h, w), after the scheduler step of number `step`."""
     return NaivePair(model, pair, settings, noise).guided_gradient(latents.to(model.dtype), step, Trace())

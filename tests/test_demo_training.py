@@ -1,4 +1,4 @@
-"""The embedded model's training: its pictures, where its VAE begins, and that all of it still runs."""
+"""The training of the embedded model: its pictures, the initial weights of its VAE, and that it runs to the end."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ import numpy as np
 import pytest
 import torch
 
-from demo_training import pool as pool_module
+from demo_training import dataset
 from demo_training.pictures import SIDE, picture
-from demo_training.renderers import MANNERS
+from demo_training.renderers import RENDERERS
 from demo_training.train import main
 from demo_training.unet import smooth_downsampling
-from demo_training.vae import components, new_vae, psnr, set_decoder, set_encoder
+from demo_training.vae import init_decoder, init_encoder, new_vae, principal_components, psnr
 from stylemill.engine import Engine
 
 
 @pytest.fixture(scope="module")
-def drawn() -> torch.Tensor:
-    pixels = np.stack([picture(0, number)[0] for number in range(len(MANNERS))])
+def pictures() -> torch.Tensor:
+    pixels = np.stack([picture(0, number)[0] for number in range(len(RENDERERS))])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def test_a_picture_is_a_function_of_seed_and_number(drawn):
+def test_a_picture_follows_from_its_seed_and_number(pictures):
     again, caption = picture(0, 1)
-    assert caption == MANNERS[1][0]
-    np.testing.assert_array_equal(again, drawn[1].permute(1, 2, 0))
+    assert caption == RENDERERS[1][0]
+    np.testing.assert_array_equal(again, pictures[1].permute(1, 2, 0))
     assert not np.array_equal(again, picture(1, 1)[0])
 
 
 @torch.no_grad()
-def test_the_vae_begins_with_mean_colours_and_little_else_to_learn(drawn):
+def test_the_initial_vae_reconstructs_mean_colours_from_principal_components(pictures):
     vae = new_vae()
-    project, back, mean = components(drawn, 0)
-    set_encoder(vae, project, mean)
-    set_decoder(vae, back, mean)
-    latents = vae.encode(drawn[:4].float() / 127.5 - 1).latent_dist.mean
+    project, back, mean = principal_components(pictures, 0)
+    init_encoder(vae, project, mean)
+    init_decoder(vae, back, mean)
+    latents = vae.encode(pictures[:4].float() / 127.5 - 1).latent_dist.mean
     assert latents.shape == (4, 6, SIDE // 4, SIDE // 4)
-    assert psnr(vae, drawn[:4], torch.device("cpu")) > 18
-    there_and_back = back.T @ project
-    assert torch.allclose(there_and_back @ there_and_back, there_and_back, atol=1e-4), "a projection"
+    assert psnr(vae, pictures[:4], torch.device("cpu")) > 18
+    projection = back.T @ project
+    assert torch.allclose(projection @ projection, projection, atol=1e-4)
 
 
-def test_gradients_through_the_embedded_unet_have_no_lattice():
-    """Of a constant gradient behind each strided convolution, every place inside gets the same."""
+def test_gradients_through_the_embedded_unet_have_no_grid_pattern():
+    """A constant gradient behind a strided convolution gives the same gradient at every position before it."""
     unet = Engine.load("demo", dtype="float32", device="cpu").model.unet
     convolutions = [down.conv for block in unet.down_blocks for down in block.downsamplers or ()]
     assert len(convolutions) == 3
@@ -59,9 +59,9 @@ def test_gradients_through_the_embedded_unet_have_no_lattice():
 
 
 @pytest.mark.slow
-def test_training_ends_in_a_model_that_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool_module, "textures", lambda: [(picture(7, 0)[0], "a photo")])
-    monkeypatch.setattr("demo_training.train.version", lambda name: "0")  # of scikit-image, which tests do without
+def test_training_writes_a_model_that_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "textures", lambda: [(picture(7, 0)[0], "a photo")])
+    monkeypatch.setattr("demo_training.train.version", lambda name: "0")  # of scikit-image, which the tests do not need
     few = ["--pictures", "30", "--vae-steps", "1", "--unet-steps", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "model"), *few])
     main()

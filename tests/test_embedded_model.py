@@ -1,4 +1,4 @@
-"""`model: demo`, the trained model of the package: pictures take on their styles and keep their contents."""
+"""`model: demo`, the trained model of the package: stylized images get nearer to their style and keep their content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stylemill.config.job import Job
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage
 from stylemill.models.resolve import resolve_model
-from stylization import QUICKSTART, judge, read, stylize
+from stylization import QUICKSTART, evaluate, read, stylize
 
 FOLDER = Path(stylemill.__file__).parent / "demo"
 SETTINGS = PRESETS["style-transfer"] | {"steps": 12, "learning_rate": 0.12}  # the quickstart's
@@ -34,7 +34,7 @@ def paintings() -> list[InputImage]:
     return read([QUICKSTART / "style"], 128)
 
 
-def test_the_embedded_model_is_whole_small_and_needs_no_network(monkeypatch):
+def test_the_embedded_model_is_complete_small_and_needs_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = resolve_model("demo")
     assert model.folder == FOLDER
@@ -43,12 +43,12 @@ def test_the_embedded_model_is_whole_small_and_needs_no_network(monkeypatch):
     assert (FOLDER / "MODEL_CARD.md").is_file()
 
 
-def test_a_folder_called_demo_beside_the_job_is_not_the_embedded_model(tmp_path):
+def test_a_folder_named_demo_next_to_the_job_file_is_not_the_embedded_model(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "job.yaml").write_text("manifest: m.parquet\noutput: run\nmodel: demo\n")
     assert Job.load(tmp_path / "job.yaml").model.name == "demo"
-    own = Job.load(tmp_path / "job.yaml", {"model": str(tmp_path / "demo")})
-    assert own.model.name == str(tmp_path / "demo")
+    with_path = Job.load(tmp_path / "job.yaml", {"model": str(tmp_path / "demo")})
+    assert with_path.model.name == str(tmp_path / "demo")
 
 
 def test_it_has_the_layers_of_stable_diffusion_1(demo):
@@ -59,11 +59,11 @@ def test_it_has_the_layers_of_stable_diffusion_1(demo):
     assert sorted(places) == sorted([*down, "mid_block.attentions.0", *up])
 
 
-def test_its_vae_gives_photos_back_with_their_colours(demo):
+def test_its_vae_reconstructs_photos_with_their_colours(demo):
     quality, shifts = [], []
     for photo in read([QUICKSTART / "content"], 256):
-        [back] = demo.model.decode_image(demo.model.encode_image(photo.pixels)[None])
-        error = (back.astype(np.float64) - photo.pixels) / 255
+        [reconstructed] = demo.model.decode_image(demo.model.encode_image(photo.pixels)[None])
+        error = (reconstructed.astype(np.float64) - photo.pixels) / 255
         quality.append(-10 * np.log10(np.mean(error**2)))
         shifts.append(np.abs(error.mean((0, 1))).max())
     assert np.mean(quality) >= 28
@@ -75,21 +75,22 @@ def stylized(demo, photos, paintings) -> list[list[Pixels]]:
     return stylize(demo, photos, paintings, Sampling(**SETTINGS))
 
 
-def test_pictures_come_nearer_to_their_styles_and_keep_their_contents(stylized, photos, paintings):
-    seen = judge(photos, paintings, stylized)
-    assert seen["colour_nearer"] >= 0.9
-    assert seen["patch_nearer"] >= 0.9
-    assert seen["kept"] >= 0.9
-    assert seen["colour"] <= 0.7, "by 30% in the median"
-    assert seen["patch"] <= 0.7
+def test_images_get_nearer_to_their_styles_and_keep_their_contents(stylized, photos, paintings):
+    scores = evaluate(photos, paintings, stylized)
+    assert scores["colour_nearer"] >= 0.9
+    assert scores["patch_nearer"] >= 0.9
+    assert scores["kept"] >= 0.9
+    assert scores["colour"] <= 0.7, "30% nearer in the median"
+    assert scores["patch"] <= 0.7
 
 
-def test_content_weight_trades_style_for_content(demo, stylized, photos, paintings):
-    some = photos[:3], paintings[1:3]
-    usual = judge(*some, [row[1:3] for row in stylized[:3]])
-    loose, tight = (
-        judge(*some, stylize(demo, *some, Sampling(**SETTINGS | {"content_weight": weight}))) for weight in (0.0, 1.0)
+def test_a_higher_content_weight_keeps_more_content_and_less_style(demo, stylized, photos, paintings):
+    images = photos[:3], paintings[1:3]
+    usual = evaluate(*images, [row[1:3] for row in stylized[:3]])
+    low, high = (
+        evaluate(*images, stylize(demo, *images, Sampling(**SETTINGS | {"content_weight": weight})))
+        for weight in (0.0, 1.0)
     )
-    assert loose["edges"] < usual["edges"] < tight["edges"]
-    assert loose["patch"] < usual["patch"] < tight["patch"]
-    assert max(loose["colour"], usual["colour"]) < tight["colour"], "colours follow the style at any small weight"
+    assert low["edges"] < usual["edges"] < high["edges"]
+    assert low["patch"] < usual["patch"] < high["patch"]
+    assert max(low["colour"], usual["colour"]) < high["colour"], "colours are the style's with any small weight"

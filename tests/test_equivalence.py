@@ -1,7 +1,7 @@
-"""The lockstep engine against the naive oracle: same equations, none of the sharing, batching or caching.
+"""The lockstep engine against the naive oracle, which has the same equations without sharing, batching or caching.
 
-Whole runs are compared in float64, where only the equations can differ. In float32 just the gradient of a step is
-compared, from the same latents: Adam's sign-like steps amplify rounding along a trajectory.
+Whole runs are compared in float64, where a difference means different equations. In float32, only the gradient of a
+step is compared, from the same latents: Adam's steps depend on the sign of small numbers and amplify rounding.
 """
 
 from __future__ import annotations
@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 import oracle
-from stylemill.config.model import DType
 from stylemill.config.sampling import Sampling
-from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 
 SIZE = (64, 64)  # pixels; latents of 8 x 8
 
 
 def image(number: int, size: tuple[int, int] = SIZE) -> InputImage:
-    """A picture of large patches with some grain, another for each number."""
+    """An image of large patches with noise, a different one for each number."""
     random, (width, height) = np.random.default_rng(number), size
     patches = np.kron(random.integers(30, 226, (4, 4, 3)), np.ones((height // 4, width // 4, 1)))
     pixels = patches + random.integers(-30, 30, patches.shape)
@@ -37,7 +35,7 @@ def image(number: int, size: tuple[int, int] = SIZE) -> InputImage:
 CONTENTS = [image(1), image(2), image(3)]
 STYLES = [image(11), image(12), image(13)]
 TILE = [Pair((style,), SIZE, content) for content in CONTENTS for style in STYLES]
-# Everything that may differ inside a shard: no content, two styles, prompts, seeds and λ of their own.
+# All that may differ within a shard: contents or none, one or two styles, prompts, seeds, λ.
 MIXED = [
     Pair((STYLES[0],), SIZE, CONTENTS[0], prompt="a lighthouse"),
     Pair((STYLES[1],), SIZE, CONTENTS[0], content_weight=0.5),
@@ -53,34 +51,15 @@ MIXED_SETTINGS = Sampling(steps=2, guidance_scale=4.0, adain=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_demo_model(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return load(folder)
-
-
-@pytest.fixture(scope="module")
-def engine32(folder: Path) -> Engine:
-    return load(folder, "float32")
-
-
-@pytest.fixture(scope="module")
 def mixed(engine: Engine) -> list[Tensor]:
     return trajectory(engine, MIXED, MIXED_SETTINGS)
 
 
-def load(folder: Path, dtype: DType = "float64") -> Engine:
-    return Engine.load(folder, dtype=dtype, device="cpu")
-
-
-def assert_equal(ours: Tensor, theirs: Tensor, where: str = "") -> None:
-    """To 1e-8 in every element: far above float64's rounding, far below the effect of any difference in the method."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8, msg=lambda text: f"{where}: {text}" if where else text)
+def assert_equal(actual: Tensor, expected: Tensor, where: str = "") -> None:
+    """Equal to 1e-8 in every element: far above float64's rounding, far below the effect of other equations."""
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=1e-8, msg=lambda text: f"{where}: {text}" if where else text
+    )
 
 
 def trajectory(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any = None) -> list[Tensor]:
@@ -96,16 +75,16 @@ def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any =
 # --- the oracle itself ---------------------------------------------------------------------------------------------
 
 
-def test_oracle_hooks_see_the_attention_of_the_equations_in_running_order(model: oracle.Model) -> None:
+def test_the_oracles_hooks_record_the_attention_of_the_equations_in_running_order(model: oracle.Model) -> None:
     latent = torch.from_numpy(Noise(0).image_noise("any", 0, (1, 4, 8, 8)))
-    ran = oracle.layers(model, latent, 500, count=16)
-    for layer in ran:
+    layers = oracle.layers(model, latent, 500, count=16)
+    for layer in layers:
         assert_equal(layer.out, oracle.attend(layer.q, layer.k, layer.v))
-    tokens = [layer.q.shape[2] for layer in ran]
-    assert tokens == [64, 64, 16, 16, 4, 4, 1, 4, 4, 4, 16, 16, 16, 64, 64, 64]  # the middle one seventh, not last
+    tokens = [layer.q.shape[2] for layer in layers]
+    assert tokens == [64, 64, 16, 16, 4, 4, 1, 4, 4, 4, 16, 16, 16, 64, 64, 64]  # the mid block is seventh, not last
 
 
-def test_oracle_gradient_vanishes_where_the_target_is_the_style_itself(model: oracle.Model) -> None:
+def test_the_oracles_gradient_is_zero_at_the_latents_of_the_style_itself(model: oracle.Model) -> None:
     pair, settings, noise = Pair((STYLES[0],), SIZE), Sampling(steps=3), Noise(0)
     style = oracle.NaivePair(model, pair, settings, noise).noised_styles(1)[0]
     assert oracle.naive_gradient(model, pair, settings, noise, style, 1).abs().max() < 1e-12
@@ -137,13 +116,13 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_whole_run_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
+def test_a_whole_run_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
     pair, settings = RUNS[run]
     expected = oracle.naive_sample(model, pair, settings, Noise(settings.seed)).latents
     actual = trajectory(engine, [pair], settings)
     assert len(actual) == settings.steps
-    for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-        assert_equal(ours, theirs, f"after step {step}")
+    for step, (actual_latents, expected_latents) in enumerate(zip(actual, expected, strict=True)):
+        assert_equal(actual_latents, expected_latents, f"after step {step}")
 
 
 def test_each_pair_of_a_mixed_shard_equals_the_pair_alone(engine: Engine, mixed: list[Tensor]) -> None:
@@ -158,14 +137,14 @@ def test_each_pair_of_a_mixed_shard_equals_the_oracle(model: oracle.Model, mixed
         assert_equal(mixed[-1][i : i + 1], expected[-1])
 
 
-def test_optimized_shard_equals_the_oracle(engine: Engine, model: oracle.Model) -> None:
+def test_an_optimized_shard_equals_the_oracle(engine: Engine, model: oracle.Model) -> None:
     settings, pairs = Sampling(method="optimization", steps=3), [TILE[0], TILE[4], *MIXED[2:5]]
     actual = trajectory(engine, pairs, settings)[-1]
     expected = [oracle.naive_optimization(model, pair, settings, Noise(0)).latents[-1] for pair in pairs]
     assert_equal(actual, torch.cat(expected))
 
 
-def test_images_and_outputs_of_several_sizes_in_one_shard(engine: Engine, model: oracle.Model) -> None:
+def test_images_and_outputs_of_several_sizes_in_one_shard_equal_the_oracle(engine: Engine, model: oracle.Model) -> None:
     wide, tall = (128, 64), (64, 128)
     pairs = [
         Pair((image(21, wide), STYLES[0]), SIZE, CONTENTS[0]),
@@ -186,22 +165,24 @@ def test_decoded_images_are_the_latents_through_the_vae(engine: Engine, model: o
     for pixels, latents in zip(engine.decode(state), state.latents, strict=True):
         assert pixels is not None
         assert pixels.shape == (SIZE[1], SIZE[0], 3)
-        assert np.abs(pixels.astype(int) - model.decode(latents[None])).max() <= 1  # ties may round apart
+        assert (
+            np.abs(pixels.astype(int) - model.decode(latents[None])).max() <= 1
+        )  # values halfway between two integers may round to either
 
 
 # --- float32 -------------------------------------------------------------------------------------------------------
 
 
-def test_float32_gradient_of_each_step_from_the_same_latents(
+def test_the_float32_gradient_of_each_step_is_that_of_the_oracle(
     engine: Engine, engine32: Engine, model: oracle.Model
 ) -> None:
     settings, noise, pairs = Sampling(steps=3), Noise(0), [WITH_CONTENT, ONE_STYLE, TWO_STYLES]
     for step, latents in enumerate(trajectory(engine, pairs, settings)):
         latents = latents.float()
-        actual = engine32.gradient(pairs, settings, latents, step, noise=noise)
-        for ours, pair, z in zip(actual, pairs, latents, strict=True):
+        gradients = engine32.gradient(pairs, settings, latents, step, noise=noise)
+        for actual, pair, z in zip(gradients, pairs, latents, strict=True):
             expected = oracle.naive_gradient(model, pair, settings, noise, z[None], step)[0]  # in float64
-            assert (ours - expected).norm() / expected.norm() < 1e-4
+            assert (actual - expected).norm() / expected.norm() < 1e-4
 
 
 # --- sharing -------------------------------------------------------------------------------------------------------
@@ -221,50 +202,50 @@ def test_unet_passes_of_a_tile(engine: Engine, settings: Sampling, denoise_rows:
     last(engine, TILE, settings)
     assert engine.passes - before == Counter(
         denoise=settings.steps * denoise_rows,
-        feature=settings.steps * (len(CONTENTS) + len(STYLES)),  # not 2 a pair
+        feature=settings.steps * (len(CONTENTS) + len(STYLES)),  # one for each image, not for each pair
         gradient=settings.steps * settings.iterations * len(TILE),
     )
 
 
-def test_unet_passes_before_guidance_starts_are_denoising_alone(engine: Engine) -> None:
+def test_before_guidance_starts_all_unet_passes_denoise(engine: Engine) -> None:
     before = engine.passes.copy()
     last(engine, TILE, Sampling(steps=3, start_step=2))
     assert engine.passes - before == Counter(denoise=27, feature=6, gradient=9)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
-def test_micro_batch_changes_nothing_but_rounding(engine: Engine, mixed: list[Tensor], micro_batch: int) -> None:
+def test_the_micro_batch_changes_only_the_rounding(engine: Engine, mixed: list[Tensor], micro_batch: int) -> None:
     actual = trajectory(Engine(engine.model, micro_batch=micro_batch), MIXED, MIXED_SETTINGS)
     assert_equal(actual[-1], mixed[-1])
 
 
-def test_feature_budget_changes_nothing_but_passes(engine: Engine, mixed: list[Tensor]) -> None:
-    blocks = Engine(engine.model, feature_budget_mb=1)
-    actual = trajectory(blocks, MIXED, MIXED_SETTINGS)
+def test_the_feature_budget_changes_only_the_feature_passes(engine: Engine, mixed: list[Tensor]) -> None:
+    limited = Engine(engine.model, feature_budget_mb=1)
+    actual = trajectory(limited, MIXED, MIXED_SETTINGS)
     assert_equal(actual[-1], mixed[-1])
-    assert blocks.passes["feature"] > MIXED_SETTINGS.steps * 6  # the budget did force blocks
-    assert blocks.passes["denoise"] == MIXED_SETTINGS.steps * 2 * len(MIXED)
-    assert blocks.passes["gradient"] == MIXED_SETTINGS.steps * len(MIXED)
+    assert limited.passes["feature"] > MIXED_SETTINGS.steps * 6  # there was more than one block
+    assert limited.passes["denoise"] == MIXED_SETTINGS.steps * 2 * len(MIXED)
+    assert limited.passes["gradient"] == MIXED_SETTINGS.steps * len(MIXED)
 
 
-# --- batch mates, noise, resume ------------------------------------------------------------------------------------
+# --- failures, noise, resume ---------------------------------------------------------------------------------------
 
 
-class PoisonedNoise(Noise):
-    """Some pairs start from NaN."""
+class NoiseWithNaN(Noise):
+    """Noise in which some pairs start from NaN."""
 
-    def __init__(self, seed: int, poisoned: Sequence[Pair]) -> None:
+    def __init__(self, seed: int, nan_pairs: Sequence[Pair]) -> None:
         super().__init__(seed)
-        self.poisoned = poisoned
+        self.nan_pairs = nan_pairs
 
     def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
         latents = super().initial_latents(pair, shape)
-        return np.full_like(latents, np.nan) if pair in self.poisoned else latents
+        return np.full_like(latents, np.nan) if pair in self.nan_pairs else latents
 
 
-def test_nan_in_one_pair_is_reported_and_leaves_its_batch_mates_alone(engine: Engine, mixed: list[Tensor]) -> None:
+def test_nan_in_one_pair_is_reported_and_does_not_change_the_other_pairs(engine: Engine, mixed: list[Tensor]) -> None:
     bad = 4
-    state = last(engine, MIXED, MIXED_SETTINGS, PoisonedNoise(0, [MIXED[bad]]))
+    state = last(engine, MIXED, MIXED_SETTINGS, NoiseWithNaN(0, [MIXED[bad]]))
     assert list(state.failures) == [bad]
     assert state.failures[bad]
     others = [i for i in range(len(MIXED)) if i != bad]
@@ -272,7 +253,7 @@ def test_nan_in_one_pair_is_reported_and_leaves_its_batch_mates_alone(engine: En
     assert [i for i, pixels in enumerate(engine.decode(state)) if pixels is None] == [bad]
 
 
-def test_unreadable_image_fails_its_pairs_only(engine: Engine, mixed: list[Tensor]) -> None:
+def test_an_unreadable_image_fails_only_its_pairs(engine: Engine, mixed: list[Tensor]) -> None:
     bad, unreadable = [3, 8], InputImage("unreadable", None)
     pairs = list(MIXED)
     pairs[3] = Pair((unreadable,), SIZE, prompt="a lighthouse")
@@ -284,7 +265,7 @@ def test_unreadable_image_fails_its_pairs_only(engine: Engine, mixed: list[Tenso
 
 
 class TorchNoise:
-    """Another source altogether: the engine and the oracle draw nothing by themselves."""
+    """Noise of another generator, to show that engine and oracle draw no noise by themselves."""
 
     def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
         return torch.rand(shape, generator=torch.Generator().manual_seed(len(pair.styles))).double().numpy()
@@ -294,7 +275,7 @@ class TorchNoise:
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
 
 
-def test_noise_can_be_replaced(engine: Engine, model: oracle.Model) -> None:
+def test_the_noise_can_be_replaced(engine: Engine, model: oracle.Model) -> None:
     settings = Sampling(steps=2, adain=True)
     actual = trajectory(engine, [WITH_CONTENT, TWO_STYLES], settings, TorchNoise())[-1]
     expected = [
@@ -304,21 +285,22 @@ def test_noise_can_be_replaced(engine: Engine, model: oracle.Model) -> None:
 
 
 @pytest.mark.parametrize("method", ["guided", "optimization"])
-def test_restored_run_continues_to_the_same_bits(folder: Path, engine32: Engine, method: Any) -> None:
+def test_a_restored_run_continues_to_the_same_bits(folder: Path, engine32: Engine, method: Any) -> None:
     denoising = {"guidance_scale": 2.0, "adain": True} if method == "guided" else {}
     settings = Sampling(method=method, steps=3, iterations=2, **denoising)
     pairs, stop = MIXED[1:5], 1
-    noise = PoisonedNoise(0, pairs[3:])
+    noise = NoiseWithNaN(0, pairs[3:])
     whole = []
     for state in engine32.sample(pairs, settings, noise=noise):
         whole.append((state.step, state.latents.clone(), dict(state.failures)))
-        if state.step == stop:  # the run goes on, and what was exported stays as it was
+        if state.step == stop:  # later steps must not change what was exported
             inputs, progress = state.export_inputs(), state.export_progress()
 
     facts, progress_facts = (json.loads(json.dumps(exported[1])) for exported in (inputs, progress))
     restored = SampleState.restore(inputs[0], facts, progress[0], progress_facts)
     assert restored.step == stop
-    continued = load(folder, "float32").sample(pairs, settings, state=restored, noise=noise)
+    again = Engine.load(folder, dtype="float32", device="cpu", micro_batch=engine32.micro_batch)
+    continued = again.sample(pairs, settings, state=restored, noise=noise)
     for state, (step, latents, failures) in zip(continued, whole[stop:], strict=True):
         assert state.step == step
         assert torch.equal(state.latents, latents)

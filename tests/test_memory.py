@@ -1,4 +1,4 @@
-"""Out of memory, the micro-batch is halved and the work done again; pairs that kill are left out, and no byte moves."""
+"""Out of memory, the micro-batch is halved and the work repeated; poison pairs are excluded without other changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load(folder: Path, micro_batch: int) -> Engine:
 
 
 def limit_memory(module: Any, name: str, samples: int, since_call: int = 0) -> list[int]:
-    """Let a method fail as CUDA does for more than `samples` at a time; returns the batch sizes it was called with."""
+    """Let a method fail like CUDA out of memory for batches of more than `samples`; returns the sizes of its calls."""
     real, sizes = getattr(module, name), []
 
     def limited(z: torch.Tensor, *rest: Any, **options: Any) -> Any:
@@ -53,24 +53,24 @@ def sample(engine: Engine, count: int = 5) -> tuple[torch.Tensor, list[Any]]:
     return state.latents, engine.decode(state)
 
 
-def test_out_of_memory_a_step_is_repeated_with_half_the_micro_batch_which_stays(folder: Path) -> None:
+def test_after_out_of_memory_a_step_is_repeated_with_half_the_micro_batch_which_then_stays(folder: Path) -> None:
     engine = load(folder, 8)
     sizes = limit_memory(engine.model.unet, "forward", 2)
     latents, images = sample(engine)
     assert engine.micro_batch == 2
     assert engine.numerics["micro_batch"] == 2
     failed = [size for size in sizes if size > 2]
-    assert len(failed) == 2, "8 and 4 are tried once each, and never again"
+    assert len(failed) == 2, "8 and 4 are tried once each"
     expected, expected_images = sample(load(folder, 2))
     assert torch.equal(latents, expected)
     assert all(map(np.array_equal, images, expected_images))
 
 
-def test_what_a_failed_step_had_done_is_undone(folder: Path) -> None:
-    """It runs out in its middle: some pairs have moved, and losses are noted."""
-    whole = load(folder, 4)
-    calls = limit_memory(whole.model.unet, "forward", 99)
-    at_step = [(state.step, len(calls)) for state in whole.sample(pairs(5), SETTINGS)]
+def test_changes_by_a_failed_step_are_undone(folder: Path) -> None:
+    """The step fails after it has changed some pairs and recorded their losses."""
+    unlimited = load(folder, 4)
+    calls = limit_memory(unlimited.model.unet, "forward", 99)
+    at_step = [(state.step, len(calls)) for state in unlimited.sample(pairs(5), SETTINGS)]
     engine = load(folder, 4)
     limit_memory(engine.model.unet, "forward", 2, since_call=at_step[0][1] + 3)
     states = engine.sample(pairs(5), SETTINGS)
@@ -83,7 +83,7 @@ def test_what_a_failed_step_had_done_is_undone(folder: Path) -> None:
     assert torch.equal(second.losses, again.losses)
 
 
-def test_decoding_is_repeated_too(folder: Path) -> None:
+def test_decoding_is_repeated_with_half_the_micro_batch(folder: Path) -> None:
     engine = load(folder, 4)
     sizes = limit_memory(engine.model.vae, "decode", 1)
     _, images = sample(engine, 3)
@@ -91,14 +91,14 @@ def test_decoding_is_repeated_too(folder: Path) -> None:
     assert all(image is not None for image in images)
 
 
-def test_where_not_even_one_pair_fits_the_advice_is_given(folder: Path) -> None:
+def test_if_one_pair_alone_does_not_fit_the_error_gives_advice(folder: Path) -> None:
     engine = load(folder, 4)
     limit_memory(engine.model.unet, "forward", 0)
     with pytest.raises(DeviceMemoryError, match=r"Tried to allocate 2.00 GiB.*lower cluster.feature_budget_mb"):
         sample(engine)
 
 
-def test_other_errors_are_not_taken_for_it(folder: Path) -> None:
+def test_other_errors_are_not_treated_as_out_of_memory(folder: Path) -> None:
     engine = load(folder, 4)
 
     def broken(*_: Any, **__: Any) -> None:

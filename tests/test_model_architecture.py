@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from stylemill.engine.attention import self_attention_layers
 from stylemill.errors import ModelError
 from stylemill.models.resolve import resolve_model
-from stylemill.planning.cost import read_shape
+from stylemill.planning.model_shape import read_shape
 
 
 @pytest.fixture(autouse=True)

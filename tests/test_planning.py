@@ -1,4 +1,4 @@
-"""Plans: fixed shards, the fingerprint, and costs that are counted as the engine counts them."""
+"""Plans: fixed shards, the fingerprint, and costs that equal those of the engine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
 from stylemill.manifest import ImageRef, Row
-from stylemill.planning.cost import ModelShape, _self_attention, count_cost, read_shape
+from stylemill.models.attention_layers import attention_layers
+from stylemill.planning.cost import count_cost
 from stylemill.planning.fingerprint import fingerprint_differences, fingerprint_sha256
+from stylemill.planning.model_shape import ModelShape, read_shape
 from stylemill.planning.plan import Plan, choose_pairs_per_shard, plan
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
@@ -38,7 +40,7 @@ SDXL = {
 
 def _shape(unet: dict, parameters: int = 0) -> ModelShape:
     channels = unet["block_out_channels"]
-    return ModelShape(tuple(_self_attention(unet)), channels[0], len(channels), 4, 8, parameters)
+    return ModelShape(tuple(attention_layers(unet)), channels[0], len(channels), 4, 8, parameters)
 
 
 def _write_weights(path: Path) -> None:
@@ -200,7 +202,7 @@ def test_fingerprint_contains_what_determines_images(job, model):
     assert difference.startswith("model.scheduler/scheduler_config.json: run has 44136fa355b3")
 
 
-def test_passes_are_counted_as_the_method_counts_them(job):
+def test_passes_are_counted_for_each_method(job):
     cost = plan(job).cost()  # three shards of 2 contents × 4 styles
     assert (cost.contents, cost.styles, cost.blocks) == (6, 4, 1)
     assert (cost.denoise, cost.gradient) == (24 * 50, 24 * 50)
@@ -214,7 +216,7 @@ def test_passes_are_counted_as_the_method_counts_them(job):
     assert (cost.denoise, cost.gradient, cost.shared_features) == (24 * 50, 0, 0)
 
     cost = plan(_with(job, sampling={"content_weight": 0.0})).cost()
-    assert (cost.shared_features, cost.unshared_features) == (3 * 4 * 50, 24 * 50)  # no content features for λ = 0
+    assert (cost.shared_features, cost.unshared_features) == (3 * 4 * 50, 24 * 50)  # λ = 0: no features of contents
 
     cost = plan(_with(job, preset="style-transfer", sampling={"method": "optimization", "steps": 200})).cost()
     assert (cost.denoise, cost.gradient, cost.shared_features) == (0, 24 * 200, 3 * 6 * 200)
@@ -240,36 +242,46 @@ _CFG = {"guidance_scale": 3.0}
     ],
     ids=str,
 )
-def test_the_engine_makes_the_passes_that_were_planned(job, tmp_path, settings, budget):
-    from stylemill.demo.untrained import write_demo_model
+def test_the_engine_makes_the_planned_passes(job, tmp_path, folder, engine32, settings, budget):
+    """Two shards of 8 and 4 pairs, and pairs of two kinds: λ = 0 in two rows."""
     from stylemill.engine import Engine, InputImage, Pair
 
     settings = {"steps": 2, "iterations": 2, **settings}
+    weights = [None] * 12
+    weights[2], weights[9] = 0.0, 0.0
+    manifest = _write_manifest(tmp_path / "two_kinds.parquet", 3, 4)
+    pq.write_table(pq.read_table(manifest).append_column("content_weight", pa.array(weights, pa.float64())), manifest)
     cluster = {"micro_batch": 2, "feature_budget_mb": budget}
-    model = {"name": str(write_demo_model(tmp_path / "demo"))}
-    made = plan(_with(job, model=model, sampling=settings, cluster=cluster, image={"size": 128}))
+    changes = {"model": {"name": str(folder)}, "sampling": settings, "cluster": cluster, "image": {"size": 128}}
+    made = plan(_with(job, manifest=str(manifest), **changes))
     cost = made.cost()
     assert cost.blocks > 1 if budget == 1 else cost.blocks == 1
 
-    engine = Engine.load(made.model.folder, micro_batch=2, feature_budget_mb=budget)
+    engine = Engine(engine32.model, micro_batch=2, feature_budget_mb=budget)
     pixels = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    assert made.shards == 2
     for shard in range(made.shards):
         rows = made.rows_of(shard)
         pairs = [
-            Pair((InputImage(row.styles[0].key, pixels),), (128, 128), content=InputImage(row.content.key, pixels))
+            Pair(
+                (InputImage(row.styles[0].key, pixels),),
+                (128, 128),
+                content=InputImage(row.content.key, pixels),
+                content_weight=row.content_weight,
+            )
             for row in made.manifest.rows(rows.start, rows.stop)
         ]
         for _ in engine.sample(pairs, made.job.sampling):
             pass
-    made_passes = {"denoise": cost.denoise, "gradient": cost.gradient, "feature": cost.shared_features}
-    assert engine.passes == {kind: passes for kind, passes in made_passes.items() if passes}
+    planned_passes = {"denoise": cost.denoise, "gradient": cost.gradient, "feature": cost.shared_features}
+    assert engine.passes == {kind: passes for kind, passes in planned_passes.items() if passes}
 
 
-def test_features_above_the_budget_are_worked_in_blocks(job):
-    rows = [Row(i, i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # zip: nothing to share
+def test_features_above_the_budget_are_split_into_blocks(job):
+    rows = [Row(i, i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # no shared image
     shape = _shape(SD15)
     image = shape.feature_elements(None, (64, 64)) * 4  # 16.9 million scalars in float32
-    budget = 4 * image // 2**20 + 1  # room for the four images of two pairs
+    budget = 4 * image // 2**20 + 1  # enough for the four images of two pairs
     blocked = _with(job, cluster={"feature_budget_mb": budget, "micro_batch": 2})
     cost = count_cost(blocked, [rows], shape)
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 16 * 50, 16 * 50)
@@ -280,7 +292,7 @@ def test_features_above_the_budget_are_worked_in_blocks(job):
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 4 * 3 * 50, 16 * 50)
 
 
-def test_layers_and_their_sizes():
+def test_layers_and_their_feature_sizes_follow_from_the_configuration():
     sd15, sdxl = _shape(SD15), _shape(SDXL)
     assert (len(sd15.attention), len(sdxl.attention)) == (16, 70)
     assert sd15.attention[6] == (3, 1280, "mid_block.attentions.0.transformer_blocks.0.attn1")
@@ -291,7 +303,7 @@ def test_layers_and_their_sizes():
     assert 32 * sd15.feature_elements(None, (64, 64)) * 2 / 2**30 == pytest.approx(1.05, abs=0.01)
 
 
-def test_memory_is_estimated_from_headers(job):
+def test_memory_is_estimated_from_the_headers_of_the_weights(job):
     memory = plan(job).cost().memory
     assert memory.dtype == "float32"
     assert memory.weights == 3 * 1_000_000 * 4
@@ -303,7 +315,7 @@ def test_memory_is_estimated_from_headers(job):
     assert halved.total == pytest.approx(halved.weights + memory.features / 2 + memory.state + memory.activations / 2)
 
 
-def test_the_text_that_plan_prints(job, tmp_path):
+def test_the_description_of_a_plan(job, tmp_path):
     text = plan(_with(job, shards={"pairs_per_shard": 7})).describe()
     for expected in (
         "rows            24\n",
@@ -342,7 +354,7 @@ def test_a_hub_model_is_pinned_before_it_is_downloaded(job, monkeypatch):
         ({"image": {"size": 500}}, JobError, "500×500: sides must be multiples of 64 for this model, such as 512×512"),
         ({"model": {"layers": [10, 16]}}, ModelError, r"layers: there is no self-attention layer 16; .* has 0 down_bl"),
         ({"model": {"layers": "mid_block.attn2"}}, ModelError, r"layers: no self-attention layer is called 'mid_blo"),
-        ({"model": {"layers": "up_blocks.3"}}, ModelError, r"'up_blocks.3' fits several layers: 13 up_blocks.3.att"),
+        ({"model": {"layers": "up_blocks.3"}}, ModelError, r"'up_blocks.3' matches several layers: 13 up_blocks.3.att"),
         ({"model": {"layers": ["6", "mid_block"]}}, ModelError, r"no self-attention layer is called '6'"),
         ({"model": {"layers": [6, "mid_block"]}}, ModelError, r"layers \[6, 'mid_block'\]: choose distinct layers"),
         ({"sampling": {"layer_weights": [1.0]}}, JobError, r"layer_weights has 1 numbers for the 6 layers of model.l"),

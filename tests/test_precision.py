@@ -1,4 +1,4 @@
-"""Half precision against float32, on the demo model: the thresholds that guidance is trusted by."""
+"""Half precision against float32 with the untrained model: how far its gradients and latents may differ."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ import torch
 
 import precision
 from stylemill.config.sampling import Sampling
-from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine
 
 SETTINGS = Sampling(steps=4)
 LEAST_COSINE = {"float16": 0.999, "bfloat16": 0.99}
 MOST_ZEROS = 0.001
-# Not rounding alone: |a − b| has a kink at 0, where the least difference turns the sign of an element's gradient.
+# More than rounding: the gradient of |a − b| changes its sign at 0, where a small difference is enough.
 ALONE_AND_TOGETHER = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 0.1}
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
-    folder = write_demo_model(tmp_path_factory.mktemp("model") / "demo")
-    exact = Engine.load(folder, dtype="float32", device="cpu")
+def engines(engine32: Engine) -> dict[str, Engine]:
+    exact = Engine(engine32.model)
     halves = {name: precision.in_precision(exact, dtype) for name, dtype in precision.HALVES.items()}
     return {"float32": exact, **halves}
 
 
-def test_half_precision_gradients_agree_with_single_precision_at_every_step(engines: dict[str, Engine]) -> None:
+def test_half_precision_gradients_are_close_to_float32_at_every_step(engines: dict[str, Engine]) -> None:
     exact, halves = engines["float32"], [engines[name] for name in LEAST_COSINE]
     pairs = precision.content_style_pairs(1, 128)
     steps = list(precision.agreements(exact, halves, pairs, SETTINGS))
@@ -36,7 +34,7 @@ def test_half_precision_gradients_agree_with_single_precision_at_every_step(engi
         assert not any(one.broken for one in found)
 
 
-def test_agreement_sees_what_underflow_does() -> None:
+def test_agreement_measures_underflow_and_infinities() -> None:
     exact = torch.tensor([[3e-8, 4e-8, 1e-3, 1e-3]]).reshape(1, 1, 2, 2)
     lost = precision.Agreement.between((exact / 2).half().float(), exact)
     assert lost.zeros == 0.5
@@ -46,7 +44,7 @@ def test_agreement_sees_what_underflow_does() -> None:
 @pytest.mark.parametrize(
     "name", ["float32", *(pytest.param(half, marks=pytest.mark.slow) for half in precision.HALVES)]
 )
-def test_gradient_of_a_pair_alone_and_in_a_batch_of_16(engines: dict[str, Engine], name: str) -> None:
+def test_the_gradient_of_a_pair_alone_is_close_to_that_in_a_batch_of_16(engines: dict[str, Engine], name: str) -> None:
     pairs = precision.content_style_pairs(16, 64)
     assert precision.alone_against_batch(engines[name], pairs, SETTINGS, 1) <= ALONE_AND_TOGETHER[name]
 

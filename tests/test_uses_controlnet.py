@@ -1,4 +1,4 @@
-"""ControlNets: denoising sees them, attention distillation does not; from job file to latents."""
+"""ControlNets, from the job file to the latents: they act while denoising, not on features and gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import oracle
 from stylemill.config.job import Job
 from stylemill.config.model import ControlNet
 from stylemill.config.sampling import Sampling
-from stylemill.demo.untrained import write_demo_model
 from stylemill.demo.untrained_controlnet import write_demo_controlnet
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.errors import JobError, ModelError
@@ -31,29 +30,24 @@ SIZE = (64, 64)  # pixels; latents of 8 x 8
 Acting = tuple[float, float, float]  # scale, start, end
 
 
-def picture(number: int) -> InputImage:
+def image(number: int) -> InputImage:
     random = np.random.default_rng(number)
     patches = np.kron(random.integers(30, 226, (4, 4, 3)), np.ones((16, 16, 1)))
-    return InputImage(f"picture {number}", (patches + random.integers(-30, 30, patches.shape)).astype(np.uint8))
+    return InputImage(f"image {number}", (patches + random.integers(-30, 30, patches.shape)).astype(np.uint8))
 
 
-CONTENT, STYLE, EDGES, DEPTH = picture(1), picture(11), picture(21), picture(22)
+CONTENT, STYLE, EDGES, DEPTH = image(1), image(11), image(21), image(22)
 PAIR = Pair((STYLE,), SIZE, CONTENT, prompt="a lighthouse", negative_prompt="blurry", controls=(EDGES,))
 OTHER = Pair((STYLE,), SIZE, controls=(DEPTH,), seed=3)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = tmp_path_factory.mktemp("models")
-    write_demo_model(models / "demo")
+    (models / "demo").symlink_to(folder)
     write_demo_controlnet(models / "edges", seed=1)
     write_demo_controlnet(models / "depth", seed=2)
     return models
-
-
-@pytest.fixture(scope="module")
-def plain_model(models: Path) -> oracle.Model:
-    return oracle.Model.load(models / "demo")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +73,8 @@ def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> SampleSta
     return state
 
 
-def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
 ONE: dict[str, Acting] = {"edges": (1.0, 0.0, 1.0)}
@@ -95,20 +89,20 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_controlled_run_equals_the_oracle(models: Path, plain_model: oracle.Model, run: str) -> None:
+def test_a_run_with_controlnets_equals_the_oracle(models: Path, model: oracle.Model, run: str) -> None:
     acting, pair, settings = RUNS[run]
-    expected = oracle.naive_sample(naive(models, plain_model, acting), pair, settings, Noise(0)).latents[-1]
+    expected = oracle.naive_sample(naive(models, model, acting), pair, settings, Noise(0)).latents[-1]
     assert_equal(last(load(models, acting), [pair], settings).latents, expected)
 
 
-def test_features_and_gradients_do_not_see_the_control(engine: Engine, models: Path) -> None:
+def test_features_and_gradients_do_not_depend_on_the_controlnet(engine: Engine, models: Path) -> None:
     without, settings = load(models, {}), Sampling(steps=2, guidance_scale=2.0)
     z = torch.from_numpy(Noise(0).initial_latents(PAIR, (1, 4, 8, 8)))
     assert torch.equal(engine.gradient([PAIR], settings, z, 0), without.gradient([PAIR], settings, z, 0))
     assert (last(engine, [PAIR], settings).latents - last(without, [PAIR], settings).latents).abs().max() > 1e-2
 
 
-def test_each_pair_is_denoised_by_its_own_control_image(engine: Engine) -> None:
+def test_each_pair_is_denoised_with_its_own_control_image(engine: Engine) -> None:
     settings = Sampling(steps=2, guidance_scale=2.0)
     pairs = [PAIR, replace(PAIR, controls=(DEPTH,)), OTHER, replace(OTHER, controls=(EDGES,))]
     together = last(engine, pairs, settings)
@@ -117,7 +111,7 @@ def test_each_pair_is_denoised_by_its_own_control_image(engine: Engine) -> None:
     assert (together.latents_of[0] - together.latents_of[1]).abs().max() > 1e-3
 
 
-def test_a_pair_without_its_control_image_fails_alone(engine: Engine) -> None:
+def test_a_pair_without_its_control_image_fails_and_no_other(engine: Engine) -> None:
     settings = Sampling(steps=2)
     pairs = [PAIR, replace(PAIR, controls=()), replace(PAIR, controls=(InputImage("?", None),)), PAIR]
     state, whole = last(engine, pairs, settings), last(engine, [PAIR] * 4, settings)
@@ -129,7 +123,7 @@ def test_a_pair_without_its_control_image_fails_alone(engine: Engine) -> None:
         assert torch.equal(state.latents_of[sound], whole.latents_of[sound])
 
 
-def test_restored_run_continues_to_the_same_bits(engine: Engine) -> None:
+def test_a_restored_run_continues_to_the_same_bits(engine: Engine) -> None:
     settings = Sampling(steps=3)
     states = engine.sample([PAIR, OTHER], settings)
     state = next(states)
@@ -138,12 +132,12 @@ def test_restored_run_continues_to_the_same_bits(engine: Engine) -> None:
     restored = SampleState.restore(inputs, json.loads(json.dumps(facts)), arrays, json.loads(json.dumps(progress)))
     assert restored.inputs.controls[0].dtype == torch.uint8
     *_, continued = engine.sample([], settings, state=restored)
-    for ours, theirs in zip(continued.latents_of, state.latents_of, strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(continued.latents_of, state.latents_of, strict=True):
+        assert torch.equal(actual, expected)
 
 
-def test_sdxl_shape(tmp_path: Path) -> None:
-    write_demo_model(tmp_path / "demo", kind="sdxl")
+def test_a_run_with_a_controlnet_of_sdxl_equals_the_oracle(sdxl_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo").symlink_to(sdxl_folder)
     write_demo_controlnet(tmp_path / "edges", kind="sdxl")
     expected = naive(tmp_path, oracle.Model.load(tmp_path / "demo"), ONE)
     settings = Sampling(steps=2, guidance_scale=2.0)
@@ -170,7 +164,7 @@ def job(folder: Path, models: Path, columns: dict[str, list[Any]], **changes: An
     return folder / "job.yaml"
 
 
-def test_controlnets_of_a_job_file(tmp_path: Path, models: Path) -> None:
+def test_the_controlnets_of_a_job_file_are_parsed(tmp_path: Path, models: Path) -> None:
     (tmp_path / "net").mkdir()
     given = [{"name": "net", "scale": 0.5}, "some/hub-id"]
     path = job(tmp_path, models, {"control": ["c.png"]}, model={"name": str(models / "demo"), "controlnet": given})
@@ -186,7 +180,9 @@ def test_controlnets_of_a_job_file(tmp_path: Path, models: Path) -> None:
         ({"controlnet": {"name": "net", "scale": -1}}, "model.controlnet.scale"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, models: Path, model: dict[str, Any], message: str) -> None:
+def test_mistakes_in_the_settings_of_a_controlnet_are_named(
+    tmp_path: Path, models: Path, model: dict[str, Any], message: str
+) -> None:
     with pytest.raises(JobError, match=message):
         Job.load(job(tmp_path, models, {"control": ["c.png"]}, model={"name": "demo", **model}))
 
@@ -215,7 +211,7 @@ def test_a_manifest_without_control_images_is_refused_by_the_plan(tmp_path: Path
         plan(job(tmp_path, models, {"prompt": ["a lighthouse"]}))
 
 
-def test_fingerprint_tells_controlnets_and_their_scales_apart(tmp_path: Path, models: Path) -> None:
+def test_the_fingerprint_depends_on_controlnets_and_their_scales(tmp_path: Path, models: Path) -> None:
     def fingerprint(**net: Any) -> str:
         model = {"name": str(models / "demo"), "controlnet": net}
         return plan(job(tmp_path, models, {"control": ["c.png"]}, model=model)).fingerprint_sha256

@@ -1,4 +1,4 @@
-"""Few steps: other schedulers, each against diffusers' own run for one pair alone, and LoRAs fused into the weights."""
+"""Sampling in few steps: schedulers, each against diffusers' own run of one pair, and LoRAs fused into the weights."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ SHARD = [
     Pair((STYLES[1],), SIZE, CONTENT),
     Pair((STYLES[0],), SIZE, prompt="a horse"),  # in a micro-batch of its own: no content
 ]
-# These compute in float32 whatever they are given, and what lies at the edge of a rounding falls to either side.
-ROUGH = dict.fromkeys(("dpmpp", "dpmpp_sde", "euler", "euler_ancestral"), 1e-05)
+# Tolerances: these schedulers compute in float32 whatever the input is, so values can be rounded to either side.
+TOLERANCES = dict.fromkeys(("dpmpp", "dpmpp_sde", "euler", "euler_ancestral"), 1e-05)
 STOCHASTIC = [name for name, kind in SCHEDULERS.items() if kind.draws]
 
 
@@ -62,76 +62,77 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_each_pair_equals_diffusers_own_run_of_it_alone(engine: Engine, model: oracle.Model, run: str) -> None:
+def test_each_pair_equals_diffusers_own_run_of_that_pair(engine: Engine, model: oracle.Model, run: str) -> None:
     settings = Sampling(**RUNS[run])
     naive = {"optimization": oracle.naive_optimization, "kv_injection": oracle.naive_kv_injection}
     steps = sampled(engine, SHARD, settings)
     for place, pair in enumerate(SHARD):
         trace = naive.get(settings.method, oracle.naive_guided)(model, pair, settings, Noise(settings.seed))
-        for ours, theirs in zip(steps, trace.latents, strict=True):
-            near = ROUGH.get(settings.scheduler, 1e-8)
-            torch.testing.assert_close(ours[place : place + 1], theirs, rtol=0, atol=near)
+        tolerance = TOLERANCES.get(settings.scheduler, 1e-8)
+        for actual, expected in zip(steps, trace.latents, strict=True):
+            torch.testing.assert_close(actual[place : place + 1], expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["dpmpp", "euler", "lcm"])
-def test_start_at_the_content_in_the_middle_of_the_schedule(engine: Engine, model: oracle.Model, name: str) -> None:
+def test_sampling_from_the_content_starts_within_the_schedule(engine: Engine, model: oracle.Model, name: str) -> None:
     settings = Sampling(scheduler=name, steps=4, init="content", strength=0.75)
     trace = oracle.naive_guided(model, SHARD[0], settings, Noise(0))
     *_, last = sampled(engine, SHARD[:2], settings)
-    torch.testing.assert_close(last[:1], trace.latents[-1], rtol=0, atol=ROUGH.get(name, 1e-8))
+    torch.testing.assert_close(last[:1], trace.latents[-1], rtol=0, atol=TOLERANCES.get(name, 1e-8))
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ddim"])
-def test_noised_images_are_at_the_level_of_the_schedulers_own_noise(model: oracle.Model, name: str) -> None:
-    ours, theirs = Scheduler(model.scheduler(4), Sampling(scheduler=name, steps=4)), model.sampler(name, 4)
+def test_images_are_noised_to_the_noise_level_of_the_scheduler(model: oracle.Model, name: str) -> None:
+    scheduler, original = Scheduler(model.scheduler(4), Sampling(scheduler=name, steps=4)), model.sampler(name, 4)
     clean, noise = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     for step in range(3):
-        timestep = theirs.timesteps[step + 1 : step + 2]
-        noised = theirs.add_noise(clean[None], noise[None], timestep)[0]
+        timestep = original.timesteps[step + 1 : step + 2]
+        expected = original.add_noise(clean[None], noise[None], timestep)[0]
         if SCHEDULERS[name].sigmas:
-            noised = noised / (theirs.sigmas[step + 1] ** 2 + 1) ** 0.5
-        torch.testing.assert_close(ours.add_noise(clean, noise, ours.next_timestep(step)), noised, rtol=0, atol=1e-5)
+            expected = expected / (original.sigmas[step + 1] ** 2 + 1) ** 0.5
+        noised = scheduler.add_noise(clean, noise, scheduler.next_timestep(step))
+        torch.testing.assert_close(noised, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpmpp_sde", "euler_ancestral", "tcd"])
-def test_a_restored_run_continues_to_the_same_bits(folder: Path, name: str) -> None:
+def test_a_restored_run_continues_to_the_same_bits(engine32: Engine, name: str) -> None:
     settings = Sampling(scheduler=name, steps=4)
-    engine = Engine.load(folder, dtype="float32", device="cpu", micro_batch=1)
+    engine = Engine(engine32.model, micro_batch=1)
     exported = [(state, state.export_inputs(), state.export_progress()) for state in engine.sample(SHARD, settings)]
     state, inputs, progress = exported[-1][0], exported[1][1], exported[1][2]
     facts, progress_facts = (json.loads(json.dumps(given[1])) for given in (inputs, progress))
     copies = {name: array.copy() for name, array in progress[0].items()}
     restored = SampleState.restore(inputs[0], facts, copies, progress_facts)
-    again = Engine.load(folder, dtype="float32", device="cpu", micro_batch=1)
+    again = Engine(engine32.model, micro_batch=1)
     *_, continued = again.sample([], settings, state=restored)
     assert torch.equal(continued.latents, state.latents)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_noise_of_a_step_is_the_pairs_own(engine: Engine, name: str) -> None:
+def test_the_noise_of_a_step_depends_on_the_pair_and_the_seed(engine: Engine, name: str) -> None:
     settings = Sampling(scheduler=name, steps=2, iterations=0)
     (_, both) = sampled(engine, SHARD[:2], settings)
     (_, swapped) = sampled(engine, SHARD[1::-1], settings)
-    torch.testing.assert_close(both, swapped.flip(0), rtol=0, atol=ROUGH.get(name, 1e-8))
+    torch.testing.assert_close(both, swapped.flip(0), rtol=0, atol=TOLERANCES.get(name, 1e-8))
     (_, other) = sampled(engine, SHARD[:2], settings.model_copy(update={"seed": 1}))
     assert (other - both).abs().amax(dim=(1, 2, 3)).min() > 0.1
 
 
-def test_unipc_undoes_what_guidance_does_as_its_refusal_says(model: oracle.Model) -> None:
-    def end(pull: float) -> Tensor:
+def test_unipc_undoes_guidance_as_its_refusal_says(model: oracle.Model) -> None:
+    def end(change: float) -> Tensor:
         scheduler = UniPCMultistepScheduler.from_config(model.scheduler_config)
         scheduler.set_timesteps(3)
         z, epsilon = torch.ones(1, 4, 8, 8), torch.full((1, 4, 8, 8), 0.1)
-        z = scheduler.step(epsilon, scheduler.timesteps[0], z).prev_sample + pull
-        # Only the prediction, kept the same here, could know of the pull.
-        x = scheduler.convert_model_output(epsilon, sample=z - pull)
+        z = scheduler.step(epsilon, scheduler.timesteps[0], z).prev_sample + change
+        # Only the prediction could depend on the change, and here it does not.
+        x = scheduler.convert_model_output(epsilon, sample=z - change)
         scheduler.convert_model_output = lambda *_, **__: x
         return scheduler.step(epsilon, scheduler.timesteps[1], z).prev_sample  # type: ignore[no-any-return]
 
     assert torch.equal(end(0.0), end(0.5))
 
 
-def test_diffusers_is_left_as_it_was(engine: Engine) -> None:
+def test_the_patch_of_diffusers_is_removed(engine: Engine) -> None:
     import diffusers.schedulers.scheduling_lcm as module
 
     before = module.randn_tensor
@@ -139,11 +140,11 @@ def test_diffusers_is_left_as_it_was(engine: Engine) -> None:
     assert module.randn_tensor is before
 
 
-def test_a_models_own_sampler_does_not_leak_into_the_jobs() -> None:
-    of_model = DDIMScheduler.from_config(
+def test_the_job_does_not_use_the_models_own_sampling_parameters() -> None:
+    noise_schedule = DDIMScheduler.from_config(
         {"beta_schedule": "scaled_linear", "use_karras_sigmas": True, "timestep_spacing": "trailing"}
     )
-    made = Scheduler(of_model, Sampling(scheduler="dpmpp", steps=4)).scheduler
+    made = Scheduler(noise_schedule, Sampling(scheduler="dpmpp", steps=4)).scheduler
     assert (made.config.use_karras_sigmas, made.config.timestep_spacing) == (False, "leading")
     assert made.config.beta_schedule == "scaled_linear"
 
@@ -161,20 +162,22 @@ def test_a_models_own_sampler_does_not_leak_into_the_jobs() -> None:
     ],
     ids=str,
 )
-def test_schedulers_that_do_not_fit_are_refused_by_name(settings: dict[str, Any], named: tuple[str, ...]) -> None:
+def test_schedulers_that_do_not_fit_are_refused_with_their_name(
+    settings: dict[str, Any], named: tuple[str, ...]
+) -> None:
     with pytest.raises(ValidationError) as caught:
         Sampling(**settings)
     for name in named:
         assert name in str(caught.value).split("[type=")[0]
 
 
-def test_a_job_names_a_refused_scheduler() -> None:
+def test_a_job_with_a_refused_scheduler_is_refused() -> None:
     job = {"name": "t", "manifest": "m", "output": "o", "model": "m", "sampling": {"scheduler": "heun"}}
     with pytest.raises(JobError, match="scheduler heun is refused"):
         Job.parse(job)
 
 
-def test_the_preset() -> None:
+def test_the_preset_has_the_documented_settings() -> None:
     made = Sampling(**PRESETS["few-steps"])
     assert (made.steps, made.iterations, made.learning_rate, made.content_weight) == (28, 3, 0.25, 0.33)
     assert made.scheduler == "lcm"
@@ -201,15 +204,17 @@ def changed(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ["peft", "diffusers", "kohya"])
-def test_a_fused_lora_is_w_plus_scale_b_a(engine: Engine, folder: Path, tmp_path: Path, layout: str) -> None:
+def test_a_fused_lora_adds_scale_times_b_a_to_the_weight(
+    engine: Engine, folder: Path, tmp_path: Path, layout: str
+) -> None:
     unet, encoder = engine.model.unet, engine.model.text_encoders[0]
     text = next(name for name, _ in encoder.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
     text_key = text if text.startswith("text_model.") else f"text_model.{text}"
-    found = [("unet", name, unet.get_submodule(name)) for name in (TO_Q, CONV)]
-    found.append(("text_encoder", text_key, encoder.get_submodule(text)))
+    targets = [("unet", name, unet.get_submodule(name)) for name in (TO_Q, CONV)]
+    targets.append(("text_encoder", text_key, encoder.get_submodule(text)))
     tensors: dict[str, Tensor] = {}
     made = {}
-    for seed, (part, name, module) in enumerate(found):
+    for seed, (part, name, module) in enumerate(targets):
         down, up = factors(module, 3, seed)
         made[name] = down, up
         prefix, ends = {
@@ -228,17 +233,18 @@ def test_a_fused_lora_is_w_plus_scale_b_a(engine: Engine, folder: Path, tmp_path
     save_file(tensors, tmp_path / "style.safetensors")
     fused = Engine.load(folder, dtype="float64", loras=[Lora(name=str(tmp_path), scale=0.8)]).model
     scale = 0.8 * (0.5 if layout == "kohya" else 1.0)
-    ours = [fused.unet.get_submodule(TO_Q), fused.unet.get_submodule(CONV), fused.text_encoders[0].get_submodule(text)]
-    for module, (_, name, before) in zip(ours, found, strict=True):
-        wanted = changed(before.weight, *made[name], scale)
-        torch.testing.assert_close(module.weight, wanted, rtol=0, atol=1e-12)
+    updated = [fused.unet.get_submodule(name) for name in (TO_Q, CONV)]
+    updated.append(fused.text_encoders[0].get_submodule(text))
+    for module, (_, name, before) in zip(updated, targets, strict=True):
+        expected = changed(before.weight, *made[name], scale)
+        torch.testing.assert_close(module.weight, expected, rtol=0, atol=1e-12)
         assert (module.weight - before.weight).abs().max() > 1e-4
-    same = [name for name, _ in unet.named_parameters() if not name.startswith((TO_Q, CONV))]
-    assert all(torch.equal(fused.unet.get_parameter(name), unet.get_parameter(name)) for name in same)
+    unchanged = [name for name, _ in unet.named_parameters() if not name.startswith((TO_Q, CONV))]
+    assert all(torch.equal(fused.unet.get_parameter(name), unet.get_parameter(name)) for name in unchanged)
     assert not any(parameter.requires_grad for parameter in fused.unet.parameters())
 
 
-def test_a_lora_is_what_diffusers_and_peft_make_of_it(engine: Engine, folder: Path, tmp_path: Path) -> None:
+def test_a_fused_lora_equals_that_of_diffusers_and_peft(engine: Engine, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     down, up = factors(engine.model.unet.get_submodule(TO_Q), 4, 7)
     save_file({f"unet.{TO_Q}.lora_A.weight": down, f"unet.{TO_Q}.lora_B.weight": up}, tmp_path / "style.safetensors")
@@ -246,12 +252,12 @@ def test_a_lora_is_what_diffusers_and_peft_make_of_it(engine: Engine, folder: Pa
     pipeline.load_lora_weights(str(tmp_path), weight_name="style.safetensors")
     pipeline.fuse_lora(lora_scale=0.5)
     pipeline.unload_lora_weights()
-    ours = Engine.load(folder, dtype="float32", loras=[Lora(name=str(tmp_path / "style.safetensors"), scale=0.5)])
-    theirs = pipeline.unet.get_submodule(TO_Q).weight
-    torch.testing.assert_close(ours.model.unet.get_submodule(TO_Q).weight, theirs, rtol=0, atol=1e-6)
+    fused = Engine.load(folder, dtype="float32", loras=[Lora(name=str(tmp_path / "style.safetensors"), scale=0.5)])
+    expected = pipeline.unet.get_submodule(TO_Q).weight
+    torch.testing.assert_close(fused.model.unet.get_submodule(TO_Q).weight, expected, rtol=0, atol=1e-6)
 
 
-def test_alpha_in_the_metadata_of_peft(engine: Engine, folder: Path, tmp_path: Path) -> None:
+def test_alpha_is_read_from_the_metadata_of_peft(engine: Engine, folder: Path, tmp_path: Path) -> None:
     module = engine.model.unet.get_submodule(TO_Q)
     down, up = factors(module, 4, 7)
     tensors = {f"unet.{TO_Q}.lora_A.weight": down, f"unet.{TO_Q}.lora_B.weight": up}
@@ -277,7 +283,7 @@ def test_alpha_in_the_metadata_of_peft(engine: Engine, folder: Path, tmp_path: P
     ],
     ids=["shape", "no such layer", "one factor", "no LoRA", "LoHa"],
 )
-def test_another_architectures_lora_is_refused(
+def test_a_lora_of_another_architecture_or_kind_is_refused(
     folder: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...]], named: tuple[str, ...]
 ) -> None:
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "other.safetensors")
@@ -287,7 +293,7 @@ def test_another_architectures_lora_is_refused(
         assert word in str(caught.value)
 
 
-def test_loras_of_a_job(folder: Path, tmp_path: Path) -> None:
+def test_the_loras_of_a_job_are_part_of_its_fingerprint(folder: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Controllable synthesis: label images from file to attention, against the naive oracle and through whole shards."""
+"""Controllable synthesis: masks from their files to the attention, against the oracle and in whole runs."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ SIZE = (64, 64)  # pixels; latents of 8 x 8
 WIDE = (128, 64)
 
 
-def picture(number: int, size: tuple[int, int] = SIZE) -> InputImage:
+def image(number: int, size: tuple[int, int] = SIZE) -> InputImage:
     random, (width, height) = np.random.default_rng(number), size
     patches = np.kron(random.integers(30, 226, (4, 4, 3)), np.ones((height // 4, width // 4, 1)))
-    return InputImage(f"picture {number}", (patches + random.integers(-30, 30, patches.shape)).astype(np.uint8))
+    return InputImage(f"image {number}", (patches + random.integers(-30, 30, patches.shape)).astype(np.uint8))
 
 
 def labels(rows: Sequence[Sequence[int]], size: tuple[int, int] = SIZE) -> LabelImage:
-    """Rectangles of labels, as a drawing of `rows` shows them."""
-    drawing = np.array(rows)
-    tall, wide = size[1] // drawing.shape[0], size[0] // drawing.shape[1]
-    return LabelImage(f"{rows} {size}", np.kron(drawing, np.ones((tall, wide), int)).astype(np.int32))
+    """A mask of rectangles: `rows` is a small label image, enlarged to `size`."""
+    small = np.array(rows)
+    tall, wide = size[1] // small.shape[0], size[0] // small.shape[1]
+    return LabelImage(f"{rows} {size}", np.kron(small, np.ones((tall, wide), int)).astype(np.int32))
 
 
-CONTENT, STYLE, OTHER, WIDE_STYLE = picture(1), picture(11), picture(12), picture(13, WIDE)
+CONTENT, STYLE, OTHER, WIDE_STYLE = image(1), image(11), image(12), image(13, WIDE)
 SPLIT = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[1, 2]]), style_masks=(labels([[2], [1]]),))
-MANY = Pair(  # four labels over two styles of two shapes; each style lacks some
+MANY = Pair(  # four labels and two styles of two shapes, each without some of the labels
     (OTHER, WIDE_STYLE),
     SIZE,
     CONTENT,
@@ -53,13 +53,13 @@ MANY = Pair(  # four labels over two styles of two shapes; each style lacks some
     content_mask=labels([[0, 5], [COLOUR_LABEL + 0xFF0000, 7]]),
     style_masks=(labels([[5, 0], [5, 5]]), labels([[0, 7, COLOUR_LABEL + 0xFF0000, 7]], WIDE)),
 )
-LAID_OUT = Pair(
+LAYOUT = Pair(
     (STYLE, OTHER), WIDE, content_mask=labels([[3, 3, 4, 3]], WIDE), style_masks=(labels([[3]]), labels([[4]]))
 )
 PADDED = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[-1, 1, 1, -1]]), style_masks=(labels([[1], [-1]]),))
 PLAIN = Pair((STYLE,), SIZE, CONTENT)
 MIXED = [PLAIN, SPLIT, MANY, Pair((OTHER,), SIZE, CONTENT), PADDED]
-LACKING = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[1, 9]]), style_masks=(labels([[1]]),))
+MISSING_LABEL = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[1, 9]]), style_masks=(labels([[1]]),))
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> SampleSta
     return state
 
 
-def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
 # --- the engine against the oracle ---------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 RUNS = {
     "two labels": (SPLIT, Sampling(steps=3, iterations=2)),
     "several labels and styles": (MANY, Sampling(steps=2, guidance_scale=3.0, adain=True, query_scale=1.5)),
-    "no content, not square": (LAID_OUT, Sampling(steps=2, content_weight=0.0)),
+    "no content, not square": (LAYOUT, Sampling(steps=2, content_weight=0.0)),
     "padding": (PADDED, Sampling(steps=2)),
     "optimization": (MANY, Sampling(method="optimization", steps=2)),
     "plain gradient": (SPLIT, Sampling(method="gradient", steps=2, learning_rate=50.0)),
@@ -90,13 +90,13 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_masked_run_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
+def test_a_run_with_masks_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
     pair, settings = RUNS[run]
     expected = oracle.naive_sample(model, pair, settings, Noise(settings.seed)).latents[-1]
     assert_equal(last(engine, [pair], settings).latents, expected)
 
 
-def test_masks_change_the_result_and_one_label_for_all_does_not(engine: Engine) -> None:
+def test_masks_change_the_result_unless_all_have_one_label(engine: Engine) -> None:
     settings = Sampling(steps=2)
     everywhere = Pair((STYLE,), SIZE, CONTENT, content_mask=labels([[4]]), style_masks=(labels([[4]]),))
     plain, same, split = (last(engine, [pair], settings).latents for pair in (PLAIN, everywhere, SPLIT))
@@ -104,14 +104,14 @@ def test_masks_change_the_result_and_one_label_for_all_does_not(engine: Engine) 
     assert (split - plain).abs().max() > 1e-3
 
 
-def test_pairs_with_and_without_masks_in_one_shard(engine: Engine) -> None:
+def test_pairs_with_and_without_masks_can_be_in_one_shard(engine: Engine) -> None:
     settings = Sampling(steps=2)
     together = last(engine, MIXED, settings)
     for pair, latents in zip(MIXED, together.latents_of, strict=True):
         assert_equal(latents[None], last(engine, [pair], settings).latents)
 
 
-def test_a_layout_larger_than_a_window_is_cut_with_the_latents(engine: Engine) -> None:
+def test_the_mask_of_an_output_larger_than_a_window_is_split_into_windows_too(engine: Engine) -> None:
     large, settings = (128, 128), Sampling(steps=1, content_weight=0.0, window=8, window_stride=4)
     drawn = Pair((STYLE,), large, seed=1, content_mask=labels([[1], [2]], large), style_masks=(labels([[2, 1]]),))
     one = replace(drawn, content_mask=labels([[1]], large), style_masks=(labels([[1]]),))
@@ -120,22 +120,22 @@ def test_a_layout_larger_than_a_window_is_cut_with_the_latents(engine: Engine) -
     assert_equal(state.latents_of[1], state.latents_of[2])
     below, all_two = state.latents_of[0], last(engine, [two], settings).latents_of[0]
     assert state.failures == {}
-    assert_equal(below[:, 12:], all_two[:, 12:])  # in one step, only windows over both halves know of the upper one
+    assert_equal(below[:, 12:], all_two[:, 12:])  # one step: only windows with both halves know the upper one
     assert (below - all_two)[:, :2].abs().max() > 1e-3
 
 
-def test_a_label_that_no_style_bears_fails_its_pair_alone(engine: Engine) -> None:
+def test_a_label_that_no_style_has_fails_its_pair_and_no_other(engine: Engine) -> None:
     settings = Sampling(steps=2)
     whole = last(engine, [SPLIT, PADDED, PLAIN], settings)
-    state = last(engine, [SPLIT, LACKING, PLAIN], settings)
+    state = last(engine, [SPLIT, MISSING_LABEL, PLAIN], settings)
     assert list(state.failures) == [1]
-    assert "label 9 of content_mask stands in none of this pair's style masks" in state.failures[1]
+    assert "label 9 of content_mask is in none of this pair's style masks" in state.failures[1]
     assert torch.equal(state.latents_of[0], whole.latents_of[0])
     assert torch.equal(state.latents_of[2], whole.latents_of[2])
     assert all(latents.isfinite().all() for latents in state.latents_of)
 
 
-def test_a_label_that_is_lost_on_a_coarse_grid_is_a_failure_that_says_so(engine: Engine) -> None:
+def test_a_label_that_is_lost_on_a_coarse_grid_fails_with_that_reason(engine: Engine) -> None:
     thin = np.full((64, 64), 1, np.int32)
     thin[:, 8:16] = COLOUR_LABEL + 0xFF  # one latent wide, between the pixels that the 4 × 4 grid takes
     pair = Pair(
@@ -161,9 +161,9 @@ def test_incomplete_masks_fail_their_pair(engine: Engine, pair: Pair, reason: st
 
 
 @pytest.mark.parametrize("method", ["guided", "optimization", "kv_injection"])
-def test_restored_run_with_masks_continues_to_the_same_bits(engine: Engine, method: Any) -> None:
+def test_a_restored_run_with_masks_continues_to_the_same_bits(engine: Engine, method: Any) -> None:
     settings = Sampling(method=method, steps=3)
-    pairs = [SPLIT, MANY, LACKING, PLAIN]
+    pairs = [SPLIT, MANY, MISSING_LABEL, PLAIN]
     states = engine.sample(pairs, settings)
     state = next(states)
     (inputs, facts), (arrays, progress) = state.export_inputs(), state.export_progress()
@@ -171,15 +171,15 @@ def test_restored_run_with_masks_continues_to_the_same_bits(engine: Engine, meth
     assert inputs["mask.0"].dtype == np.int32
     restored = SampleState.restore(inputs, json.loads(json.dumps(facts)), arrays, json.loads(json.dumps(progress)))
     *_, continued = engine.sample([], settings, state=restored)
-    for ours, theirs in zip(continued.latents_of, state.latents_of, strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected in zip(continued.latents_of, state.latents_of, strict=True):
+        assert torch.equal(actual, expected)
     assert continued.failures == state.failures
 
 
 @pytest.mark.parametrize(
     ("size", "grid"), [((64, 64), (8, 8)), ((50, 37), (8, 4)), ((3, 5), (12, 10)), ((1, 1), (2, 3))]
 )
-def test_nearest_is_that_of_torch(size: tuple[int, int], grid: tuple[int, int]) -> None:
+def test_nearest_equals_nearest_neighbour_of_torch(size: tuple[int, int], grid: tuple[int, int]) -> None:
     random = torch.from_numpy(np.random.default_rng(0).integers(0, 2**25, size))
     expected = torch.nn.functional.interpolate(random[None, None].double(), grid, mode="nearest")[0, 0]
     assert torch.equal(nearest(random, grid).double(), expected)
@@ -189,22 +189,22 @@ def test_nearest_is_that_of_torch(size: tuple[int, int], grid: tuple[int, int]) 
 
 
 def save(path: Path, pixels: Any, mode: str, **options: Any) -> str:
-    image = Image.fromarray(np.array(pixels, np.uint8), "L" if mode == "P" else mode)
+    picture = Image.fromarray(np.array(pixels, np.uint8), "L" if mode == "P" else mode)
     if mode == "P":
-        image = image.convert("L")
-        image.putpalette([200] * 768)  # every index has the same colour: only the index tells
-        image.save(path, **options)
-        return path.name
-    image.save(path, **options)
+        picture = picture.convert("L")
+        picture.putpalette([200] * 768)  # every index has the same colour, so only the index can be the label
+    picture.save(path, **options)
     return path.name
 
 
-def read(path: Path, size: tuple[int, int], fit: Fit = "stretch", image: tuple[int, int] | None = None) -> list[Any]:
-    found: list[Any] = load_labels(path.name, None, path.parent, size, fit, image).tolist()
-    return found
+def read(
+    path: Path, size: tuple[int, int], fit: Fit = "stretch", image_size: tuple[int, int] | None = None
+) -> list[Any]:
+    labels: list[Any] = load_labels(path.name, None, path.parent, size, fit, image_size).tolist()
+    return labels
 
 
-def test_labels_are_indices_greys_and_colours(tmp_path: Path) -> None:
+def test_labels_are_palette_indices_grey_values_and_colours(tmp_path: Path) -> None:
     save(tmp_path / "p.png", [[0, 3], [7, 255]], "P")
     save(tmp_path / "l.png", [[0, 3], [7, 255]], "L")
     save(tmp_path / "c.png", [[[0, 0, 0], [3, 3, 3]], [[0, 0, 3], [255, 0, 16]]], "RGB")
@@ -217,42 +217,42 @@ def test_labels_are_indices_greys_and_colours(tmp_path: Path) -> None:
     assert read(tmp_path / "i.png", (2, 1)) == [[0, 1000]]
 
 
-def test_labels_move_as_their_image(tmp_path: Path) -> None:
+def test_a_mask_is_fitted_as_its_image_is(tmp_path: Path) -> None:
     save(tmp_path / "m.png", [[1, 2, 3, 4]] * 2, "L")  # a mask of 4 × 2 for an image of 400 × 200
-    image = (400, 200)
-    assert read(tmp_path / "m.png", (2, 2), "crop", image) == [[2, 3]] * 2
-    assert read(tmp_path / "m.png", (4, 4), "pad", image) == [[-1] * 4, [1, 2, 3, 4], [1, 2, 3, 4], [-1] * 4]
-    assert read(tmp_path / "m.png", (8, 1), "stretch", image) == [[1, 1, 2, 2, 3, 3, 4, 4]]
+    image_size = (400, 200)
+    assert read(tmp_path / "m.png", (2, 2), "crop", image_size) == [[2, 3]] * 2
+    assert read(tmp_path / "m.png", (4, 4), "pad", image_size) == [[-1] * 4, [1, 2, 3, 4], [1, 2, 3, 4], [-1] * 4]
+    assert read(tmp_path / "m.png", (8, 1), "stretch", image_size) == [[1, 1, 2, 2, 3, 3, 4, 4]]
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
-def test_a_mask_drawn_on_the_image_lies_on_the_fitted_image(tmp_path: Path, fit: Fit) -> None:
+def test_a_mask_of_an_image_matches_the_fitted_image(tmp_path: Path, fit: Fit) -> None:
     from stylemill.images.read import load_image
 
     drawn = np.zeros((90, 160), np.uint8)
     drawn[20:60, 50:130] = 255
     save(tmp_path / "image.png", drawn, "L")
     save(tmp_path / "mask.png", drawn[::2, ::2], "L")  # half the resolution
-    image = load_image("image.png", None, tmp_path, (64, 96), fit)
-    found = load_labels("mask.png", None, tmp_path, (64, 96), fit, image.source_size)
-    bright = image.pixels[..., 0] > 127
-    assert ((found == 255) != bright)[found >= 0].mean() < 0.02  # but for the edges, which one blends and one rounds
-    assert (found < 0).any() == (fit == "pad")
+    fitted = load_image("image.png", None, tmp_path, (64, 96), fit)
+    mask = load_labels("mask.png", None, tmp_path, (64, 96), fit, fitted.source_size)
+    bright = fitted.pixels[..., 0] > 127
+    assert ((mask == 255) != bright)[mask >= 0].mean() < 0.02  # at the edges, images are blended and labels are not
+    assert (mask < 0).any() == (fit == "pad")
 
 
 @pytest.mark.parametrize(
     ("mode", "suffix", "message"),
     [("RGB", ".jpg", "does not keep labels"), ("RGBA", ".png", "transparent"), ("CMYK", ".tif", "mode CMYK")],
 )
-def test_masks_that_cannot_be_exact_are_refused(tmp_path: Path, mode: str, suffix: str, message: str) -> None:
+def test_image_files_without_exact_labels_are_refused(tmp_path: Path, mode: str, suffix: str, message: str) -> None:
     Image.new(mode, (16, 16)).save(tmp_path / f"mask{suffix}")
     with pytest.raises(ImageError, match=message):
         read(tmp_path / f"mask{suffix}", (8, 8))
 
 
-def test_a_mask_of_another_aspect_than_its_image_is_refused(tmp_path: Path) -> None:
+def test_a_mask_with_another_aspect_ratio_than_its_image_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "m.png", np.zeros((20, 30)), "L")
-    read(tmp_path / "m.png", (8, 8), "crop", (301, 200))  # rounding is no other aspect
+    read(tmp_path / "m.png", (8, 8), "crop", (301, 200))  # a difference by rounding is accepted
     with pytest.raises(ImageError, match="the mask is 30×20 and its image 300×300"):
         read(tmp_path / "m.png", (8, 8), "crop", (300, 300))
 
@@ -265,7 +265,7 @@ def manifest(folder: Path, columns: dict[str, list[Any]]) -> Path:
     return folder / "pairs.parquet"
 
 
-def test_masks_on_one_side_only_are_refused(tmp_path: Path) -> None:
+def test_a_row_with_only_one_of_its_two_masks_is_refused(tmp_path: Path) -> None:
     columns = {"style": ["s.png"] * 3, "content_mask": ["m.png", None, None], "style_mask": [None, "m.png", None]}
     path = manifest(tmp_path, columns)
     problems = [str(problem) for problem in validate_manifest(path, check_files=False).problems]
@@ -277,7 +277,7 @@ def test_masks_on_one_side_only_are_refused(tmp_path: Path) -> None:
         list(open_manifest(path).rows())
 
 
-def test_validating_opens_masks_as_masks(tmp_path: Path) -> None:
+def test_validation_decodes_masks_by_the_rules_for_masks(tmp_path: Path) -> None:
     from stylemill.cli import main
 
     Image.new("RGB", (16, 16)).save(tmp_path / "s.png")
@@ -292,7 +292,7 @@ def test_validating_opens_masks_as_masks(tmp_path: Path) -> None:
 def test_a_run_with_masks_from_files(tmp_path: Path, folder: Path, micro_batch: int) -> None:
     from stylemill.cli import main
 
-    Image.fromarray(picture(1, (96, 64)).pixels).save(tmp_path / "content.png")
+    Image.fromarray(image(1, (96, 64)).pixels).save(tmp_path / "content.png")
     Image.fromarray(STYLE.pixels).save(tmp_path / "style.png")
     save(tmp_path / "left.png", np.kron([[1, 2]], np.ones((4, 3))), "L")
     save(tmp_path / "top.png", np.kron([[1], [2]], np.ones((4, 8))), "P")
@@ -311,7 +311,7 @@ def test_a_run_with_masks_from_files(tmp_path: Path, folder: Path, micro_batch: 
         "model": str(folder),
         "sampling": {"steps": 2},
         "image": {"size": 64},
-        "shards": {"pairs_per_shard": 4},  # with and without masks, sound and failed side by side
+        "shards": {"pairs_per_shard": 4},  # pairs with and without masks, succeeding and failing, in one shard
         "cluster": {"micro_batch": micro_batch},
         "max_failed_fraction": 1.0,
     }

@@ -1,6 +1,6 @@
-"""Ways and levers of sampling against the naive oracle: KV injection, plain gradients, start at the content, and more.
+"""Methods and settings of sampling against the oracle: KV injection, plain gradients, start at the content, and more.
 
-Whole runs in float64; pairs in a mixed shard, alone, and continued from a checkpoint.
+Whole runs in float64, with pairs in a mixed shard, alone, and continued from a checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NO_WEIGHT = Pair((STYLES[1],), SIZE, CONTENTS[1], content_weight=0.0)
 SHARD = [FULL, MANY, NO_WEIGHT, Pair((STYLES[1],), SIZE, CONTENTS[0]), BARE]
 WITH_CONTENT = SHARD[:4]
 
-# Plain steps need a rate of the order of 1 / |gradient|: a mean over all tokens has a gradient of about 1e-3 here.
+# Plain gradient steps need a rate of about 1 / |gradient|; the gradient of a mean over all tokens is about 1e-3 here.
 PLAIN: dict[str, Any] = {"method": "gradient", "learning_rate": 20.0}
 INJECT: dict[str, Any] = {"method": "kv_injection"}
 OPTIMIZE: dict[str, Any] = {"method": "optimization"}
@@ -63,13 +63,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "KV injection, iterations ignored": {**INJECT, "steps": 2, "iterations": 0},
     "gradient": {**PLAIN, "steps": 3},
     "gradient, guidance and AdaIN": {**PLAIN, "steps": 2, "iterations": 2, "guidance_scale": 5.0, "adain": True},
-    "gradient, levers": {**PLAIN, "steps": 3, "query_scale": 1.5, "layer_weights": WEIGHTS, "end_step": 2},
+    "gradient, all settings": {**PLAIN, "steps": 3, "query_scale": 1.5, "layer_weights": WEIGHTS, "end_step": 2},
     "guided, sharper": {"steps": 2, "query_scale": 1.5},
     "guided, layer weights": {"steps": 2, "layer_weights": WEIGHTS},
     "guided, schedule": {"steps": 4, "content_schedule": (2.0, 0.0)},
     "guided, schedule of one step": {"steps": 1, "content_schedule": (2.0, 0.5)},
     "guided, in between": {"steps": 4, "start_step": 1, "end_step": 3, "adain": True},
-    "guided, guidance and all levers": {
+    "guided, guidance and all settings": {
         "steps": 3,
         "iterations": 2,
         "guidance_scale": 4.0,
@@ -90,24 +90,24 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 AT_CONTENT_RUNS: dict[str, dict[str, Any]] = {
     "guided": {**AT_CONTENT, "steps": 3},
-    "guided, half": {**AT_CONTENT, "steps": 4, "strength": 0.5, "guidance_scale": 3.0, "adain": True},
-    "guided, a little": {**AT_CONTENT, "steps": 4, "strength": 0.1},
-    "guided, most, late, schedule": {
+    "guided, strength 0.5": {**AT_CONTENT, "steps": 4, "strength": 0.5, "guidance_scale": 3.0, "adain": True},
+    "guided, strength 0.1": {**AT_CONTENT, "steps": 4, "strength": 0.1},
+    "guided, strength 0.8, late start, schedule": {
         **AT_CONTENT,
         "steps": 5,
         "strength": 0.8,
         "start_step": 2,
         "content_schedule": (2.0, 0.0),
     },
-    "gradient, half": {**AT_CONTENT, **PLAIN, "steps": 4, "strength": 0.5},
+    "gradient, strength 0.5": {**AT_CONTENT, **PLAIN, "steps": 4, "strength": 0.5},
     "KV injection": {**AT_CONTENT, **INJECT, "steps": 3},
-    "KV injection, half": {**AT_CONTENT, **INJECT, "steps": 4, "strength": 0.5, "guidance_scale": 3.0},
+    "KV injection, strength 0.5": {**AT_CONTENT, **INJECT, "steps": 4, "strength": 0.5, "guidance_scale": 3.0},
     "optimization": {**AT_CONTENT, **OPTIMIZE, "steps": 2},
 }
 
 
-def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
 def whole(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> tuple[list[Tensor], SampleState]:
@@ -118,25 +118,25 @@ def whole(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> tuple[li
     return latents, state
 
 
-def assert_like_the_oracle(engine: Engine, model: oracle.Model, pairs: Sequence[Pair], settings: Sampling) -> None:
-    """Latents after every step and the losses at first and last, of every pair in one shard."""
+def assert_equals_the_oracle(engine: Engine, model: oracle.Model, pairs: Sequence[Pair], settings: Sampling) -> None:
+    """Compares, for every pair of one shard, the latents after each step and the first and last losses."""
     actual, state = whole(engine, pairs, settings)
     assert not state.failures
     for place, pair in enumerate(pairs):
         trace = oracle.naive_sample(model, pair, settings, Noise(settings.seed))
         assert len(actual) == len(trace.latents)
-        for ours, theirs in zip(actual, trace.latents, strict=True):
-            assert_equal(ours[place : place + 1], theirs)
+        for latents, expected in zip(actual, trace.latents, strict=True):
+            assert_equal(latents[place : place + 1], expected)
         if not trace.losses:
             assert state.losses[place].isnan().all()
             continue
         weight = settings.content_weight if pair.content_weight is None else pair.content_weight
-        for ours, (ad, content) in zip(state.losses[place], (trace.losses[0], trace.losses[-1]), strict=True):
-            assert ours[0].item() == pytest.approx(ad, rel=1e-5)
+        for losses, (ad, content) in zip(state.losses[place], (trace.losses[0], trace.losses[-1]), strict=True):
+            assert losses[0].item() == pytest.approx(ad, rel=1e-5)
             if content is None or weight == 0:
-                assert ours[1].isnan()
+                assert losses[1].isnan()
             else:
-                assert ours[1].item() == pytest.approx(content, rel=1e-5, abs=1e-12)
+                assert losses[1].item() == pytest.approx(content, rel=1e-5, abs=1e-12)
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------
@@ -144,15 +144,15 @@ def assert_like_the_oracle(engine: Engine, model: oracle.Model, pairs: Sequence[
 
 @pytest.mark.parametrize("run", RUNS)
 def test_each_pair_of_a_mixed_shard_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
-    assert_like_the_oracle(engine, model, SHARD, Sampling(**RUNS[run]))
+    assert_equals_the_oracle(engine, model, SHARD, Sampling(**RUNS[run]))
 
 
 @pytest.mark.parametrize("run", AT_CONTENT_RUNS)
 def test_sampling_that_starts_at_the_content_equals_the_oracle(engine: Engine, model: oracle.Model, run: str) -> None:
-    assert_like_the_oracle(engine, model, WITH_CONTENT, Sampling(**AT_CONTENT_RUNS[run]))
+    assert_equals_the_oracle(engine, model, WITH_CONTENT, Sampling(**AT_CONTENT_RUNS[run]))
 
 
-@pytest.mark.parametrize("run", ["KV injection, guidance and AdaIN", "gradient", "guided, guidance and all levers"])
+@pytest.mark.parametrize("run", ["KV injection, guidance and AdaIN", "gradient", "guided, guidance and all settings"])
 def test_a_pair_alone_equals_itself_in_a_mixed_shard(engine: Engine, run: str) -> None:
     settings = Sampling(**RUNS[run])
     (*_, together), _ = whole(engine, SHARD, settings)
@@ -162,18 +162,18 @@ def test_a_pair_alone_equals_itself_in_a_mixed_shard(engine: Engine, run: str) -
         assert_equal(together[place : place + 1], alone)
 
 
-def test_start_at_the_content_without_one_loses_that_pair_alone(engine: Engine) -> None:
+def test_a_pair_without_the_content_to_start_from_fails_and_no_other(engine: Engine) -> None:
     settings = Sampling(steps=4, strength=0.5, init="content")
-    (*_, well), _ = whole(engine, [FULL, MANY], settings)
+    (*_, expected), _ = whole(engine, [FULL, MANY], settings)
     (*_, latents), state = whole(engine, [FULL, BARE, MANY], settings)
     assert list(state.failures) == [1]
     assert "content" in state.failures[1]
-    assert torch.equal(latents[[0, 2]], well)
+    assert torch.equal(latents[[0, 2]], expected)
 
 
-def test_every_lever_acts(engine: Engine) -> None:
+def test_every_setting_has_an_effect(engine: Engine) -> None:
     plain = {"guided": {}, "gradient": PLAIN, "optimization": OPTIMIZE, "kv_injection": INJECT}
-    levers: list[dict[str, Any]] = [
+    settings: list[dict[str, Any]] = [
         {"query_scale": 1.5},
         {"layer_weights": WEIGHTS},
         {"content_schedule": (1.0, 2.0)},
@@ -183,21 +183,21 @@ def test_every_lever_acts(engine: Engine) -> None:
     ]
     for method, base in plain.items():
         (*_, without), _ = whole(engine, [FULL], Sampling(steps=2, **base))
-        for lever in levers:
-            if method == "kv_injection" and {"layer_weights", "content_schedule", "content_weight"} & lever.keys():
+        for setting in settings:
+            if method == "kv_injection" and {"layer_weights", "content_schedule", "content_weight"} & setting.keys():
                 continue
-            (*_, changed), _ = whole(engine, [FULL], Sampling(steps=2, **base, **lever))
-            assert (changed - without).abs().max() > 1e-5, (method, lever)
+            (*_, changed), _ = whole(engine, [FULL], Sampling(steps=2, **base, **setting))
+            assert (changed - without).abs().max() > 1e-5, (method, setting)
 
 
-def test_injection_leaves_the_model_as_it_was(engine: Engine) -> None:
+def test_injection_restores_the_attention_processors(engine: Engine) -> None:
     before = {name: type(processor) for name, processor in engine.model.unet.attn_processors.items()}
     run = engine.sample([FULL], Sampling(**INJECT, steps=3))
     next(run)
     run.close()
     broken = engine.sample([FULL], Sampling(**INJECT, steps=3))
     next(broken).latents_of[0] = torch.zeros(4, 3, 3)
-    with pytest.raises(RuntimeError):  # even when it breaks in the middle
+    with pytest.raises(RuntimeError):  # also after an error within a step
         next(broken)
     assert {name: type(processor) for name, processor in engine.model.unet.attn_processors.items()} == before
 
@@ -221,7 +221,7 @@ PASSES: list[tuple[dict[str, Any], Counter[str]]] = [
 
 
 @pytest.mark.parametrize(("settings", "expected"), PASSES, ids=[str(i) for i in range(len(PASSES))])
-def test_unet_passes(engine: Engine, settings: dict[str, Any], expected: Counter[str]) -> None:
+def test_the_number_of_unet_passes(engine: Engine, settings: dict[str, Any], expected: Counter[str]) -> None:
     before = engine.passes.copy()
     whole(engine, SHARD, Sampling(**settings))
     assert engine.passes - before == expected
@@ -240,13 +240,13 @@ def test_unet_passes(engine: Engine, settings: dict[str, Any], expected: Counter
     ],
     ids=["KV injection", "gradient", "start at the content", "optimization"],
 )
-def test_a_restored_run_continues_to_the_same_bits(folder: Path, settings: dict[str, Any]) -> None:
+def test_a_restored_run_continues_to_the_same_bits(engine32: Engine, settings: dict[str, Any]) -> None:
     made = Sampling(**settings)
-    engine = Engine.load(folder, dtype="float32", device="cpu", micro_batch=2)
+    engine = Engine(engine32.model, micro_batch=2)
     exported = []
     for state in engine.sample(WITH_CONTENT, made):
         exported.append((state.export_inputs(), state.export_progress()))
-    again = Engine.load(folder, dtype="float32", device="cpu", micro_batch=2)
+    again = Engine(engine32.model, micro_batch=2)
     for inputs, progress in exported[:-1]:
         facts, progress_facts = (json.loads(json.dumps(given[1])) for given in (inputs, progress))
         restored = SampleState.restore(
@@ -262,7 +262,7 @@ def test_a_restored_run_continues_to_the_same_bits(folder: Path, settings: dict[
         assert torch.equal(continued.losses.nan_to_num(), state.losses.nan_to_num())
 
 
-# --- senseless combinations ----------------------------------------------------------------------------------------
+# --- settings that are refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,13 +294,13 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         assert name in str(caught.value).split("[type=")[0]
 
 
-def test_methods_share_a_job_file_but_for_the_method() -> None:
+def test_all_methods_accept_the_same_common_settings() -> None:
     for method in ("guided", "gradient", "optimization", "kv_injection"):
         settings: dict[str, Any] = {"method": method, "steps": 10, "iterations": 2, "learning_rate": 0.02}
         assert Sampling(**settings).iterations == 2
 
 
-def test_layer_weights_are_one_for_each_layer(engine: Engine) -> None:
+def test_layer_weights_of_another_number_than_the_layers_are_refused(engine: Engine) -> None:
     from stylemill.errors import ModelError
 
     with pytest.raises(ModelError, match="layer_weights has 2 numbers for 6 layers"):
@@ -312,13 +312,13 @@ def test_layer_weights_are_one_for_each_layer(engine: Engine) -> None:
 
 @pytest.fixture
 def run_job(folder: Path, tmp_path: Path) -> Any:
-    """Run a job of three rows inline, stopping once after `stop` steps if given: its data as a list of rows."""
+    """A function that runs a job of three rows and returns its data rows; with `stop`, interrupted after that step."""
     for name, given in (("c", CONTENTS[0]), ("s", STYLES[0])):
         Image.fromarray(given.pixels).save(tmp_path / f"{name}.png")
     table = pa.table({"content": ["c.png", "c.png", None], "style": ["s.png"] * 3, "content_weight": [None, 0.0, None]})
     pq.write_table(table, tmp_path / "pairs.parquet")
 
-    def run_job(output: str, stop: int | None = None, **sampling: Any) -> list[dict[str, Any]]:
+    def run_and_read(output: str, stop: int | None = None, **sampling: Any) -> list[dict[str, Any]]:
         job = Job.parse(
             {
                 "name": "t",
@@ -334,28 +334,31 @@ def run_job(folder: Path, tmp_path: Path) -> Any:
             made = plan(job)
             paths = RunPaths(Path(job.output), made.shards)
             create_run_folder(paths)
-            this = Run(job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label)
-            news: list[Progress] = []
-            engine = load_engine(this, None)
-            left = process_shard(
-                this,
-                this.new_attempt(0, {}),
+            interrupted = Run(
+                job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label
+            )
+            reports: list[Progress] = []
+            engine = load_engine(interrupted, None)
+            record = process_shard(
+                interrupted,
+                interrupted.new_attempt(0, {}),
                 engine,
                 nullcontext(),
-                news.append,
-                lambda: bool(news) and news[-1].step >= stop,
+                reports.append,
+                lambda: bool(reports) and reports[-1].step >= stop,
             )
-            assert left is None
+            assert record is None
             assert list(paths.checkpoints(0).iterdir())
-            record = process_shard(this, this.new_attempt(0, {}), engine, nullcontext(), news.append, lambda: False)
+            attempt = interrupted.new_attempt(0, {})
+            record = process_shard(interrupted, attempt, engine, nullcontext(), reports.append, lambda: False)
             assert record is not None
-            assert [report.step for report in news if report.stage == "sample"] == [1, 2, 3]
+            assert [report.step for report in reports if report.stage == "sample"] == [1, 2, 3]
         else:
             assert run(job, inline=True, quiet=True).exit_code == 0
         (data,) = (tmp_path / output / "data").iterdir()
         return pq.read_table(data).to_pylist()  # type: ignore[no-any-return]
 
-    return run_job
+    return run_and_read
 
 
 LOSSES = ("ad_loss_first", "ad_loss_last", "content_loss_first", "content_loss_last")
@@ -373,6 +376,6 @@ def test_losses_are_in_the_rows_and_survive_a_restart(run_job: Any) -> None:
     assert run_job("restarted", stop=2) == rows
 
 
-def test_methods_without_a_loss_leave_the_columns_null(run_job: Any) -> None:
+def test_methods_without_losses_leave_the_columns_null(run_job: Any) -> None:
     for output, settings in (("injected", {"method": "kv_injection"}), ("plain", {"iterations": 0})):
         assert [row[name] for row in run_job(output, **settings) for name in LOSSES] == [None] * 12

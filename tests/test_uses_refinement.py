@@ -1,4 +1,4 @@
-"""Refinement of the VAE's decoder on each style: against the oracle, from the cache of a run, and undone afterwards."""
+"""Refinement of the VAE's decoder on each style: against the oracle, with the cache of a run, and undone afterwards."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ import oracle
 import stylemill
 from stylemill.config.model import DType
 from stylemill.config.sampling import Sampling
-from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair, SampleState
-from stylemill.engine.unet.decoder_refinement import RecentDecoders, own_decoder, refine
+from stylemill.engine.unet.decoder_refinement import RecentDecoders, copied_decoder, fine_tune_decoder
 from stylemill.errors import StorageError
 from stylemill.store import decoder_cache
 from stylemill.store.decoder_cache import RunDecoders
@@ -46,13 +45,8 @@ SHARD = [FIRST, SECOND, Pair((STYLES[0],), SIZE, seed=3), Pair((STYLES[1],), SIZ
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("model") / "demo")
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return load(folder, "float32")
+def engine(engine32: Engine) -> Engine:
+    return Engine(engine32.model)  # with its own RecentDecoders
 
 
 @pytest.fixture(scope="module")
@@ -74,43 +68,45 @@ def last(engine: Engine, pairs: Sequence[Pair] = SHARD, settings: Sampling = REF
     return state
 
 
-def same(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    return all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+def same(actual: Sequence[Any], expected: Sequence[Any]) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 class Cache(dict[str, Any]):
-    """What the engine asked for and made; empty, it is false as any dict."""
+    """A DecoderCache that records the keys it was given. An empty one is falsy, like any dict."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[str] = []
+        self.stored: list[str] = []
 
     def put(self, key: str, arrays: Any) -> None:
         self[key] = arrays
-        self.made.append(key)
+        self.stored.append(key)
 
 
 # --- against the oracle --------------------------------------------------------------------------------------------
 
 
-def test_refined_decoder_and_its_images_equal_the_oracle(folder: Path) -> None:
-    engine, model, cache = load(folder, "float64"), oracle.Model.load(folder), Cache()
+def test_a_refined_decoder_and_its_images_equal_the_oracle(folder: Path, model: oracle.Model) -> None:
+    engine, cache = load(folder, "float64"), Cache()
     state = last(engine)
     images = engine.decode(state, cache)
-    assert [key[:32] for key in cache.made] == [STYLES[0].digest[:32], STYLES[1].digest[:32]]
+    assert [key[:32] for key in cache.stored] == [STYLES[0].digest[:32], STYLES[1].digest[:32]]
     for pair, pixels, latents in zip(SHARD, images, state.latents, strict=True):
-        style = pair.styles[0]  # of several, the first
+        style = pair.styles[0]  # the first of several decides
         naive, losses = oracle.refined(model, style.pixels, 3, 1e-4)
         assert losses[0] > losses[1] > losses[2]
-        made = next(arrays for key, arrays in cache.items() if key.startswith(style.digest[:32]))
-        theirs, own = naive.vae.decoder.state_dict(), engine.model.vae.decoder.state_dict()
-        for name in own:
-            ours = torch.from_numpy(made[name]) if name in made else own[name]
-            torch.testing.assert_close(ours, theirs[name], rtol=0, atol=1e-8)
-        assert np.abs(pixels.astype(int) - naive.decode(latents[None])).max() <= 1  # ties may round apart
+        refined = next(arrays for key, arrays in cache.items() if key.startswith(style.digest[:32]))
+        expected, original = naive.vae.decoder.state_dict(), engine.model.vae.decoder.state_dict()
+        for name in original:
+            actual = torch.from_numpy(refined[name]) if name in refined else original[name]
+            torch.testing.assert_close(actual, expected[name], rtol=0, atol=1e-8)
+        assert (
+            np.abs(pixels.astype(int) - naive.decode(latents[None])).max() <= 1
+        )  # values halfway between two integers may round to either
 
 
-def test_loss_falls_and_only_what_changed_is_returned(engine: Engine) -> None:
+def test_fine_tuning_reduces_the_loss_and_returns_the_changed_tensors(engine: Engine) -> None:
     vae = engine.model.vae
     target = torch.from_numpy(STYLES[0].pixels / 127.5 - 1).float().permute(2, 0, 1)[None]
     latent = vae.encode(target).latent_dist.mean
@@ -120,9 +116,9 @@ def test_loss_falls_and_only_what_changed_is_returned(engine: Engine) -> None:
             return float((vae.decode(latent).sample - target).abs().mean())
 
     before = distance()
-    with own_decoder(vae, torch.float32):
-        assert refine(vae, latent, target, 0, 1e-3) == {}
-        changed = refine(vae, latent, target, 20, 1e-4)
+    with copied_decoder(vae, torch.float32):
+        assert fine_tune_decoder(vae, latent, target, 0, 1e-3) == {}
+        changed = fine_tune_decoder(vae, latent, target, 20, 1e-4)
         assert distance() < 0.9 * before
         assert set(changed) <= set(vae.decoder.state_dict())
     assert distance() == before
@@ -132,7 +128,7 @@ def test_loss_falls_and_only_what_changed_is_returned(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoder_is_restored_and_the_refined_one_is_single_precision(folder: Path, dtype: DType) -> None:
+def test_the_original_decoder_is_restored_and_the_refined_one_is_float32(folder: Path, dtype: DType) -> None:
     engine, cache = load(folder, dtype), Cache()
     vae, state = engine.model.vae, last(engine)
     modules = vae.decoder, vae.post_quant_conv
@@ -146,56 +142,56 @@ def test_decoder_is_restored_and_the_refined_one_is_single_precision(folder: Pat
     assert same(engine.decode(last(engine, settings=PLAIN)), plain)
 
 
-def test_decoder_is_restored_after_an_exception(
+def test_the_original_decoder_is_restored_after_an_error(
     engine: Engine, state: SampleState, images: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full(Cache):
+    class FailingCache(Cache):
         def put(self, key: str, arrays: Any) -> None:
             raise KeyboardInterrupt
 
-    own = engine.model.vae.decoder
+    original = engine.model.vae.decoder
     with pytest.raises(KeyboardInterrupt):
-        engine.decode(state, Full())
-    assert engine.model.vae.decoder is own
+        engine.decode(state, FailingCache())
+    assert engine.model.vae.decoder is original
     engine.decode(state)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.decode(state, Cache())
-    assert engine.model.vae.decoder is own
-    assert same(engine.decode(state), images)  # from the engine's own memory
+    assert engine.model.vae.decoder is original
+    assert same(engine.decode(state), images)  # from the engine's RecentDecoders
 
 
-# --- groups --------------------------------------------------------------------------------------------------------
+# --- micro-batches -------------------------------------------------------------------------------------------------
 
 
-def test_each_pair_comes_out_as_it_does_alone(engine: Engine, images: list[Any]) -> None:
+def test_each_pair_of_a_shard_equals_the_pair_alone(engine: Engine, images: list[Any]) -> None:
     assert same(images, [engine.decode(last(engine, [pair]), Cache())[0] for pair in SHARD])
 
 
-def test_batches_keep_styles_apart_and_change_rounding_only(
+def test_a_batch_has_one_style_and_changes_only_the_rounding(
     engine: Engine, state: SampleState, images: list[Any]
 ) -> None:
-    for ours, theirs in zip(Engine(engine.model, micro_batch=3).decode(state), images, strict=True):
-        assert ours is not None
-        assert np.abs(ours.astype(int) - theirs).max() <= 1
+    for actual, expected in zip(Engine(engine.model, micro_batch=3).decode(state), images, strict=True):
+        assert actual is not None
+        assert np.abs(actual.astype(int) - expected).max() <= 1
 
 
-def test_unreadable_style_fails_its_pairs_and_is_not_refined(engine: Engine, images: list[Any]) -> None:
+def test_an_unreadable_style_fails_its_pairs_and_no_decoder_is_refined_on_it(engine: Engine, images: list[Any]) -> None:
     cache, pairs = Cache(), [Pair((InputImage("unreadable", None),), SIZE), *SHARD[1:]]
     first, *others = engine.decode(last(engine, pairs), cache)
     assert first is None
     assert same(others, images[1:])
-    assert len(cache.made) == 2
+    assert len(cache.stored) == 2
 
 
-def test_decoder_that_became_nan_fails_its_pairs(engine: Engine) -> None:
+def test_a_refined_decoder_with_nan_fails_its_pairs(engine: Engine) -> None:
     state = last(engine, settings=REFINED.model_copy(update={"refine_decoder_lr": 1e36}))
     assert engine.decode(state, Cache()) == [None] * 4
     assert sorted(state.failures) == [0, 1, 2, 3]
     assert "refine_decoder_lr" in state.failures[0]
 
 
-def test_tiling_is_for_the_image_and_not_for_what_is_learned(engine: Engine, state: SampleState) -> None:
+def test_tiling_changes_the_image_and_not_the_refinement(engine: Engine, state: SampleState) -> None:
     cache, tiled = Cache(), Cache()
     plain = engine.decode(state, cache)
     wrapped = engine.decode(replace(state, inputs=replace(state.inputs, tiling="both")), tiled)
@@ -208,12 +204,12 @@ def test_tiling_is_for_the_image_and_not_for_what_is_learned(engine: Engine, sta
 # --- checkpoint and cache ------------------------------------------------------------------------------------------
 
 
-def test_restored_state_decodes_to_the_same_bytes_without_any_image(
+def test_a_restored_state_decodes_to_the_same_bytes_without_reading_images(
     engine: Engine, state: SampleState, images: list[Any]
 ) -> None:
     (arrays, facts), (progress, progress_facts) = state.export_inputs(), state.export_progress()
     kept = {name: array for name, array in arrays.items() if name.startswith("pixels")}
-    assert sorted(array.size for array in kept.values()) == [0, 64 * 64 * 3, 64 * 64 * 3]  # no content's
+    assert sorted(array.size for array in kept.values()) == [0, 64 * 64 * 3, 64 * 64 * 3]  # empty for the content
     assert all(array.dtype == np.uint8 for array in kept.values())
     assert not any(name.startswith("pixels") for name in last(engine, settings=PLAIN).export_inputs()[0])
     facts, progress_facts = json.loads(json.dumps(facts)), json.loads(json.dumps(progress_facts))
@@ -222,7 +218,7 @@ def test_restored_state_decodes_to_the_same_bytes_without_any_image(
     assert same(engine.decode(restored, Cache()), images)
 
 
-def test_recent_decoders_are_a_few() -> None:
+def test_recent_decoders_keeps_those_used_last() -> None:
     recent = RecentDecoders(2)
     for key in "ab":
         recent.put(key, {})
@@ -242,33 +238,35 @@ def damaged(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], damaged, lambda _: b""])
-def test_run_cache_gives_equal_bytes_whatever_happens_to_it(
+def test_a_damaged_file_of_the_runs_cache_is_made_again_with_equal_bytes(
     engine: Engine, state: SampleState, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     paths = paths_of(tmp_path)
-    made = engine.decode(state, RunDecoders(paths, "one"))
+    decoded = engine.decode(state, RunDecoders(paths, "one"))
     files = {path.name: path.read_bytes() for path in paths.decoders_folder.iterdir()}
     assert [name[:32] for name in sorted(files)] == sorted(style.digest[:32] for style in STYLES)
-    assert same(engine.decode(state, RunDecoders(paths, "two")), made)
+    assert same(engine.decode(state, RunDecoders(paths, "two")), decoded)
 
     name = min(files)
     (paths.decoders_folder / name).write_bytes(damage(files[name]))
-    assert same(engine.decode(state, RunDecoders(paths, "three")), made)
+    assert same(engine.decode(state, RunDecoders(paths, "three")), decoded)
     assert {path.name: path.read_bytes() for path in paths.decoders_folder.iterdir()} == files
     assert list(paths.tmp.iterdir()) == []
 
 
-def test_run_cache_is_used(engine: Engine, state: SampleState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runs_cache_is_used(
+    engine: Engine, state: SampleState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = paths_of(tmp_path)
-    made = engine.decode(state, RunDecoders(paths, "one"))
+    decoded = engine.decode(state, RunDecoders(paths, "one"))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: 1 / 0)
-    assert same(engine.decode(state, RunDecoders(paths, "two")), made)
+    assert same(engine.decode(state, RunDecoders(paths, "two")), decoded)
     longer = replace(state, inputs=replace(state.inputs, refine_steps=4))
     with pytest.raises(ZeroDivisionError):
         engine.decode(longer, RunDecoders(paths, "two"))
 
 
-def test_a_disk_that_keeps_nothing_stops_nobody(
+def test_decoding_works_when_the_cache_cannot_be_written(
     engine: Engine,
     state: SampleState,
     images: list[Any],
@@ -287,11 +285,11 @@ def test_a_disk_that_keeps_nothing_stops_nobody(
 # --- a whole run ---------------------------------------------------------------------------------------------------
 
 
-def test_run_refines_each_style_once_and_leaves_no_cache(
+def test_a_run_refines_each_style_once_and_removes_its_cache(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for made in (CONTENT, *STYLES):
-        Image.fromarray(made.pixels).save(tmp_path / f"{made.name}.png")
+    for given in (CONTENT, *STYLES):
+        Image.fromarray(given.pixels).save(tmp_path / f"{given.name}.png")
     styles = [f"{style.name}.png" for style in (STYLES[0], STYLES[1], STYLES[1], STYLES[0])]
     pq.write_table(pa.table({"content": [f"{CONTENT.name}.png"] * 4, "style": styles}), tmp_path / "pairs.parquet")
     job = tmp_path / "job.yaml"
@@ -299,19 +297,19 @@ def test_run_refines_each_style_once_and_leaves_no_cache(
         f"manifest: pairs.parquet\nmodel: {folder}\noutput: run\nimage: {{size: 64}}\nshards: {{pairs_per_shard: 2}}\n"
         "sampling: {steps: 1, refine_decoder_steps: 2}\ncluster: {micro_batch: 1}\n"
     )
-    kept, put = [], RunDecoders.put
+    stored, put = [], RunDecoders.put
 
     def counting(self: RunDecoders, key: str, arrays: Any) -> None:
-        kept.append(key)
+        stored.append(key)
         put(self, key, arrays)
 
     monkeypatch.setattr(RunDecoders, "put", counting)
     assert stylemill.run(job, inline=True, quiet=True).exit_code == 0
-    assert len(kept) == len(set(kept)) == 2  # two shards, the same two styles
+    assert len(stored) == len(set(stored)) == 2  # two shards, the same two styles
     assert not (tmp_path / "run" / "cache").exists()
     assert stylemill.verify(tmp_path / "run", deep=True).ok
 
 
-def test_rate_without_refinement_is_refused() -> None:
+def test_a_refinement_rate_without_refinement_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"refine_decoder_lr.*refine_decoder_steps"):
         Sampling(refine_decoder_lr=1e-3)

@@ -1,4 +1,4 @@
-"""Outputs and styles of any size: non-square, every content its own (`fit: keep`), styles of another size."""
+"""Outputs and styles of any size: not square, each of its content's size (`fit: keep`), styles of another size."""
 
 from __future__ import annotations
 
@@ -18,20 +18,15 @@ import oracle
 import stylemill
 from stylemill.config.job import Job
 from stylemill.config.sampling import Sampling
-from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Noise, Pair
 from stylemill.errors import JobError
 from stylemill.images.fit import kept_size
 from stylemill.manifest import ImageRef, Row
-from stylemill.planning.cost import count_cost, read_shape
+from stylemill.planning.cost import count_cost
+from stylemill.planning.model_shape import read_shape
 from stylemill.planning.plan import plan
 
 SIZES = {"square": (150, 150), "wide": (260, 130), "tall": (100, 210), "small": (70, 60), "huge": (2000, 900)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo_model(tmp_path_factory.mktemp("model"))
 
 
 def pixels(number: int, size: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -46,14 +41,16 @@ def write_images(folder: Path) -> None:
     Image.fromarray(pixels(11, (128, 128))).save(folder / "style.png")
 
 
-def run(folder: Path, model: Path, rows: dict[str, list[Any]], output: str, **values: Any) -> dict[str, dict[str, Any]]:
-    """The output rows of a job by pair_id, each with what a viewer of its image sees; failures as None."""
-    pq.write_table(pa.table(rows), folder / "pairs.parquet")
+def run(
+    tmp_path: Path, folder: Path, rows: dict[str, list[Any]], output: str, **values: Any
+) -> dict[str, dict[str, Any]]:
+    """Run a job and return its output rows by pair_id; rows that failed are not among them."""
+    pq.write_table(pa.table(rows), tmp_path / "pairs.parquet")
     base = {
         "name": "sizes",
-        "manifest": str(folder / "pairs.parquet"),
-        "output": str(folder / output),
-        "model": str(model),
+        "manifest": str(tmp_path / "pairs.parquet"),
+        "output": str(tmp_path / output),
+        "model": str(folder),
         "sampling": {"steps": 1},
         "image": {"size": 128, "fit": "keep"},
         "shards": {"pairs_per_shard": 16},
@@ -61,32 +58,31 @@ def run(folder: Path, model: Path, rows: dict[str, list[Any]], output: str, **va
         "max_failed_fraction": 1.0,
     }
     stylemill.run(Job.parse(base | values), inline=True, quiet=True)
-    assert stylemill.verify(folder / output, deep=True).ok
-    found: dict[str, dict[str, Any]] = {}
-    for file in sorted((folder / output / "data").glob("*.parquet")):
-        for row in pq.read_table(file).to_pylist():
-            found[row["pair_id"]] = row
-    return found
+    assert stylemill.verify(tmp_path / output, deep=True).ok
+    files = sorted((tmp_path / output / "data").glob("*.parquet"))
+    return {row["pair_id"]: row for file in files for row in pq.read_table(file).to_pylist()}
 
 
 @pytest.mark.parametrize(
-    ("own", "most", "grid", "kept"),
+    ("own", "maximum", "grid", "kept"),
     [
         ((512, 512), (512, 512), 64, (512, 512)),
         ((4000, 3000), (512, 512), 64, (512, 384)),
         ((3000, 4000), (512, 512), 64, (384, 512)),
-        ((300, 200), (512, 512), 64, (320, 192)),  # not enlarged, but for the grid
+        ((300, 200), (512, 512), 64, (320, 192)),  # enlarged only to the nearest multiple of the grid
         ((20, 5000), (512, 512), 64, (64, 512)),
         ((20, 20), (512, 512), 64, (64, 64)),
         ((511, 300), (512, 256), 64, (448, 256)),
-        ((130, 130), (100, 100), 64, (64, 64)),  # the grid's largest multiple within
+        ((130, 130), (100, 100), 64, (64, 64)),  # the largest multiple of the grid within the maximum
     ],
 )
-def test_a_kept_size_is_the_nearest_that_fits(own: Any, most: Any, grid: int, kept: tuple[int, int]) -> None:
-    assert kept_size(own, most, grid) == kept
+def test_a_kept_size_is_the_nearest_size_on_the_grid_within_the_maximum(
+    own: Any, maximum: Any, grid: int, kept: tuple[int, int]
+) -> None:
+    assert kept_size(own, maximum, grid) == kept
 
 
-def test_each_output_has_the_size_of_its_content(model: Path, tmp_path: Path) -> None:
+def test_each_output_has_the_size_of_its_content(folder: Path, tmp_path: Path) -> None:
     write_images(tmp_path)
     names = [*SIZES, "none"]
     rows = {
@@ -95,9 +91,9 @@ def test_each_output_has_the_size_of_its_content(model: Path, tmp_path: Path) ->
         "style": ["style.png"] * 5 + ["wide.png"],
         "note": list(range(6)),
     }
-    found = run(tmp_path, model, rows, "out")
+    found = run(tmp_path, folder, rows, "out")
     expected = {"square": (128, 128), "wide": (128, 64), "tall": (64, 128), "small": (64, 64), "huge": (128, 64)}
-    expected["none"] = (128, 128)  # without a content: the job's
+    expected["none"] = (128, 128)  # without a content, the job's size
     assert {name: (row["width"], row["height"]) for name, row in found.items()} == expected
     for row in found.values():
         path = tmp_path / "one.png"
@@ -106,42 +102,42 @@ def test_each_output_has_the_size_of_its_content(model: Path, tmp_path: Path) ->
     assert [row["note"] for row in found.values()] == list(range(6))
 
 
-def test_an_unreadable_image_of_unknown_size_disturbs_nobody(model: Path, tmp_path: Path) -> None:
-    """It has no slot: the others come out as if its row were not there."""
+def test_an_unreadable_image_of_unknown_size_does_not_change_other_rows(folder: Path, tmp_path: Path) -> None:
+    """Its pair has no slot: the other rows come out as if it were not in the manifest."""
     write_images(tmp_path)
-    (tmp_path / "broken.png").write_bytes(b"nothing to see")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     contents = ["wide.png", "broken.png", "huge.png", "tall.png", "huge.png", "square.png"]
     styles = ["style.png", "style.png", "style.png", "style.png", "broken.png", "style.png"]
     rows = {"pair_id": [f"p{i}" for i in range(6)], "content": contents, "style": styles}
-    sound = [0, 2, 3, 5]
+    readable = [0, 2, 3, 5]
     for start in ("auto", "content"):
         sampling = {"steps": 1, "init": start}
-        with_them = run(tmp_path, model, rows, f"with {start}", sampling=sampling)
-        alone = run(
+        with_unreadable = run(tmp_path, folder, rows, f"with {start}", sampling=sampling)
+        without = run(
             tmp_path,
-            model,
-            {key: [values[i] for i in sound] for key, values in rows.items()},
-            f"alone {start}",
+            folder,
+            {key: [values[i] for i in readable] for key, values in rows.items()},
+            f"without {start}",
             sampling=sampling,
         )
-        assert list(with_them) == list(alone) == [f"p{i}" for i in sound]
-        for name in alone:
-            assert with_them[name]["image"] == alone[name]["image"]
+        assert list(with_unreadable) == list(without) == [f"p{i}" for i in readable]
+        for name in without:
+            assert with_unreadable[name]["image"] == without[name]["image"]
 
 
-def test_an_unreadable_image_of_known_size_keeps_its_slot(model: Path, tmp_path: Path) -> None:
-    """With other fits also where styles have a size of their own: batch mates are those of the whole run."""
+def test_an_unreadable_image_of_known_size_keeps_its_slot(folder: Path, tmp_path: Path) -> None:
+    """With other fits than `keep`, the micro-batches are those of a run in which the image is readable."""
     write_images(tmp_path)
-    (tmp_path / "later.png").write_bytes(b"nothing to see")
+    (tmp_path / "later.png").write_bytes(b"not an image")
     rows = {
         "pair_id": [f"p{i}" for i in range(4)],
         "content": ["wide.png", "tall.png", "huge.png", "square.png"],
         "style": ["style.png", "later.png", "style.png", "style.png"],
     }
     image = {"size": [128, 64], "style_size": 64, "fit": "crop"}
-    before = run(tmp_path, model, rows, "before", image=image)
+    before = run(tmp_path, folder, rows, "before", image=image)
     Image.fromarray(pixels(12, (90, 90))).save(tmp_path / "later.png")
-    after = run(tmp_path, model, rows, "after", image=image)
+    after = run(tmp_path, folder, rows, "after", image=image)
     assert list(before) == ["p0", "p2", "p3"]
     assert list(after) == ["p0", "p1", "p2", "p3"]
     for name, row in before.items():
@@ -150,8 +146,7 @@ def test_an_unreadable_image_of_known_size_keeps_its_slot(model: Path, tmp_path:
     assert json.loads(after["p1"]["settings"])["style_size"] == [64, 64]
 
 
-def test_a_style_of_another_size_equals_the_oracle(model: Path) -> None:
-    engine = Engine.load(model, dtype="float64", device="cpu")
+def test_pairs_with_styles_of_another_size_equal_the_oracle(engine: Engine, model: oracle.Model) -> None:
     pairs = [
         Pair((InputImage("s", pixels(1, (64, 64))),), (128, 64), InputImage("c", pixels(2, (128, 64)))),
         Pair((InputImage("t", pixels(3, (64, 128))),), (64, 64), InputImage("d", pixels(4, (64, 64)))),
@@ -159,16 +154,15 @@ def test_a_style_of_another_size_equals_the_oracle(model: Path) -> None:
     ]
     settings = Sampling(steps=2, adain=True)
     *_, state = engine.sample(pairs, settings)
-    naive = oracle.Model.load(model)
     for latents, pair in zip(state.latents_of, pairs, strict=True):
-        theirs: Tensor = oracle.naive_guided(naive, pair, settings, Noise(0)).latents[-1]
-        torch.testing.assert_close(latents[None], theirs, rtol=0, atol=1e-8)
+        expected: Tensor = oracle.naive_guided(model, pair, settings, Noise(0)).latents[-1]
+        torch.testing.assert_close(latents[None], expected, rtol=0, atol=1e-8)
 
 
-def test_a_pair_of_unknown_size_has_no_slot_in_the_engine(model: Path) -> None:
-    engine = Engine.load(model, dtype="float32", device="cpu")
+def test_a_pair_of_unknown_size_has_no_slot_in_the_engine(engine32: Engine) -> None:
+    engine = Engine(engine32.model)
     good = Pair((InputImage("s", pixels(1, (64, 64))),), (64, 64))
-    bad = Pair((InputImage("x", None),), (64, 64), InputImage("c", pixels(2, (64, 64))), sized=False)
+    bad = Pair((InputImage("x", None),), (64, 64), InputImage("c", pixels(2, (64, 64))), size_known=False)
     *_, state = engine.sample([bad, good], Sampling(steps=1, iterations=1))
     assert engine.passes == {"denoise": 1, "gradient": 1, "feature": 1}
     assert list(state.failures) == [0]
@@ -181,13 +175,13 @@ def test_a_pair_of_unknown_size_has_no_slot_in_the_engine(model: Path) -> None:
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-def job(folder: Path, model: Path, **values: Any) -> Job:
-    pq.write_table(pa.table({"style": ["a.png", "b.png"]}), folder / "pairs.parquet")
+def job(tmp_path: Path, folder: Path, **values: Any) -> Job:
+    pq.write_table(pa.table({"style": ["a.png", "b.png"]}), tmp_path / "pairs.parquet")
     base = {
         "name": "sizes",
-        "manifest": str(folder / "pairs.parquet"),
-        "output": str(folder / "out"),
-        "model": str(model),
+        "manifest": str(tmp_path / "pairs.parquet"),
+        "output": str(tmp_path / "out"),
+        "model": str(folder),
         "preset": "texture-expansion",
         "cluster": {"micro_batch": 4, "workers": 1},
     }
@@ -197,11 +191,11 @@ def job(folder: Path, model: Path, **values: Any) -> Job:
 EXPANDED = {"size": [256, 128], "style_size": 128}
 
 
-def test_a_plan_counts_windows_as_the_engine_does(model: Path, tmp_path: Path) -> None:
-    planned = job(tmp_path, model, image=EXPANDED, sampling={"steps": 1, "window": 16, "iterations": 2})
+def test_a_plan_counts_windows_as_the_engine_does(folder: Path, engine32: Engine, tmp_path: Path) -> None:
+    planned = job(tmp_path, folder, image=EXPANDED, sampling={"steps": 1, "window": 16, "iterations": 2})
     rows = [Row(i, i, f"p{i}", None, (ImageRef(f"{i % 2}.png"),)) for i in range(2)]
-    cost = count_cost(planned, [rows], read_shape(model))
-    engine = Engine.load(model, dtype="float32", device="cpu", micro_batch=4)
+    cost = count_cost(planned, [rows], read_shape(folder))
+    engine = Engine(engine32.model, micro_batch=4)
     pairs = [Pair((InputImage(str(i), pixels(i, (128, 128))),), (256, 128)) for i in range(2)]
     for _ in engine.sample(pairs, planned.sampling):
         pass
@@ -213,7 +207,7 @@ def test_a_plan_counts_windows_as_the_engine_does(model: Path, tmp_path: Path) -
     assert cost.denoise == 2 * 3
     assert cost.memory is not None
     whole = count_cost(
-        job(tmp_path, model, image={"size": [256, 128]}, sampling={"window": None}), [rows], read_shape(model)
+        job(tmp_path, folder, image={"size": [256, 128]}, sampling={"window": None}), [rows], read_shape(folder)
     ).memory
     assert whole is not None
     assert cost.memory.activations * 2 == whole.activations
@@ -229,24 +223,24 @@ def test_a_plan_counts_windows_as_the_engine_does(model: Path, tmp_path: Path) -
         ({"size": 128, "style_size": 100}, {}, ("image.style_size 100×100", "multiples of 64")),
     ],
 )
-def test_sizes_that_make_no_sense_are_refused_by_the_plan(
-    model: Path, tmp_path: Path, image: Any, sampling: Any, words: tuple[str, str]
+def test_sizes_that_do_not_fit_are_refused_by_the_plan(
+    folder: Path, tmp_path: Path, image: Any, sampling: Any, words: tuple[str, str]
 ) -> None:
     with pytest.raises(JobError) as refused:
-        plan(job(tmp_path, model, image=image, sampling=sampling))
+        plan(job(tmp_path, folder, image=image, sampling=sampling))
     assert all(word in str(refused.value) for word in words)
 
 
-def test_keep_with_tiled_windows_is_refused_by_the_job(model: Path, tmp_path: Path) -> None:
+def test_keep_with_tiled_windows_is_refused_by_the_job(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"image\.fit keep.*sampling\.tiling x.*sampling\.window 64"):
-        job(tmp_path, model, image={"fit": "keep"}, sampling={"tiling": "x"})
+        job(tmp_path, folder, image={"fit": "keep"}, sampling={"tiling": "x"})
 
 
-def test_a_plan_of_kept_sizes_says_that_it_is_an_upper_bound(model: Path, tmp_path: Path) -> None:
-    assert "upper bound" in plan(job(tmp_path, model, image={"size": 128, "fit": "keep"}, preset="texture")).describe()
+def test_a_plan_of_kept_sizes_says_that_it_is_an_upper_bound(folder: Path, tmp_path: Path) -> None:
+    assert "upper bound" in plan(job(tmp_path, folder, image={"size": 128, "fit": "keep"}, preset="texture")).describe()
 
 
-def test_style_size_is_part_of_the_fingerprint(model: Path, tmp_path: Path) -> None:
-    plans = [plan(job(tmp_path, model, image=image)) for image in ({"size": 128}, {"size": 128, "style_size": 64})]
+def test_style_size_is_part_of_the_fingerprint(folder: Path, tmp_path: Path) -> None:
+    plans = [plan(job(tmp_path, folder, image=image)) for image in ({"size": 128}, {"size": 128, "style_size": 64})]
     assert plans[0].fingerprint_sha256 != plans[1].fingerprint_sha256
     assert plans[1].fingerprint["image.style_size"] == "64x64"

@@ -1,10 +1,9 @@
-"""Seamless tiling, and textures larger than the window they are made in."""
+"""Seamless tiling, and textures that are sampled in windows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ import oracle
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
 from stylemill.engine.state import PairInputs, ShardInputs
-from stylemill.engine.unet.tiling import circular
+from stylemill.engine.unet.tiling import circular_padding
 from stylemill.engine.windows import Windows
 
-SMALL, WIDE, TALL, LARGE = (64, 64), (128, 64), (64, 128), (128, 128)  # pixels; a latent has 8 of them a side
+SMALL, WIDE, TALL, LARGE = (64, 64), (128, 64), (64, 128), (128, 128)  # pixels; a latent is 8 pixels wide
 
 
 def image(number: int, size: tuple[int, int] = SMALL) -> InputImage:
@@ -37,15 +36,15 @@ def last(engine: Engine, pairs: Sequence[Pair], settings: Sampling, noise: Any =
     return state
 
 
-def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
 # --- tiling --------------------------------------------------------------------------------------------------------
 
 
-class Rolled(Noise):
-    """The same initial latents, moved around by `shift` (rows, columns)."""
+class RolledNoise(Noise):
+    """The initial latents of Noise(0), rolled by `shift` (rows, columns)."""
 
     def __init__(self, shift: tuple[int, int]) -> None:
         super().__init__(0)
@@ -56,27 +55,29 @@ class Rolled(Noise):
 
 
 @pytest.mark.parametrize(
-    ("tiling", "shift", "moves"),
+    ("tiling", "shift", "equal"),
     [("both", (8, 8), True), ("x", (0, 8), True), ("x", (8, 0), False), ("none", (8, 8), False)],
 )
-def test_a_tile_moved_around_stays_the_same_tile(
-    engine: Engine, tiling: Any, shift: tuple[int, int], moves: bool
+def test_a_seamless_output_does_not_depend_on_where_its_edge_is(
+    engine: Engine, tiling: Any, shift: tuple[int, int], equal: bool
 ) -> None:
-    """By the coarsest stride of the UNet, 8 latents: there nothing tells one place from another."""
+    """Latents rolled by the UNet's coarsest stride, 8 latents, give the same output, rolled."""
     settings = Sampling(steps=1, content_weight=0.0, tiling=tiling)
-    here, there = (last(engine, [Pair((STYLES[0],), LARGE)], settings, Rolled(by)) for by in ((0, 0), shift))
-    difference = (torch.roll(here.latents, shift, (2, 3)) - there.latents).abs().max()
-    assert difference < 1e-8 if moves else difference > 1e-3
-    if moves:
-        ours, theirs = engine.decode(here)[0], engine.decode(there)[0]
-        assert ours is not None
-        assert theirs is not None
-        moved = np.roll(ours, (shift[0] * 8, shift[1] * 8), (0, 1))
-        assert np.abs(moved.astype(int) - theirs).max() <= 1  # ties may round apart
+    plain, rolled = (last(engine, [Pair((STYLES[0],), LARGE)], settings, RolledNoise(by)) for by in ((0, 0), shift))
+    difference = (torch.roll(plain.latents, shift, (2, 3)) - rolled.latents).abs().max()
+    assert difference < 1e-8 if equal else difference > 1e-3
+    if equal:
+        plain_image, rolled_image = engine.decode(plain)[0], engine.decode(rolled)[0]
+        assert plain_image is not None
+        assert rolled_image is not None
+        expected = np.roll(plain_image, (shift[0] * 8, shift[1] * 8), (0, 1))
+        assert np.abs(expected.astype(int) - rolled_image).max() <= 1  # either neighbour of a half
 
 
 @pytest.mark.parametrize("tiling", ["x", "y", "both"])
-def test_a_tile_equals_the_oracle_built_with_circular_padding(engine: Engine, model: oracle.Model, tiling: Any) -> None:
+def test_a_seamless_output_equals_the_oracle_with_circular_padding(
+    engine: Engine, model: oracle.Model, tiling: Any
+) -> None:
     pair, settings = Pair((STYLES[0],), SMALL, image(3)), Sampling(steps=2, guidance_scale=2.0, tiling=tiling)
     wrapped = oracle.tiled(model, tiling)
     state = last(engine, [pair], settings)
@@ -86,7 +87,7 @@ def test_a_tile_equals_the_oracle_built_with_circular_padding(engine: Engine, mo
     assert np.abs(pixels.astype(int) - wrapped.decode(state.latents)).max() <= 1
 
 
-def test_decoding_after_a_restore_still_tiles(engine: Engine) -> None:
+def test_a_restored_state_is_decoded_with_its_tiling(engine: Engine) -> None:
     settings = Sampling(steps=1, tiling="both", content_weight=0.0)
     state = last(engine, [Pair((STYLES[0],), SMALL)], settings)
     (inputs, facts), (arrays, progress) = state.export_inputs(), state.export_progress()
@@ -97,42 +98,47 @@ def test_decoding_after_a_restore_still_tiles(engine: Engine) -> None:
     assert not np.array_equal(engine.decode(plain)[0], engine.decode(state)[0])  # type: ignore[arg-type]
 
 
-def test_the_model_is_as_before_even_after_an_error(engine: Engine) -> None:
-    def own(module: Any) -> list[set[str]]:
+def test_circular_padding_is_removed_from_the_model_also_after_an_error(engine: Engine) -> None:
+    def attributes(module: Any) -> list[set[str]]:
         return [set(vars(inner)) for inner in module.modules()]
 
     unet, vae = engine.model.unet, engine.model.vae
-    before = own(unet), own(vae), str(unet), str(vae)
+    before = attributes(unet), attributes(vae), str(unet), str(vae)
     sampling = engine.sample([Pair((STYLES[0],), SMALL)], Sampling(steps=2, tiling="both"))
     next(sampling)
-    assert (own(unet), own(vae), str(unet), str(vae)) == before  # between two steps the model is the caller's
+    assert (
+        attributes(unet),
+        attributes(vae),
+        str(unet),
+        str(vae),
+    ) == before  # the model is not patched between two steps
 
     def fails() -> None:
-        with circular("x", unet, vae):
-            assert own(unet) != before[0]
-            raise RuntimeError("on the way")
+        with circular_padding("x", unet, vae):
+            assert attributes(unet) != before[0]
+            raise RuntimeError("an error in the block")
 
-    with pytest.raises(RuntimeError, match="on the way"):
+    with pytest.raises(RuntimeError, match="an error in the block"):
         fails()
-    assert (own(unet), own(vae), str(unet), str(vae)) == before
+    assert (attributes(unet), attributes(vae), str(unet), str(vae)) == before
 
 
 @pytest.mark.parametrize("padding", [1, 0])
 @pytest.mark.parametrize("tiling", ["x", "y", "both"])
-def test_downsampling_that_pads_by_itself_wraps_too(padding: int, tiling: Any) -> None:
-    """diffusers' Downsample2D with padding 0 adds a column at the right and a row below before it convolves."""
+def test_downsampling_is_padded_circularly(padding: int, tiling: Any) -> None:
+    """diffusers' Downsample2D with padding 0 pads a column at the right and a row below before its convolution."""
     from diffusers.models.downsampling import Downsample2D
 
     layer = Downsample2D(2, use_conv=True, padding=padding).double()
     x, shift = torch.randn(1, 2, 8, 8, dtype=torch.float64), {"x": (0, 4), "y": (4, 0), "both": (4, 2)}[tiling]
     halved = shift[0] // 2, shift[1] // 2
     plain = layer(x)
-    with circular(tiling, layer):
-        here, there = layer(x), layer(torch.roll(x, shift, (2, 3)))
-    assert_equal(torch.roll(here, halved, (2, 3)), there)
-    assert here.shape == plain.shape
-    assert not torch.equal(here, plain)
-    assert_equal(here[..., 1:3, 1:3], plain[..., 1:3, 1:3])  # only the border differs
+    with circular_padding(tiling, layer):
+        circular, rolled = layer(x), layer(torch.roll(x, shift, (2, 3)))
+    assert_equal(torch.roll(circular, halved, (2, 3)), rolled)
+    assert circular.shape == plain.shape
+    assert not torch.equal(circular, plain)
+    assert_equal(circular[..., 1:3, 1:3], plain[..., 1:3, 1:3])  # only the border differs
     assert torch.equal(layer(x), plain)
 
 
@@ -145,12 +151,12 @@ def test_downsampling_that_pads_by_itself_wraps_too(padding: int, tiling: Any) -
         (64, 64, 8, False, [0]),
         (8, 64, 8, True, [0]),
         (128, 64, 8, False, [0, 8, 16, 24, 32, 40, 48, 56, 64]),
-        (20, 8, 5, False, [0, 5, 10, 12]),  # the last one is moved inside
+        (20, 8, 5, False, [0, 5, 10, 12]),  # the last window is moved inside
         (16, 8, 8, False, [0, 8]),
-        (16, 8, 6, True, [0, 6, 12]),  # the last one wraps around
+        (16, 8, 6, True, [0, 6, 12]),  # the last window wraps around
     ],
 )
-def test_where_windows_begin(size: int, window: int, stride: int, wraps: bool, expected: list[int]) -> None:
+def test_windows_start_at_every_stride(size: int, window: int, stride: int, wraps: bool, expected: list[int]) -> None:
     settings = Sampling(window=window, window_stride=stride, tiling="x" if wraps else "y")
     assert settings.window_starts(size, "x") == expected
 
@@ -160,7 +166,7 @@ PAIRS = [
     Pair((STYLES[0],), WIDE),
     Pair((STYLES[1], STYLES[0]), WIDE, prompt="bricks"),
     Pair((STYLES[1],), TALL, seed=4),
-    Pair((STYLES[0],), SMALL, image(3)),  # fits the window: λ of its own and a content are no trouble
+    Pair((STYLES[0],), SMALL, image(3)),  # it fits into a window, so it may have a content
 ]
 
 
@@ -176,7 +182,7 @@ def test_each_expanded_texture_of_a_shard_equals_the_oracle(engine: Engine, mode
     ]
 
 
-def test_windows_take_guidance_and_adain_each(engine: Engine, model: oracle.Model) -> None:
+def test_guidance_and_adain_are_applied_in_each_window(engine: Engine, model: oracle.Model) -> None:
     settings = EXPANSION.model_copy(update={"guidance_scale": 3.0, "adain": True, "iterations": 1})
     actual = last(engine, PAIRS[1:2], settings).latents
     assert_equal(actual, oracle.naive_expansion(model, PAIRS[1], settings, Noise(0)).latents[-1])
@@ -185,10 +191,10 @@ def test_windows_take_guidance_and_adain_each(engine: Engine, model: oracle.Mode
 @pytest.mark.parametrize(
     ("tiling", "size", "convolutions"), [("x", WIDE, "none"), ("both", WIDE, "y"), ("x", LARGE, "none")]
 )
-def test_windows_wrap_around_a_seamless_texture(
+def test_windows_of_a_seamless_texture_wrap_around(
     engine: Engine, model: oracle.Model, tiling: Any, size: tuple[int, int], convolutions: str
 ) -> None:
-    """Along an axis that is cut the windows wrap; along one that a window fills, the convolutions do."""
+    """Along an axis with several windows, the windows wrap around; along the other one, the convolutions do."""
     changes = {"tiling": tiling, "iterations": 1, "steps": 1, "window_stride": 6}
     pair, settings = Pair((STYLES[0],), size), EXPANSION.model_copy(update=changes)
     unet = model if convolutions == "none" else oracle.tiled(model, convolutions)
@@ -196,59 +202,59 @@ def test_windows_wrap_around_a_seamless_texture(
     assert_equal(actual, oracle.naive_expansion(unet, pair, settings, Noise(0)).latents[-1])
 
 
-def test_masks_and_control_images_are_cut_with_their_latents() -> None:
+def test_masks_and_control_images_are_cropped_to_each_window() -> None:
     mask = torch.arange(16 * 8, dtype=torch.int32).view(16, 8)
     control = torch.arange(3 * 32 * 16, dtype=torch.uint8).view(3, 32, 16)  # two pixels a latent
     pair = PairInputs(None, (0,), 0, 0, 0.0, (4, 16, 8), masks=(0, 1), controls=(0,))
     style_mask = torch.zeros(8, 8, dtype=torch.int32)
     inputs = ShardInputs([pair], [torch.zeros(4, 8, 8)], [""], [], masks=[mask, style_mask], controls=[control])
-    cut = Windows(inputs, Sampling(window=8, window_stride=6, tiling="y")).inputs
+    windowed = Windows(inputs, Sampling(window=8, window_stride=6, tiling="y")).inputs
     tops = [0, 6, 12]
-    assert len(cut.pairs) == len(tops)
-    for made, top in zip(cut.pairs, tops, strict=True):
-        assert made.shape == (4, 8, 8)
-        assert torch.equal(cut.masks[made.masks[0]], mask.roll(-top, 0)[:8])
-        assert cut.masks[made.masks[1]] is style_mask
-        assert torch.equal(cut.controls[made.controls[0]], control.roll(-2 * top, 1)[:, :16])
+    assert len(windowed.pairs) == len(tops)
+    for window, top in zip(windowed.pairs, tops, strict=True):
+        assert window.shape == (4, 8, 8)
+        assert torch.equal(windowed.masks[window.masks[0]], mask.roll(-top, 0)[:8])
+        assert windowed.masks[window.masks[1]] is style_mask
+        assert torch.equal(windowed.controls[window.controls[0]], control.roll(-2 * top, 1)[:, :16])
 
 
-def test_tiling_outputs_on_both_sides_of_the_window_is_refused() -> None:
+def test_tiling_outputs_smaller_and_larger_than_the_window_is_refused() -> None:
     pairs = [PairInputs(None, (0,), 0, 0, 0.0, (4, 8, width)) for width in (8, 16)]
     inputs = ShardInputs(pairs, [torch.zeros(4, 8, 8)], [""], [])
     with pytest.raises(ValueError, match="tiling x and window 8"):
         Windows(inputs, Sampling(window=8, tiling="x"))
 
 
-def test_one_window_is_the_same_path_to_the_bit(engine: Engine) -> None:
+def test_an_output_within_one_window_has_the_same_bits_as_without_windows(engine: Engine) -> None:
     pairs = [Pair((STYLES[0],), SMALL, image(3)), Pair((STYLES[1],), SMALL)]
     whole = last(engine, pairs, Sampling(steps=2))
     assert torch.equal(last(engine, pairs, Sampling(steps=2, window=8)).latents, whole.latents)
     assert torch.equal(last(engine, pairs, Sampling(steps=2, window=64)).latents, whole.latents)
 
 
-def test_passes_count_windows_and_share_the_styles(engine: Engine) -> None:
+def test_each_window_is_a_pass_and_styles_are_shared(engine: Engine) -> None:
     before = engine.passes.copy()
     last(engine, PAIRS[:2], EXPANSION)
-    made = engine.passes - before
-    assert made == {"denoise": 2 * 6, "gradient": 2 * 2 * 6, "feature": 2 * 2}  # 3 windows each
+    passes = engine.passes - before
+    assert passes == {"denoise": 2 * 6, "gradient": 2 * 2 * 6, "feature": 2 * 2}  # 3 windows each
 
 
-def test_a_lost_window_loses_its_pair_and_no_other(engine: Engine) -> None:
-    class Poisoned(Noise):
+def test_nan_in_a_window_fails_its_pair_and_no_other(engine: Engine) -> None:
+    class NoiseWithNaN(Noise):
         def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Any:
             latents = super().initial_latents(pair, shape)
             if pair == PAIRS[0]:
-                latents[0, 0, 0] = np.nan  # seen by its first window alone
+                latents[0, 0, 0] = np.nan  # only in its first window
             return latents
 
-    sound, state = last(engine, PAIRS[:3], EXPANSION), last(engine, PAIRS[:3], EXPANSION, Poisoned(0))
+    expected, state = last(engine, PAIRS[:3], EXPANSION), last(engine, PAIRS[:3], EXPANSION, NoiseWithNaN(0))
     assert list(state.failures) == [0]
     assert "step 0" in state.failures[0]
     for place in (1, 2):
-        assert torch.equal(state.latents_of[place], sound.latents_of[place])
+        assert torch.equal(state.latents_of[place], expected.latents_of[place])
 
 
-def test_a_content_cannot_be_followed_in_windows(engine: Engine) -> None:
+def test_a_pair_with_a_content_that_needs_windows_fails(engine: Engine) -> None:
     pairs = [Pair((STYLES[0],), WIDE, image(3, WIDE), content_weight=0.3), PAIRS[0]]
     state = last(engine, pairs, EXPANSION)
     assert list(state.failures) == [0]
@@ -256,8 +262,8 @@ def test_a_content_cannot_be_followed_in_windows(engine: Engine) -> None:
     assert "content_weight" in state.failures[0]
 
 
-def test_an_expansion_goes_on_to_the_same_bits(folder: Path) -> None:
-    engine = Engine.load(folder, dtype="float32", device="cpu", micro_batch=2)
+def test_a_restored_run_in_windows_continues_to_the_same_bits(engine32: Engine) -> None:
+    engine = Engine(engine32.model, micro_batch=2)
     whole: list[Tensor] = []
     for state in engine.sample(PAIRS[:1], EXPANSION):
         whole.append(state.latents.clone())
@@ -280,13 +286,15 @@ def test_an_expansion_goes_on_to_the_same_bits(folder: Path) -> None:
         ({"window_stride": 4}, ("window_stride 4", "window")),
     ],
 )
-def test_senseless_windows_are_refused_naming_both(values: dict[str, Any], both: tuple[str, str]) -> None:
+def test_window_settings_that_do_not_fit_are_refused_with_both_names(
+    values: dict[str, Any], both: tuple[str, str]
+) -> None:
     with pytest.raises(ValidationError) as refused:
         Sampling(**values)
     assert all(word in str(refused.value) for word in both)
 
 
-def test_the_preset_is_the_published_one() -> None:
+def test_the_preset_has_the_published_settings() -> None:
     made = Sampling(**PRESETS["texture-expansion"])
     assert (made.method, made.steps, made.iterations, made.learning_rate) == ("guided", 50, 2, 0.05)
     assert (made.content_weight, made.guidance_scale, made.window, made.window_stride) == (0.0, 1.0, 64, 8)

@@ -1,7 +1,6 @@
-"""Pictures to learn from, drawn by numpy and Pillow alone: scenes, and the same painted, printed, laid and woven.
+"""Training pictures: random scenes, drawn by numpy and Pillow and rendered in many techniques.
 
-`picture(seed, number)` is a pure function; together with the textures that scikit-image ships (`textures`), these
-are all that the demo model has ever seen.
+Together with the textures of scikit-image (`textures`), they are all the training data of the demo model.
 """
 
 from __future__ import annotations
@@ -11,33 +10,36 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from demo_training.fields import (
+from demo_training.float_images import (
     SIDE,
-    Field,
-    Random,
-    cloud,
-    coloured,
-    grid,
+    FloatImage,
+    Generator,
+    apply_palette,
+    fractal_noise,
     palette,
+    pixel_coordinates,
 )
-from demo_training.renderers import MANNERS
+from demo_training.renderers import RENDERERS
 
 
 def picture(seed: int, number: int) -> tuple[NDArray[np.uint8], str]:
-    """Picture `number` of `seed`, (SIDE, SIDE, 3), and its caption: how it is made."""
+    """Picture `number` of `seed`, (SIDE, SIDE, 3), and its caption, which names the technique.
+
+    The same arguments always give the same picture.
+    """
     random = np.random.default_rng([seed, number])
     scene = SCENES[random.choice(len(SCENES), p=SCENE_SHARES)](random)
-    caption, render = MANNERS[number % len(MANNERS)]
-    painted = render(random, scene)
-    if random.random() < 0.3:  # the light of a camera, or varnish
-        painted = painted * (0.75 + 0.5 * cloud(random, 2.2)[..., None])
+    caption, render = RENDERERS[number % len(RENDERERS)]
+    rendered = render(random, scene)
+    if random.random() < 0.3:  # uneven light
+        rendered = rendered * (0.75 + 0.5 * fractal_noise(random, 2.2)[..., None])
     if random.random() < 0.3:
-        painted = painted + random.normal(0, random.uniform(0.01, 0.05), painted.shape)
-    return (np.clip(painted, 0, 1) * 255 + 0.5).astype(np.uint8), caption
+        rendered = rendered + random.normal(0, random.uniform(0.01, 0.05), rendered.shape)
+    return (np.clip(rendered, 0, 1) * 255 + 0.5).astype(np.uint8), caption
 
 
 def textures() -> list[tuple[NDArray[np.uint8], str]]:
-    """The public-domain and CC0 pictures of scikit-image that the quickstart does not show, (H, W, 3) each."""
+    """Public-domain and CC0 pictures of scikit-image, (H, W, 3) each, with captions; none is in the quickstart."""
     from skimage import data
 
     names = ("brick", "grass", "gravel", "hubble_deep_field", "moon", "retina", "clock", "cell")
@@ -52,41 +54,41 @@ def textures() -> list[tuple[NDArray[np.uint8], str]]:
 # --- scenes -----------------------------------------------------------------------------------------------------------
 
 
-def clouds(random: Random) -> Field:
-    return coloured(cloud(random, random.uniform(1.0, 2.2)), palette(random))
+def clouds(random: Generator) -> FloatImage:
+    return apply_palette(fractal_noise(random, random.uniform(1.0, 2.2)), palette(random))
 
 
-def gradients(random: Random) -> Field:
-    x, y = grid()
+def gradients(random: Generator) -> FloatImage:
+    x, y = pixel_coordinates()
     angle = random.uniform(0, 2 * np.pi)
     tone = (np.cos(angle) * x + np.sin(angle) * y) / SIDE
     if random.random() < 0.5:
         tone = np.hypot(x - random.uniform(0, SIDE), y - random.uniform(0, SIDE)) / SIDE
-    return coloured(np.clip(tone % 1, 0, 1), palette(random, 4))
+    return apply_palette(np.clip(tone % 1, 0, 1), palette(random, 4))
 
 
-def landscape(random: Random) -> Field:
-    """A sky, hills one behind the other, perhaps a sun and its light on water."""
-    x, y = grid()
-    scene = coloured(np.clip(y / SIDE * 0.9 + 0.2 * cloud(random, 2), 0, 1), palette(random, 3)[::-1])
+def landscape(random: Generator) -> FloatImage:
+    """A sky, several hills one behind the other, and in most cases a sun."""
+    x, y = pixel_coordinates()
+    scene = apply_palette(np.clip(y / SIDE * 0.9 + 0.2 * fractal_noise(random, 2), 0, 1), palette(random, 3)[::-1])
     if random.random() < 0.6:
-        far = np.hypot(x - random.uniform(40, SIDE - 40), y - random.uniform(20, 140))
-        scene += np.clip(random.uniform(20, 45) - far, 0, 1)[..., None] * palette(random, 3)[-1]
+        distance = np.hypot(x - random.uniform(40, SIDE - 40), y - random.uniform(20, 140))
+        scene += np.clip(random.uniform(20, 45) - distance, 0, 1)[..., None] * palette(random, 3)[-1]
     colours = palette(random, 6)
     for depth, height in enumerate(np.sort(random.uniform(0.3, 0.9, random.integers(2, 6)))):
-        line = height * SIDE - 60 * cloud(random, 1.6)[0] * (1 - height / 2)
-        ground = colours[depth % 6] * (0.6 + 0.6 * cloud(random, random.uniform(0.6, 1.5))[..., None])
+        line = height * SIDE - 60 * fractal_noise(random, 1.6)[0] * (1 - height / 2)
+        ground = colours[depth % 6] * (0.6 + 0.6 * fractal_noise(random, random.uniform(0.6, 1.5))[..., None])
         scene = np.where((y > line[None])[..., None], ground, scene)
     return np.clip(scene, 0, 1)
 
 
-def leaves(random: Random) -> Field:
-    """Dead leaves: things that hide each other, in all sizes, each flat, shaded or textured, as in photographs."""
-    x, y = grid()
-    scene = coloured(cloud(random, 1.8), palette(random, 3))
+def leaves(random: Generator) -> FloatImage:
+    """Dead leaves, which have the statistics of photos: overlapping shapes of all sizes, flat, shaded or striped."""
+    x, y = pixel_coordinates()
+    scene = apply_palette(fractal_noise(random, 1.8), palette(random, 3))
     colours = palette(random, 8)
     for size in np.sort(8 / random.uniform(0.05, 1, random.integers(25, 70)))[::-1]:
-        cx, cy, turn, flat = (
+        cx, cy, angle, flatness = (
             random.uniform(0, SIDE),
             random.uniform(0, SIDE),
             random.uniform(0, np.pi),
@@ -97,9 +99,9 @@ def leaves(random: Random) -> Field:
         columns = slice(max(0, int(cx) - reach), min(SIDE, int(cx) + reach))
         if rows.stop - rows.start < 1 or columns.stop - columns.start < 1:
             continue
-        u = (x[rows, columns] - cx) * np.cos(turn) + (y[rows, columns] - cy) * np.sin(turn)
-        v = (y[rows, columns] - cy) * np.cos(turn) - (x[rows, columns] - cx) * np.sin(turn)
-        shape = np.hypot(u, v / flat) if random.random() < 0.6 else np.maximum(abs(u), abs(v) / flat)
+        u = (x[rows, columns] - cx) * np.cos(angle) + (y[rows, columns] - cy) * np.sin(angle)
+        v = (y[rows, columns] - cy) * np.cos(angle) - (x[rows, columns] - cx) * np.sin(angle)
+        shape = np.hypot(u, v / flatness) if random.random() < 0.6 else np.maximum(abs(u), abs(v) / flatness)
         inside = np.clip(size - shape, 0, 1)[..., None]
         light = 1 + random.uniform(-0.6, 0.6) * (u + v)[..., None] / size / 2
         colour = colours[random.integers(8)] * light
@@ -109,15 +111,15 @@ def leaves(random: Random) -> Field:
     return scene
 
 
-def solids(random: Random) -> Field:
-    """Balls and boxes in the light of one lamp, with shadows, on a table before a wall."""
-    x, y = grid()
+def solids(random: Generator) -> FloatImage:
+    """Balls and boxes with shadows, lit by one lamp, on a table in front of a wall."""
+    x, y = pixel_coordinates()
     colours = palette(random, 6)
     table = random.uniform(0.4, 0.8) * SIDE
     scene = np.where(
         (y > table)[..., None],
         colours[4] * (0.5 + 0.5 * y / SIDE)[..., None],
-        colours[1] + 0.15 * cloud(random, 2)[..., None],
+        colours[1] + 0.15 * fractal_noise(random, 2)[..., None],
     )
     lamp = random.uniform(-1, 1)
     for cy in np.sort(random.uniform(0.3, 1, random.integers(2, 7))) * SIDE:
@@ -139,5 +141,5 @@ def solids(random: Random) -> Field:
     return np.clip(scene, 0, 1).astype(np.float32)
 
 
-SCENES: tuple[Callable[[Random], Field], ...] = (clouds, gradients, landscape, leaves, solids)
+SCENES: tuple[Callable[[Generator], FloatImage], ...] = (clouds, gradients, landscape, leaves, solids)
 SCENE_SHARES = (0.15, 0.05, 0.25, 0.35, 0.2)

@@ -190,12 +190,3 @@ PRESETS: dict[str, dict[str, Any]] = {name: dict(zip(_COLUMNS, row, strict=True)
 PRESETS["texture-expansion"] |= {"window": 64, "window_stride": 8}
 PRESETS["few-steps"] |= {"scheduler": "lcm"}  # with LCM-LoRA; with Hyper-SD: tcd, learning rate 0.15, λ 0.38
 DEFAULT_PRESET = "guided-transfer"
-
-
-def cpu_micro_batch(size: tuple[int, int]) -> int:
-    """Pairs in one UNet call on a CPU, for images of `size` pixels: 8 at 256² and below, 2 at 512².
-
-    Measured with benchmarks/throughput.py: larger calls take more memory and are not faster.
-    """
-    width, height = size
-    return max(1, min(8, 8 * 256**2 // (width * height)))

@@ -1,1 +1,1 @@
-"""The embedded model (the data files of this folder), and what writes small untrained models for tests."""
+"""The embedded demo model (the data files of this folder), and writers of small untrained models for tests."""

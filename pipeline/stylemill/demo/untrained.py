@@ -1,9 +1,9 @@
-"""Small untrained models shaped like Stable Diffusion 1.x and SDXL, so that everything runs without a download.
+"""Small untrained models with the architecture of Stable Diffusion 1.x and SDXL, for runs without a download.
 
-They have the real block types and 16 or 70 self-attention layers, in the diffusers folder format. Weights are random,
-save for a thin identity path: the VAE averages 8 × 8 pixels and interpolates them back, the UNet predicts its own
-normalised input as noise. So pictures pass blurred but recognisable, and sampling neither dies out nor explodes.
-They have learnt nothing: they show how stylemill works, not how attention distillation looks.
+They have the real block types and 16 or 70 self-attention layers, in the diffusers folder format. The weights are
+random except for an identity path: the VAE averages 8 × 8 pixels and interpolates them back, and the UNet predicts its
+own normalised input as noise. So images come out blurred but recognisable, and latents stay of about unit size.
+The models are not trained: they show how stylemill works, not what attention distillation looks like.
 """
 
 from __future__ import annotations
@@ -17,44 +17,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from stylemill.demo.untrained_weights import add_identity_path, draw_weights
 from stylemill.errors import ModelError
 
 TOKENS = 77  # CLIP's context length
-WIDTHS = {"text_encoder": 32, "text_encoder_2": 16}  # of their hidden states; the second is SDXL's only
-MANIFEST = (
-    "demo.json"  # names the kind, the seed and the digest of every other file; a folder that matches it is complete
-)
-
-# Parts of a residual branch that write into the stream: kept small, so that depth does not drown the identity path.
-_RESIDUAL_OUTPUTS = tuple(f"{name}.weight" for name in ("conv2", "proj_out", "to_out.0", "net.2", "out_proj", "fc2"))
-_RESIDUAL_GAIN = 0.35
-_NOISE_GAIN = 1.15  # sampling then ends at latents of about unit size, with room for the guidance to be seen
-
+WIDTHS = {"text_encoder": 32, "text_encoder_2": 16}  # of the hidden states; only SDXL has the second
+# Has the kind, the seed and the digest of every other file; a folder whose files have these digests is complete.
+MANIFEST = "demo.json"
 
 ModelFamily = Literal["sd", "sdxl"]
 
 
 def write_demo_model(folder: str | Path, seed: int = 0, kind: ModelFamily = "sd") -> Path:
-    """Write the demo model of `kind` and `seed` to `folder` and return it; the weights are the same on any machine.
+    """Write the demo model of `kind` and `seed` to `folder` and return that; the weights are equal on every machine.
 
-    A complete demo model of both is left as it is. Raises ModelError when the folder holds anything else.
+    A folder with this complete model is not changed. Raises ModelError if the folder has other content.
     """
     return write_once(folder, seed, kind, lambda unfinished: _write_parts(unfinished, seed, kind))
 
 
 def write_once(folder: str | Path, seed: int, kind: str, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a folder that appears complete or not at all. Raises ModelError when it holds anything else."""
+    """Let `write` fill a new folder, which gets its name only when it is complete.
+
+    A complete folder of `seed` and `kind` is not changed. Raises ModelError if the folder has other content.
+    """
     folder = Path(folder)
     if _is_complete(folder, seed, kind):
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise _taken(folder, seed, kind)
+        raise _other_content(folder, seed, kind)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,14 +61,14 @@ def write_once(folder: str | Path, seed: int, kind: str, write: Callable[[Path],
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise ModelError(f"{folder}: the demo model cannot be written: {error.strerror or error}") from error
-        if not _is_complete(folder, seed, kind):  # else another process finished the same model first
-            raise _taken(folder, seed, kind) from None
+        if not _is_complete(folder, seed, kind):  # otherwise another process wrote the same model first
+            raise _other_content(folder, seed, kind) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _taken(folder: Path, seed: int, kind: str) -> ModelError:
+def _other_content(folder: Path, seed: int, kind: str) -> ModelError:
     return ModelError(
         f"{folder}: already exists and is not a complete demo model of seed {seed} and kind {kind}; "
         "delete it or name another folder"
@@ -94,22 +90,16 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _write_parts(folder: Path, seed: int, kind: ModelFamily) -> None:
     vocabulary = _vocabulary()
-    with torch.random.fork_rng(devices=[]):  # constructors draw initial weights; the caller's stream must not notice
+    with torch.random.fork_rng(devices=[]):  # constructors draw weights; the caller's generator stays as it was
         unet, vae, text_encoders = demo_unet(kind), _vae(kind), _text_encoders(kind, vocabulary)
     for part, model in {"unet": unet, "vae": vae, **text_encoders}.items():
         draw_weights(model, part, seed)
-    with torch.no_grad():
-        _open_unet(unet)
-        _open_encoder(vae.encoder, vae.config.scaling_factor)
-        _open_decoder(vae.decoder, vae.config.scaling_factor)
-        _set_identity(vae.quant_conv.weight, range(8), range(8))
-        _set_identity(vae.post_quant_conv.weight, range(4), range(4))
-
+    add_identity_path(unet, vae)
     for part, model in (("unet", unet), ("vae", vae)):
         model.save_pretrained(folder / part, safe_serialization=True)
     for part, model in text_encoders.items():
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder / part)  # the model's own save_pretrained prints a bar
+        model.config.save_pretrained(folder / part)  # the model's own save_pretrained prints a progress bar
         save_file(model.state_dict(), folder / part / "model.safetensors", metadata={"format": "pt"})
         _write_tokenizer(folder / part.replace("text_encoder", "tokenizer"), vocabulary)
     DDIMScheduler(
@@ -160,7 +150,7 @@ def demo_unet(kind: ModelFamily) -> Any:
             transformer_layers_per_block=(1, 2, 10),
             norm_num_groups=8,
             cross_attention_dim=sum(WIDTHS.values()),
-            attention_head_dim=(2, 2, 4),  # as in SDXL, heads
+            attention_head_dim=(2, 2, 4),  # the number of heads, as in SDXL
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
@@ -174,7 +164,7 @@ def demo_unet(kind: ModelFamily) -> Any:
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         norm_num_groups=8,
         cross_attention_dim=32,
-        attention_head_dim=2,  # as in SD 1.x, diffusers reads this as the number of heads
+        attention_head_dim=2,  # diffusers takes this as the number of heads, as for SD 1.x
     )
 
 
@@ -213,107 +203,11 @@ def _text_encoders(kind: ModelFamily, vocabulary: dict[str, int]) -> dict[str, A
     return encoders
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def draw_weights(model: torch.nn.Module, part: str, seed: int) -> None:
-    """Matrices uniform with variance 1 / fan-in, norms 1, biases 0.
-
-    Drawn by numpy and uniform, since torch's normal draws differ between CPUs in the last bit.
-    """
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        if len(shape) == 1:
-            values = np.full(shape, 0.0 if name.endswith("bias") else 1.0)
-        else:
-            key = hashlib.sha256(f"{seed}/{part}/{name}".encode()).digest()
-            draw = np.random.Generator(np.random.Philox(key=np.frombuffer(key[:16], "<u8"))).random(shape)
-            gain = _RESIDUAL_GAIN if name.endswith(_RESIDUAL_OUTPUTS) else 1.0
-            values = (2 * draw - 1) * gain * np.sqrt(3 / np.prod(shape[1:]))
-        parameter.data.copy_(torch.from_numpy(values))
-
-
-# The identity path: a value travels as the channels x and -x, since silu(x) - silu(-x) = x carries it through the last
-# nonlinearity, and a norm group that holds both has mean 0.
-
-
-def _open_unet(unet: Any) -> None:
-    """Let the noise prediction follow the latent: conv_in -> its skip to the last resnet -> conv_out."""
-    pairs = _signed(4)
-    unet.conv_in.weight[:8] = 0
-    for latent, (plus, minus) in enumerate(pairs):
-        unet.conv_in.weight[plus, latent, 1, 1], unet.conv_in.weight[minus, latent, 1, 1] = 1, -1
-    last = unet.up_blocks[-1].resnets[-1].conv_shortcut.weight
-    stream = len(last)  # (stream, stream + skip, 1, 1), both of equal width
-    _set_identity(last, range(8), range(stream, stream + 8))
-    unet.conv_out.weight *= 0.15
-    for latent, (plus, minus) in enumerate(pairs):
-        unet.conv_out.weight[latent, plus, 1, 1], unet.conv_out.weight[latent, minus, 1, 1] = _NOISE_GAIN, -_NOISE_GAIN
-
-
-def _open_encoder(encoder: Any, scaling_factor: float) -> None:
-    """Latents 0-2 follow red, green, blue averaged over 8 × 8 pixels; latent 3 is a random mixture."""
-    encoder.conv_in.weight[:8] = 0
-    for colour, (plus, minus) in enumerate(_signed(3)):
-        encoder.conv_in.weight[plus, colour, 1, 1], encoder.conv_in.weight[minus, colour, 1, 1] = 1, -1
-    encoder.conv_in.bias[6], encoder.conv_in.bias[7] = 1, -1  # a constant, lest the norm undo the picture's contrast
-    _quiet_residuals(encoder)
-    for block in encoder.down_blocks[:-1]:
-        taps = torch.zeros(3, 3)
-        taps[:2, :2] = 0.25  # diffusers pads right and below: these four are the pixels that become one
-        _set_kernel(block.downsamplers[0].conv.weight, taps)
-    weight = encoder.conv_out.weight  # (4 means + 4 log-variances, 16, 3, 3)
-    weight[:3], weight[4:] = 0, 0
-    for latent, (plus, minus) in enumerate(_signed(3)):
-        weight[latent, plus, 1, 1], weight[latent, minus, 1, 1] = 1, -1
-    weight[:4] /= scaling_factor
-    encoder.conv_out.bias[4:] = -10
-
-
-def _open_decoder(decoder: Any, scaling_factor: float) -> None:
-    """Colours come back from latents 0-2, interpolated smoothly."""
-    decoder.conv_in.weight[:8] = 0
-    for latent, (plus, minus) in enumerate(_signed(3)):
-        decoder.conv_in.weight[plus, latent, 1, 1] = scaling_factor
-        decoder.conv_in.weight[minus, latent, 1, 1] = -scaling_factor
-    decoder.conv_in.weight[8:] *= scaling_factor
-    decoder.conv_in.bias[6], decoder.conv_in.bias[7] = 1, -1
-    _quiet_residuals(decoder)
-    smooth = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for block in decoder.up_blocks[:-1]:
-        _set_kernel(block.upsamplers[0].conv.weight, torch.outer(smooth, smooth))
-    decoder.conv_out.weight *= 0.05
-    for colour, (plus, minus) in enumerate(_signed(3)):
-        decoder.conv_out.weight[colour, plus, 1, 1], decoder.conv_out.weight[colour, minus, 1, 1] = 0.6, -0.6
-
-
-def _signed(count: int) -> list[tuple[int, int]]:
-    return [(2 * i, 2 * i + 1) for i in range(count)]
-
-
-def _quiet_residuals(part: Any) -> None:
-    for name, parameter in part.named_parameters():
-        if name.endswith(_RESIDUAL_OUTPUTS):
-            parameter[:8] *= 0.2
-
-
-def _set_identity(weight: torch.Tensor, outputs: range, inputs: range) -> None:
-    weight[list(outputs)] = 0
-    weight[list(outputs), list(inputs), 0, 0] = 1
-
-
-def _set_kernel(weight: torch.Tensor, taps: torch.Tensor) -> None:
-    """Channels 0-7 each filtered alone; the others stay random."""
-    weight[:8] = 0
-    for channel in range(8):
-        weight[channel, channel] = taps
-
-
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
 def _vocabulary() -> dict[str, int]:
-    """CLIP's layout without merges: 256 bytes, the same ending a word, start and end of text."""
+    """A vocabulary like CLIP's without merges: 256 bytes, 256 bytes at the end of a word, start and end of text."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

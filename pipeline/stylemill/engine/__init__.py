@@ -1,9 +1,34 @@
-"""Attention distillation on a resident model, all pairs of a shard in lockstep. Knows no files of a run and no Ray."""
+"""Attention distillation on a resident model, for all pairs of a shard in lockstep. Knows no files of a run and no Ray.
 
-from stylemill.engine.engine import Engine
-from stylemill.engine.inputs import Pair
-from stylemill.engine.noise import Noise
-from stylemill.engine.state import SampleState
-from stylemill.images.input_image import InputImage, LabelImage, Pixels
+Names are imported when they are first used: the plan imports torch-free modules of this package without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stylemill.engine.engine import Engine
+    from stylemill.engine.inputs import Pair
+    from stylemill.engine.noise import Noise
+    from stylemill.engine.state import SampleState
+    from stylemill.images.input_image import InputImage, LabelImage, Pixels
 
 __all__ = ["Engine", "InputImage", "LabelImage", "Noise", "Pair", "Pixels", "SampleState"]
+
+_MODULES = {
+    "Engine": "stylemill.engine.engine",
+    "InputImage": "stylemill.images.input_image",
+    "LabelImage": "stylemill.images.input_image",
+    "Noise": "stylemill.engine.noise",
+    "Pair": "stylemill.engine.inputs",
+    "Pixels": "stylemill.images.input_image",
+    "SampleState": "stylemill.engine.state",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module 'stylemill.engine' has no attribute {name!r}")

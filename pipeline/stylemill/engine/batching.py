@@ -1,73 +1,96 @@
-"""How the pairs of a shard are laid out for the UNet: fixed slots in micro-batches, micro-batches in blocks."""
+"""Batching of a shard's pairs: pairs to micro-batches, micro-batches to blocks. Torch-free.
+
+The functions take plain values, so that the plan counts with the rules that the engine works by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from stylemill.engine.state import PairInputs, ShardInputs
+from stylemill.config.sampling import Sampling
 
-Batch = tuple[int, ...]  # pair indices that share one UNet call
+Batch = tuple[int, ...]  # a micro-batch: indices of the pairs that share one UNet call
+
+
+class PairKind(NamedTuple):
+    """What the pairs of a micro-batch have in common, because their tensors are stacked."""
+
+    shape: Hashable  # of the latents
+    style_shapes: Hashable
+    uses_content: bool
+    has_masks: bool
 
 
 @dataclass(frozen=True)
 class Block:
-    """Micro-batches whose features are held at the same time.
+    """Micro-batches whose features are in memory at the same time, and the images that these are features of.
 
-    A tile is one block, so each of its images is read once a step. Only where the features of a shard exceed the
-    budget are there more, and an image that two blocks need is read twice.
+    A shard is one block where its features fit into the budget, and each image is then read once a step. Otherwise it
+    is several, and an image that two of them need is read twice.
     """
 
     batches: tuple[Batch, ...]
-    images: tuple[int, ...]
+    images: tuple[int, ...]  # ascending
 
 
-def micro_batches(inputs: ShardInputs, size: int, by_style: bool = False) -> list[Batch]:
-    """Cut the pairs into micro-batches of at most `size` with equal latent shapes and style tokens.
+def uses_content(has_content: bool, content_weight: float) -> bool:
+    """Whether a pair's content loss counts: with λ = 0, features of the content would be read in vain."""
+    return has_content and content_weight > 0
 
-    `by_style` also keeps pairs of different first styles apart.
-    Who shares a batch is a function of the manifest rows alone, never of what failed: batch sizes change low bits.
+
+def micro_batches(kinds: Sequence[Hashable | None], size: int) -> list[Batch]:
+    """Group the pairs of each kind into micro-batches of at most `size`, in order.
+
+    `kinds` has one item for each pair; a pair of kind None is in no micro-batch. Kinds must follow from the manifest
+    rows alone, never from which pairs failed: the size of a batch changes the low bits of a result.
     """
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for index, pair in enumerate(inputs.pairs):
-        if pair.slot:
-            own = pair.styles[0] if by_style else None
-            alike.setdefault((own, _kind(inputs, pair)), []).append(index)
-    return [tuple(group[i : i + size]) for group in alike.values() for i in range(0, len(group), size)]
+    groups: dict[Hashable, list[int]] = {}
+    for pair, kind in enumerate(kinds):
+        if kind is not None:
+            groups.setdefault(kind, []).append(pair)
+    return [tuple(group[start : start + size]) for group in groups.values() for start in range(0, len(group), size)]
 
 
-def _kind(inputs: ShardInputs, pair: PairInputs) -> tuple[object, ...]:
-    styles = tuple(tuple(inputs.images[style].shape) for style in pair.styles)
-    return pair.shape, styles, uses_content(pair), bool(pair.masks)
+def blocks(
+    batches: Sequence[Batch], images_of: Sequence[Set[int]], feature_bytes: Sequence[int], budget: int
+) -> list[Block]:
+    """Gather consecutive micro-batches into blocks whose features take at most `budget` bytes.
 
-
-def uses_content(pair: PairInputs) -> bool:
-    """Whether the content loss counts for this pair; with λ = 0 its features are not worth a pass."""
-    return pair.content is not None and pair.content_weight > 0
-
-
-def images_of(inputs: ShardInputs, batch: Batch) -> set[int]:
-    """The images whose features a micro-batch needs."""
-    pairs = [inputs.pairs[index] for index in batch]
-    contents = {pair.content for pair in pairs if pair.content is not None and uses_content(pair)}
-    return contents | {style for pair in pairs for style in pair.styles}
-
-
-def blocks(inputs: ShardInputs, batches: Sequence[Batch], feature_bytes: Sequence[int], budget: int) -> list[Block]:
-    """Gather consecutive micro-batches into blocks whose features stay within `budget` bytes.
-
-    A micro-batch is never split: one that exceeds the budget by itself is a block of its own.
+    `images_of` has, for each pair, the images whose features it needs; `feature_bytes` has the size of each image's
+    features. A micro-batch is never split: one that exceeds the budget alone is a block of its own.
     """
     found: list[Block] = []
     members: list[Batch] = []
     images: set[int] = set()
+    held = 0
     for batch in batches:
-        wider = images | images_of(inputs, batch)
-        if members and sum(feature_bytes[image] for image in wider) > budget:
+        needed = set().union(*(images_of[pair] for pair in batch))
+        more = sum(feature_bytes[image] for image in needed - images)
+        if members and held + more > budget:
             found.append(Block(tuple(members), tuple(sorted(images))))
-            members, wider = [], images_of(inputs, batch)
+            members, images, held = [], set(), 0
+            more = sum(feature_bytes[image] for image in needed)
         members.append(batch)
-        images = wider
+        images |= needed
+        held += more
     if members:
         found.append(Block(tuple(members), tuple(sorted(images))))
     return found
+
+
+def window_corners(latent_size: tuple[int, int], settings: Sampling) -> list[tuple[int, int]]:
+    """(top, left) of each window onto latents of `latent_size` (width, height); one window where these fit into it."""
+    width, height = latent_size
+    lefts = settings.window_starts(width, "x")
+    return [(top, left) for top in settings.window_starts(height, "y") for left in lefts]
+
+
+def cpu_micro_batch(size: tuple[int, int]) -> int:
+    """Pairs in one UNet call on a CPU, for images of `size` (width, height) pixels: 8 at 256² and below, 2 at 512².
+
+    Measured by benchmarks/throughput.py: larger calls are no faster and take more memory.
+    """
+    width, height = size
+    return max(1, min(8, 8 * 256**2 // (width * height)))

@@ -19,24 +19,26 @@ import transformers
 from torch import Tensor
 
 from stylemill.config.model import ControlNet, DType, Lora
-from stylemill.config.sampling import Sampling, cpu_micro_batch
-from stylemill.engine.attention import choose_layers
-from stylemill.engine.batching import blocks, micro_batches
-from stylemill.engine.init_state import begin
+from stylemill.config.sampling import Sampling
+from stylemill.engine.attention import self_attention_layers
+from stylemill.engine.batching import blocks, cpu_micro_batch, micro_batches
+from stylemill.engine.decoding import decode_shard
+from stylemill.engine.initial_state import create_initial_state
 from stylemill.engine.inputs import Pair
-from stylemill.engine.memory import catch_out_of_memory
+from stylemill.engine.memory import translate_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState
-from stylemill.engine.unet.controlnet import load_control
-from stylemill.engine.unet.decoder_refinement import UNSOUND, DecoderCache, RecentDecoders, by_decoder, refined
+from stylemill.engine.unet.controlnet import load_controlnet
+from stylemill.engine.unet.decoder_refinement import DecoderCache, RecentDecoders
 from stylemill.engine.unet.lora import fuse_lora
 from stylemill.engine.unet.model import DiffusionModel
-from stylemill.engine.unet.tiling import circular
+from stylemill.engine.unet.tiling import circular_padding
 from stylemill.engine.windows import Windows
 from stylemill.errors import DeviceMemoryError
 from stylemill.images.input_image import InputImage, Pixels
+from stylemill.models.attention_layers import select_layers
 from stylemill.models.file_sets import CONTROLNET
 from stylemill.models.lora import fetch_lora_file
 from stylemill.models.resolve import fetch_model_folder
@@ -48,14 +50,14 @@ _log = logging.getLogger(__name__)
 
 
 class Engine:
-    """A resident Stable-Diffusion-1.x-shaped model, ready to sample shards of pairs.
+    """A resident model of Stable Diffusion 1.x, 2.x or SDXL that samples shards of pairs.
 
     >>> engine = Engine.load("demo")                                            # doctest: +SKIP
     >>> for state in engine.sample(pairs, Sampling(steps=20)):                  # doctest: +SKIP
     ...     print(state.step)
     >>> images = engine.decode(state)                                           # doctest: +SKIP
 
-    `passes` counts UNet samples (batch rows, not calls) by kind: denoise, feature, gradient.
+    `passes` counts UNet passes (batch rows, not calls) by kind: denoise, feature, gradient.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Engine:
         self.threads = threads
         self.micro_batch = micro_batch
         self.feature_budget_mb = feature_budget_mb
-        self.layers = choose_layers(model.unet, layers)
+        self.layers = select_layers(self_attention_layers(model.unet), layers)
         self.passes: Counter[str] = Counter()
         self.decoders = RecentDecoders()
 
@@ -93,11 +95,11 @@ class Engine:
     ) -> Engine:
         """Load a diffusers folder, hub id or single-file checkpoint with its `config`, safetensors only.
 
-        `dtype` auto is float16 on CUDA and float32 on a CPU; `micro_batch` auto is 1 until `calibrate` settles it.
-        `loras` are added to the weights; `controlnets` are seen while denoising, in the order of `Pair.controls`.
+        `dtype` "auto" is float16 on CUDA and float32 on a CPU; `micro_batch` "auto" is 1 until `calibrate` sets it.
+        `loras` are added to the weights; `controlnets` act while denoising, in the order of `Pair.controls`.
         Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture.
         """
-        # Read by cuBLAS when CUDA starts; without it some of its sums are not repeatable.
+        # cuBLAS reads it when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,8 +114,8 @@ class Engine:
         for lora in loras:
             fuse_lora(loaded, fetch_lora_file(lora), lora)
         folders = [fetch_model_folder(net.name, net.revision, CONTROLNET) for net in controlnets]
-        nets = [load_control(folder, net, loaded.unet) for folder, net in zip(folders, controlnets, strict=True)]
-        loaded = replace(loaded, controls=tuple(nets))
+        nets = [load_controlnet(folder, net, loaded.unet) for folder, net in zip(folders, controlnets, strict=True)]
+        loaded = replace(loaded, controlnets=tuple(nets))
         return cls(
             loaded,
             layers=layers,
@@ -124,7 +126,7 @@ class Engine:
 
     @property
     def numerics(self) -> dict[str, str | int]:
-        """Everything, besides the job, that the low bits of a result depend on."""
+        """What the low bits of a result depend on besides the job."""
         device = self.model.device
         on_cuda = device.type == "cuda"
         return {
@@ -146,92 +148,80 @@ class Engine:
         settings: Sampling,
         state: SampleState | None = None,
         noise: Noise | None = None,
-        left_out: Mapping[int, str] | None = None,
+        excluded: Mapping[int, str] | None = None,
     ) -> Iterator[SampleState]:
-        """Sample `pairs` in lockstep, yielding the one state, changed in place, after every step.
+        """Sample `pairs` in lockstep; yields after every step the same state, changed in place.
 
-        The caller owns progress, checkpoints and stopping. With `state` (restored from a checkpoint) sampling goes
-        on after `state.step` and `pairs` is not looked at. A pair that cannot be sampled is noted in
-        `state.failures`; the others go on and come out as if it had been well. `left_out` says which pairs must not
-        be sampled, and why. Out of memory, a step is repeated with half the micro-batch, which then stays so; raises
-        DeviceMemoryError where that is 1 already.
+        Progress, checkpoints and stopping are the caller's. With a `state` restored from a checkpoint, sampling
+        continues after `state.step` and `pairs` is not used. `excluded` has the numbers of pairs that must not be
+        sampled, each with its reason. A pair that cannot be sampled is in `state.failures`; the others come out as
+        they would if it could. After out-of-memory, a step is repeated with half the micro-batch, which then stays.
+        Raises DeviceMemoryError if the micro-batch is 1 already, and what `create_initial_state` raises.
         """
         noise = noise or Noise(settings.seed)
         with self._repeatable():
             if state is None:
-                state = catch_out_of_memory(lambda: begin(self.model, pairs, settings, noise, self.layers))
-            if left_out:
-                state.leave_out(left_out)
+                create = partial(create_initial_state, self.model, pairs, settings, noise, self.layers)
+                state = translate_out_of_memory(create)
+            if excluded:
+                state.exclude(excluded)
             state.to(self.model.device)
             sampler = self._sampler(state, settings, noise)
-        if len(state.unreadable) == len(state.latents_of):
-            state.step = settings.steps  # nothing to sample
+        if len(state.excluded) == len(state.latents_of):
+            state.step = settings.steps  # there is nothing to sample
             yield state
         while state.step < settings.steps:
             with self._repeatable():
-                sampler, taken = self._halving(partial(self._step, sampler, state, settings, noise))
-                state.become(taken)
+                step = partial(self._step, sampler, state, settings, noise)
+                sampler, after_step = self._retry_with_smaller_batches(step)
+                state.assign(after_step)
             yield state
 
     def decode(self, state: SampleState, decoders: DecoderCache | None = None) -> list[Pixels | None]:
         """The image of each pair, (H, W, 3) uint8; None where the pair failed.
 
-        With `refine_decoder_steps` the VAE's decoder is first refined on the pair's first style, or taken from
-        `decoders`; without that cache the engine remembers the last few itself.
+        With `refine_decoder_steps`, the VAE's decoder is first refined on the pair's first style, or taken from
+        `decoders`. Without that cache, the engine keeps the last few refined decoders itself.
         """
-        known = self.decoders if decoders is None else decoders
-        with self._repeatable():
-            return self._halving(lambda: self._decode(state, known))
+        cache = self.decoders if decoders is None else decoders
 
-    def _decode(self, state: SampleState, decoders: DecoderCache) -> list[Pixels | None]:
-        # The micro-batch is measured on windows; an image made in them is larger.
-        size = self.micro_batch if state.inputs.window is None else 1
-        images: dict[int, Pixels] = {}
-        failures = state.failures
-        for style, batches in by_decoder(state.inputs, size):
-            pairs = [pair for batch in batches for pair in batch]
-            if all(pair in failures for pair in pairs):  # a style that could not be read, for one
-                continue
-            with (
-                refined(self.model, state.inputs, style, self.numerics, decoders) as usable,
-                circular(state.inputs.tiling, self.model.vae.decoder),
-            ):
-                if not usable:
-                    state.unreadable |= {pair: UNSOUND for pair in pairs if pair not in failures}
-                    continue
-                for batch in batches:
-                    decoded = self.model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
-                    images |= zip(batch, decoded, strict=True)
-        return [None if pair in failures else images.get(pair) for pair in range(len(state.latents_of))]
+        def decode() -> list[Pixels | None]:
+            # The micro-batch fits images of a window's size; an image sampled in windows is larger.
+            size = self.micro_batch if state.inputs.window is None else 1
+            return decode_shard(self.model, state, size, self.numerics, cache)
+
+        with self._repeatable():
+            return self._retry_with_smaller_batches(decode)
 
     def gradient(
         self, pairs: Sequence[Pair], settings: Sampling, latents: Tensor, step: int, noise: Noise | None = None
     ) -> Tensor:
-        """∂L_total/∂z of every pair where guided sampling takes it: at the timestep that follows `step`.
+        """∂L_total/∂z of every pair as guided sampling computes it, at the timestep that follows `step`.
 
-        `latents` (P, C, h, w) -> (P, C, h, w). For measuring precision; sampling does not pass through here.
+        `latents` (P, C, h, w) -> (P, C, h, w). For measurements of precision; `sample` does not use it.
         """
         noise, settings = noise or Noise(settings.seed), settings.model_copy(update={"window": None})
-        with self._repeatable(), circular(settings.tiling, self.model.unet):
-            state = begin(self.model, pairs, settings, noise, self.layers).to(self.model.device)
+        with self._repeatable(), circular_padding(settings.tiling, self.model.unet):
+            state = create_initial_state(self.model, pairs, settings, noise, self.layers).to(self.model.device)
             state.step = step
             latents = latents.to(self.model.device, self.model.latent_dtype)
             return self._sampler(state, settings, noise).gradient(state, latents)
 
     def calibrate(self, size: tuple[int, int]) -> int:
-        """Choose and set the micro-batch for images of `size` (width, height): once a run, since it is numerics.
+        """Choose, set and return the micro-batch for images of `size` (width, height) in pixels.
 
-        On a CPU by the size alone. On CUDA from the memory that gradients of one and of two blank pairs take: the
-        largest power of two that fits in 80% of what is free.
+        Call it once a run, because the micro-batch is part of the numerics. On a CPU it follows from the size. On CUDA
+        it follows from the memory that gradients of one and of two blank pairs take: the largest power of two, at
+        most 64, that fits into 80% of what is free.
         """
         if self.model.device.type == "cuda":
             blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
-            pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controls))
+            pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controlnets))
             used = [self._peak_memory(pair, count) for count in (1, 2)]
-            if self.micro_batch == 1:  # halved: there is no room for two
+            if self.micro_batch == 1:  # it was halved, since two pairs did not fit
                 return 1
-            room = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
-            fitting = 1 + int(room / max(used[1] - used[0], 1))
+            available = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
+            fitting = 1 + int(available / max(used[1] - used[0], 1))
             self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)
         else:
             self.micro_batch = cpu_micro_batch(size)
@@ -249,39 +239,40 @@ class Engine:
     def _step(
         self, sampler: Sampler, state: SampleState, settings: Sampling, noise: Noise
     ) -> tuple[Sampler, SampleState]:
-        """A step from `state`, which stays as it is; the sampler, or another where the micro-batch changed since."""
-        if sampler.guide.micro_batch != self.micro_batch:
+        """The state one step after `state`, which does not change, and the sampler for the current micro-batch."""
+        if sampler.objective.micro_batch != self.micro_batch:
             sampler = self._sampler(state, settings, noise)
-        taken = state.copy()
-        sampler.advance(taken)
-        return sampler, taken
+        after_step = state.copy()
+        sampler.take_step(after_step)
+        return sampler, after_step
 
-    def _halving(self, work: Callable[[], T]) -> T:
-        """Do `work`, begun anew with half the micro-batch, which stays so, as often as memory is short."""
+    def _retry_with_smaller_batches(self, work: Callable[[], T]) -> T:
+        """Call `work`; each time that it runs out of memory, halve the micro-batch for good and call it again."""
         while True:
             try:
-                return catch_out_of_memory(work)
+                return translate_out_of_memory(work)
             except DeviceMemoryError:
                 if self.micro_batch == 1:
                     raise
             self.micro_batch //= 2
-            _log.warning("out of memory: from here on at most %d in a UNet call", self.micro_batch)
+            _log.warning("out of memory: from now on at most %d pairs in a UNet call", self.micro_batch)
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
-        guide = Objective(self.model, self.layers, settings, self.micro_batch, self.passes)
+        objective = Objective(self.model, self.layers, settings, self.micro_batch, self.passes)
         windows = Windows(state.inputs, settings)
-        batches = micro_batches(windows.inputs, self.micro_batch)
+        batches = micro_batches(windows.inputs.kinds(), self.micro_batch)
+        images_of = [pair.feature_images for pair in windows.inputs.pairs]
         sizes = [self._feature_bytes(image) for image in state.inputs.images]
-        cut = blocks(windows.inputs, batches, sizes, self.feature_budget_mb * 2**20)
-        return Sampler(self.model, guide, settings, noise, cut, windows)
+        shard_blocks = blocks(batches, images_of, sizes, self.feature_budget_mb * 2**20)
+        return Sampler(self.model, objective, settings, noise, shard_blocks, windows)
 
     def _feature_bytes(self, latent: Tensor) -> int:
         return sum(layer.feature_bytes(*latent.shape[-2:]) for layer in self.layers)
 
     @contextmanager
     def _repeatable(self) -> Iterator[None]:
-        """Our thread count and deterministic kernels, for as long as the engine works; the caller's afterwards."""
-        threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        """Set the thread count and deterministic kernels until the block ends; the caller's settings come back."""
+        threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
         benchmark = torch.backends.cudnn.benchmark
         try:
             torch.set_num_threads(self.threads)
@@ -290,7 +281,7 @@ class Engine:
             yield
         finally:
             torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(strict)
+            torch.use_deterministic_algorithms(deterministic)
             torch.backends.cudnn.benchmark = benchmark
 
 

@@ -1,4 +1,4 @@
-"""Out of memory: told apart from other errors, and all that the failed work held given back."""
+"""Out-of-memory errors: recognized among other errors, and raised again after the memory is released."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from stylemill.errors import DeviceMemoryError
 T = TypeVar("T")
 
 
-def catch_out_of_memory(work: Callable[[], T]) -> T:
-    """What `work` returns. Raises DeviceMemoryError where it ran out of memory; nothing of it is left there then."""
+def translate_out_of_memory(work: Callable[[], T]) -> T:
+    """Call `work` and return its result.
+
+    Raises DeviceMemoryError if it runs out of memory, after all that it allocated is released.
+    """
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
-        if not _is_shortage(error):
+        if not _is_out_of_memory(error):
             raise
-        why = ". ".join(str(error).split(". ")[:2])  # and how much was asked for
-    # Only here, with the trace gone, do the tensors of the frames in it go too.
+        reason = ". ".join(str(error).split(". ")[:2])  # the second sentence says how much was asked for
+    # Outside of the except block: the traceback keeps the frames of `work`, and so their tensors, alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise DeviceMemoryError(
-        f"out of memory with one pair in a UNet call ({why.rstrip('.')}); take a smaller image.size or "
-        "sampling.window, lower cluster.feature_budget_mb, or end what else uses this device"
+        f"out of memory with one pair in a UNet call ({reason.rstrip('.')}); take a smaller image.size or "
+        "sampling.window, lower cluster.feature_budget_mb, or end other processes that use this device"
     )
 
 
-def _is_shortage(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)

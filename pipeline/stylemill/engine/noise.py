@@ -1,4 +1,4 @@
-"""All randomness of a run: a function of (seed, identity, step), never of order, batch mates or restarts."""
+"""All randomness of a run: a function of (seed, identity, step), so that order, batches and restarts do not matter."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Array = npt.NDArray[np.float64]
 
 
 class Noise:
-    """Standard normal draws by numpy's Philox, keyed by SHA-256 of what the draw is for.
+    """Standard normal draws by numpy's Philox generator, keyed by the SHA-256 of what the draw is for.
 
-    torch's own generators give other numbers on other devices; these are the same everywhere. A test may pass any
-    object with these methods to `Engine.sample(noise=…)`.
+    They are the same on every device, unlike those of torch's generators. Tests may pass any object with these
+    methods to `Engine.sample(noise=…)`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -26,8 +26,8 @@ class Noise:
     def initial_latents(self, pair: Pair, shape: tuple[int, ...]) -> Array:
         """z_T of a pair, of `shape` (C, h, w).
 
-        It depends on the pair's own seed when there is one, else on the job's seed and on what the pair shows; never
-        on ids, settings or position, so that a sweep over settings compares like with like.
+        It depends on the pair's own seed if it has one, otherwise on the job's seed, the pair's images and its prompt.
+        Ids, settings and row numbers do not matter, so a sweep over settings compares images of the same noise.
         """
         if pair.seed is not None:
             return _normal(shape, "initial latents of a seed", pair.seed)
@@ -37,21 +37,21 @@ class Noise:
             "initial latents of a pair",
             self.seed + pair.image_number,
             content,
-            [s.digest for s in pair.styles],
+            [style.digest for style in pair.styles],
             pair.prompt,
         )
 
     def step_noise(self, identity: str, step: int, shape: tuple[int, ...]) -> Array:
-        """Noise of `shape` (C, h, w) that a scheduler adds to a pair in a step."""
+        """Noise of `shape` (C, h, w) that a scheduler adds to the pair of this `identity` in a step."""
         return _normal(shape, "pair at a step", self.seed, identity, step)
 
     def image_noise(self, digest: str, step: int, shape: tuple[int, ...]) -> Array:
-        """Noise of `shape` (C, h, w) for the image with this digest at a step, whatever the image's role."""
+        """Noise of `shape` (C, h, w) for the image of this `digest` at a step, the same as style and as content."""
         return _normal(shape, "image at a step", self.seed, digest, step)
 
 
 def identity(pair: Pair) -> str:
-    """What tells the noise of a pair's steps from another's: as with initial latents, its seed or what it shows."""
+    """The key of the noise of a pair's steps: a digest of its seed, or else of its images, prompt and image number."""
     content = pair.content.digest if pair.content else None
     shown = pair.image_number, content, [style.digest for style in pair.styles], pair.prompt
     return sha256(repr(shown if pair.seed is None else pair.seed).encode()).hexdigest()

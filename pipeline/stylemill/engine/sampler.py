@@ -1,4 +1,4 @@
-"""The ways to use style and content features, one timestep of a whole shard at a time."""
+"""The sampling methods: one step of all pairs of a shard, with the features of their styles and contents."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import torch
 from torch import Tensor
 
 from stylemill.config.sampling import Sampling
-from stylemill.engine.attention import Target, injecting
+from stylemill.engine.attention import Target, inject_attention
 from stylemill.engine.batching import Batch, Block
 from stylemill.engine.noise import Noise
-from stylemill.engine.objective import Objective, adain, adam_step
+from stylemill.engine.objective import Objective
 from stylemill.engine.schedulers import Scheduler
 from stylemill.engine.state import SampleState, constant
 from stylemill.engine.unet.controlnet import Control
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.text import Text
-from stylemill.engine.unet.tiling import circular
+from stylemill.engine.unet.tiling import circular_padding
+from stylemill.engine.updates import adain, adam_step
 from stylemill.engine.windows import Windows
 
 
 class Sampler:
-    """Advances a SampleState by one step; holds what is fixed for a shard: scheduler, blocks, noise."""
+    """Takes the steps of a shard; holds what all of them share: objective, scheduler, noise, blocks, windows."""
 
     def __init__(
         self,
         model: DiffusionModel,
-        guide: Objective,
+        objective: Objective,
         settings: Sampling,
         noise: Noise,
         blocks: list[Block],
@@ -37,7 +38,7 @@ class Sampler:
     ) -> None:
         self.model = model
         self.scheduler = Scheduler(model.scheduler, settings)
-        self.guide = guide
+        self.objective = objective
         self.settings = settings
         self.noise = noise
         self.blocks = blocks
@@ -46,79 +47,80 @@ class Sampler:
 
     @property
     def passes(self) -> Counter[str]:
-        return self.guide.passes
+        return self.objective.passes
 
-    def advance(self, state: SampleState) -> None:
-        """One step for every pair, in place."""
-        steps = {"optimization": self._optimized, "kv_injection": self._injected}
-        work = self.windows.cut(state)
-        # Features too: the losses compare what one and the same network makes of both.
-        with circular(self.windows.tiling, self.model.unet, *(control.net for control in self.model.controls)):
+    def take_step(self, state: SampleState) -> None:
+        """Take one step of every pair, in place."""
+        methods = {"optimization": self._optimization_step, "kv_injection": self._injection_step}
+        step = methods.get(self.settings.method, self._guided_step)
+        windowed = self.windows.split(state)
+        # Features are extracted with the same padding, since the losses compare what one network computes of both.
+        with circular_padding(self.windows.tiling, self.model.unet, *(loaded.net for loaded in self.model.controlnets)):
             for block in self.blocks:
-                steps.get(self.settings.method, self._guided)(work, block)
-        self.windows.join(work, state)
+                step(windowed, block)
+        self.windows.merge(windowed, state)
         state.step += 1
 
-    def _guided(self, state: SampleState, block: Block) -> None:
-        """Denoise to the next timestep s, then pull each latent towards its targets with a fresh Adam, or plainly."""
+    def _guided_step(self, state: SampleState, block: Block) -> None:
+        """Denoise to the next timestep s, then minimize the losses there, by a fresh Adam or plain gradient steps."""
         t, s = self.timesteps[state.step], self.scheduler.next_timestep(state.step)
-        guiding = self.settings.guides(state.step)
-        noised = self.noised_images(state, block, s) if guiding else {}
-        if descending := guiding and self.settings.iterations > 0:
-            features = self.guide.extract(state.inputs, block.batches, noised, s)
-        for batch in _asked_for(state, block):
-            z = self._denoise(_gather(state.latents_of, batch), t, state, batch)
-            if guiding and self.settings.adain:
-                z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
-            if descending:
+        guided = self.settings.guides(state.step)
+        noised = self._noised_images(state, block, s) if guided else {}
+        if minimizes := guided and self.settings.iterations > 0:
+            features = self.objective.extract(state.inputs, block.batches, noised, s)
+        for batch in _active_batches(state, block):
+            z = self._denoise(_stacked(state.latents_of, batch), t, state, batch)
+            if guided and self.settings.adain:
+                z = _adain(state, batch, z, noised)
+            if minimizes:
                 targets = features.targets(state.inputs, batch)
-                z, _ = self._descend(state, batch, z, z.new_zeros(2, *z.shape), 0, s, targets)
-            _put_back(state, batch, z)
+                z, _ = self._minimize_losses(state, batch, z, z.new_zeros(2, *z.shape), 0, s, targets)
+            _store(state, batch, z)
 
-    def _injected(self, state: SampleState, block: Block) -> None:
+    def _injection_step(self, state: SampleState, block: Block) -> None:
         """Denoise while the layers attend to the styles, noised to the same t, with the queries of the content."""
         t = self.timesteps[state.step]
-        if guiding := self.settings.guides(state.step):
-            noised = self.noised_images(state, block, t)
-            features = self.guide.extract(state.inputs, block.batches, noised, t)
-        for batch in _asked_for(state, block):
-            z = _gather(state.latents_of, batch)
-            if guiding and self.settings.adain:
-                z = adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
-            targets = features.targets(state.inputs, batch) if guiding else None
-            _put_back(state, batch, self._denoise(z, t, state, batch, targets))
+        if guided := self.settings.guides(state.step):
+            noised = self._noised_images(state, block, t)
+            features = self.objective.extract(state.inputs, block.batches, noised, t)
+        for batch in _active_batches(state, block):
+            z = _stacked(state.latents_of, batch)
+            if guided and self.settings.adain:
+                z = _adain(state, batch, z, noised)
+            targets = features.targets(state.inputs, batch) if guided else None
+            _store(state, batch, self._denoise(z, t, state, batch, targets))
 
-    def _optimized(self, state: SampleState, block: Block) -> None:
-        """LossGradient each latent towards the features of the clean images at t, with one Adam over the run."""
+    def _optimization_step(self, state: SampleState, block: Block) -> None:
+        """Minimize the losses against the features of the clean images at t, with one Adam for the whole run."""
         if not self.settings.guides(state.step):
             return
         t = self.timesteps[state.step]
         clean = {image: state.inputs.images[image] for image in block.images}
-        features = self.guide.extract(state.inputs, block.batches, clean, t)
+        features = self.objective.extract(state.inputs, block.batches, clean, t)
         done = (state.step - self.settings.start_step) * self.settings.iterations
-        for batch in _asked_for(state, block):
+        for batch in _active_batches(state, block):
             targets = features.targets(state.inputs, batch)
-            moments = _gather(state.moments_of, batch).transpose(0, 1)  # (2, B, C, h, w)
-            z = _gather(state.latents_of, batch)
-            z, moments = self._descend(state, batch, z, moments, done, t, targets)
-            _put_back(state, batch, z)
+            moments = _stacked(state.moments_of, batch).transpose(0, 1)  # (2, B, C, h, w)
+            z = _stacked(state.latents_of, batch)
+            z, moments = self._minimize_losses(state, batch, z, moments, done, t, targets)
+            _store(state, batch, z)
             for place, pair in enumerate(batch):
                 state.moments_of[pair] = moments[:, place]
 
     def gradient(self, state: SampleState, latents: Tensor) -> Tensor:
-        """The gradient (P, C, h, w) that guided sampling would follow from `latents` after denoising `state.step`."""
+        """The losses' gradient of guided sampling at latents (P, C, h, w) that step `state.step` denoised to."""
         s = self.scheduler.next_timestep(state.step)
         gradient = torch.zeros_like(latents)
         for block in self.blocks:
-            features = self.guide.extract(state.inputs, block.batches, self.noised_images(state, block, s), s)
+            features = self.objective.extract(state.inputs, block.batches, self._noised_images(state, block, s), s)
             for batch in block.batches:
-                targets, weights = features.targets(state.inputs, batch), self._weights(latents, state, batch)
-                pull = self.guide.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
-                gradient[list(batch)] = pull.gradient
+                targets, weights = features.targets(state.inputs, batch), self._content_weights(latents, state, batch)
+                result = self.objective.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
+                gradient[list(batch)] = result.gradient
         return gradient
 
-    def noised_images(self, state: SampleState, block: Block, s: int) -> dict[int, Tensor]:
-        """The block's clean latents noised to s, each with the noise of its own picture at this step."""
+    def _noised_images(self, state: SampleState, block: Block, s: int) -> dict[int, Tensor]:
+        """The block's clean latents noised to timestep s, each with the noise of its own image at this step."""
         return {
             image: self._add_noise(state.inputs.images[image], state.inputs.digests[image], state.step, s)
             for image in block.images
@@ -130,78 +132,86 @@ class Sampler:
 
     @torch.no_grad()
     def _denoise(
-        self, z: Tensor, t: int, state: SampleState, batch: Batch, inject: list[Target] | None = None
+        self, z: Tensor, t: int, state: SampleState, batch: Batch, targets: list[Target] | None = None
     ) -> Tensor:
-        """One scheduler step t -> s, with classifier-free guidance when its scale is above 1."""
+        """One scheduler step from t, with classifier-free guidance if its scale is above 1; `targets` are injected."""
         inputs = state.inputs
         pairs = [inputs.pairs[pair] for pair in batch]
         texts = [inputs.texts[pair.prompt] for pair in pairs]
-        doubled = self.settings.guidance_scale > 1
-        if doubled:
+        copies = 2 if self.settings.guidance_scale > 1 else 1
+        if copies == 2:
             texts = [inputs.texts[pair.negative] for pair in pairs] + texts
-            inject = inject and [target.twice() for target in inject]
-        many = torch.cat([z, z]) if doubled else z
-        self.passes["denoise"] += len(many)
+            targets = targets and [target.repeat(copies) for target in targets]
+        z_copies = torch.cat([z, z]) if copies == 2 else z
+        self.passes["denoise"] += len(z_copies)
         control = None
-        if self.model.controls:
-            control = Control.of(inputs, pairs, state.step, len(self.timesteps), len(many) // len(z))
-        with injecting(self.guide.layers, inject, self.settings.query_scale) if inject else nullcontext():
-            epsilon = self.model.predict_noise(many, t, Text.stack(texts), control)
-        if doubled:
-            without, towards = epsilon.chunk(2)
-            epsilon = without + self.settings.guidance_scale * (towards - without)
+        if self.model.controlnets:
+            images = [[inputs.controls[number] for number in pair.controls] for pair in pairs]
+            control = Control.stack(images * copies, state.step, len(self.timesteps))
+        with inject_attention(self.objective.layers, targets, self.settings.query_scale) if targets else nullcontext():
+            epsilon = self.model.predict_noise(z_copies, t, Text.stack(texts), control)
+        if copies == 2:
+            negative, positive = epsilon.chunk(2)
+            epsilon = negative + self.settings.guidance_scale * (positive - negative)
 
         def draw() -> Tensor:
-            own = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
-            return torch.from_numpy(np.stack(own)).to(z)
+            drawn = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
+            return torch.from_numpy(np.stack(drawn)).to(z)
 
-        history = _gather(state.history_of, batch) if state.history_of else None
+        history = _stacked(state.history_of, batch) if state.history_of else None
         z, history = self.scheduler.step(epsilon, z, state.step, history, draw)
         if history is not None:
             for place, pair in enumerate(batch):
                 state.history_of[pair] = history[place]
         return z
 
-    def _descend(
+    def _minimize_losses(
         self, state: SampleState, batch: Batch, z: Tensor, moments: Tensor, done: int, s: int, targets: list[Target]
     ) -> tuple[Tensor, Tensor]:
-        """`iterations` steps down the losses from the micro-batch z, after `done` earlier ones of the same Adam."""
+        """Take `iterations` steps from the latents z (B, C, h, w) at timestep s: the new z and Adam's new moments.
+
+        `done` is the number of earlier steps of the same Adam.
+        """
         rate = self.settings.learning_rate
         for count in range(done + 1, done + 1 + self.settings.iterations):
-            weights = self._weights(z, state, batch)
+            weights = self._content_weights(z, state, batch)
             if count == 1 and state.moments_of and self.settings.init != "noise":
-                # Optimization starts at the content itself, where L_content is 0 and |Q − Qc| has no slope; in another
-                # batch than the content's, rounding would give it one of random sign.
+                # Optimization starts at the content latent, where L_content is 0 and |Q − Qc| has no defined slope. In
+                # another batch than the content's, rounding would make it a slope of random sign.
                 weights = torch.zeros_like(weights)
-            pull = self.guide.gradient(z, s, state.inputs.null_text, weights, targets)
-            state.note_losses(batch, pull.losses)
+            result = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
+            state.record_losses(batch, result.losses)
             if self.settings.method == "gradient":
-                z = z - rate * pull.gradient
+                z = z - rate * result.gradient
             else:
-                z, moments = adam_step(z, pull.gradient, moments, count, rate)
+                z, moments = adam_step(z, result.gradient, moments, count, rate)
         return z, moments
 
-    def _weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
+    def _content_weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
         """λ of each pair at this step, (B,)."""
-        own = tuple(state.inputs.pairs[pair].content_weight for pair in batch)
-        return constant(own, z.dtype, z.device) * self.settings.content_factor(state.step)
+        weights = tuple(state.inputs.pairs[pair].content_weight for pair in batch)
+        return constant(weights, z.dtype, z.device) * self.settings.content_factor(state.step)
 
 
-def _asked_for(state: SampleState, block: Block) -> list[Batch]:
-    """The micro-batches with a pair that can succeed. The features of the block are read for all of them, as ever."""
-    return [batch for batch in block.batches if not all(pair in state.unreadable for pair in batch)]
+def _active_batches(state: SampleState, block: Block) -> list[Batch]:
+    """The micro-batches with at least one pair that is not excluded. Features are extracted for the others too."""
+    return [batch for batch in block.batches if not all(pair in state.excluded for pair in batch)]
 
 
-def _gather(tensors: list[Tensor], batch: Batch) -> Tensor:
+def _stacked(tensors: list[Tensor], batch: Batch) -> Tensor:
     return torch.stack([tensors[pair] for pair in batch])
 
 
-def _put_back(state: SampleState, batch: Batch, z: Tensor) -> None:
-    """Store a micro-batch; a pair that is not finite any more is noted and zero-filled, in its slot."""
+def _adain(state: SampleState, batch: Batch, z: Tensor, noised: dict[int, Tensor]) -> Tensor:
+    return adain(z, [[noised[style] for style in state.inputs.pairs[pair].styles] for pair in batch])
+
+
+def _store(state: SampleState, batch: Batch, z: Tensor) -> None:
+    """Store the latents of a micro-batch. Those of a pair with NaN or Inf become zeros, and the pair counts as lost."""
     finite = z.isfinite().flatten(1).all(1)
     z = torch.where(finite[:, None, None, None], z, 0)
     where = constant(batch, torch.long, state.lost_at.device)
-    newly = ~finite & (state.lost_at[where] < 0)
-    state.lost_at[where] = torch.where(newly, state.step, state.lost_at[where])
+    newly_lost = ~finite & (state.lost_at[where] < 0)
+    state.lost_at[where] = torch.where(newly_lost, state.step, state.lost_at[where])
     for place, pair in enumerate(batch):
         state.latents_of[pair] = z[place]

@@ -1,7 +1,7 @@
-"""Schedulers of diffusers in lockstep: one scale for all latents, noise and history handed in from outside.
+"""diffusers' schedulers for lockstep sampling: one scale of latents for all, with noise and history as arguments.
 
-A diffusers scheduler counts its own steps, remembers predictions and draws noise, all for one batch that is sampled
-from start to end. Here it is asked for any step of any micro-batch: what it would remember is an argument.
+A diffusers scheduler counts its steps, keeps earlier predictions and draws noise for one batch that it samples from
+start to end. Here it takes any step of any micro-batch, so its caller keeps the history and draws the noise.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from stylemill.config.schedulers import SCHEDULERS
 
 
 class Scheduler:
-    """The scheduler of a job, on top of the model's own `noise_schedule` (a DDIMScheduler).
+    """The scheduler that a job names, for the noise levels of the model's own `noise_schedule` (a DDIMScheduler).
 
-    Between steps latents are √ᾱ x + √(1−ᾱ) n, as the UNet takes them, whatever scale the scheduler computes in: so the
-    gradient, its learning rate and the noised images mean the same under every scheduler.
+    Between steps, latents are √ᾱ x + √(1−ᾱ) n, as the UNet takes them, whatever scale the scheduler computes in. So
+    gradients, learning rates and noised images mean the same with every scheduler.
     """
 
     def __init__(self, noise_schedule: Any, settings: Sampling) -> None:
         kind = SCHEDULERS[settings.scheduler]
-        made: Any = getattr(diffusers, kind.scheduler)
-        # Only what the model was trained with: a model's file may name sigmas and spacings of another sampler.
-        trained = signature(diffusers.DDIMScheduler).parameters.keys() & signature(made).parameters.keys()
-        config = {name: value for name, value in noise_schedule.config.items() if name in trained}
+        scheduler_class: Any = getattr(diffusers, kind.scheduler)
+        # Only parameters of training: the model's file may have sigmas and spacings for another scheduler's sampling.
+        names = signature(diffusers.DDIMScheduler).parameters.keys() & signature(scheduler_class).parameters.keys()
+        config = {name: value for name, value in noise_schedule.config.items() if name in names}
         self.noise_schedule = noise_schedule
-        self.scheduler = made(**{**config, **kind.options})
+        self.scheduler = scheduler_class(**{**config, **kind.options})
         self.scheduler.set_timesteps(settings.steps)
-        self.scheduler.is_scale_input_called = True  # Euler warns, not knowing that its scale is ours to undo
+        self.scheduler.is_scale_input_called = True  # silences Euler's warning: `step` scales the input
         self.timesteps = [int(t) for t in self.scheduler.timesteps.tolist()]
         self.history = kind.history if settings.method != "optimization" else 0
         self.first_step = settings.first_step
@@ -44,7 +44,7 @@ class Scheduler:
         self.scales = [(sigma**2 + 1) ** 0.5 for sigma in self.scheduler.sigmas] if kind.sigmas else []
 
     def next_timestep(self, step: int) -> int:
-        """s: the timestep that latents stand at after `step`."""
+        """s, the timestep of the latents after `step`; 0 after the last one."""
         return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0
 
     def add_noise(self, latent: Tensor, noise: Tensor, timestep: int) -> Tensor:
@@ -55,9 +55,10 @@ class Scheduler:
     def step(
         self, epsilon: Tensor, z: Tensor, step: int, history: Tensor | None, draw: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """z (B, C, h, w) after `step` and its history (B, `self.history`, C, h, w), if it has one.
+        """The latents z (B, C, h, w) after `step`, and their history (B, `self.history`, C, h, w) if there is one.
 
-        `draw` gives the noise (B, C, h, w) of this step; it is called by those that add some, and no more than once.
+        `draw` returns the noise (B, C, h, w) of this step. It is called at most once, and only by a scheduler that adds
+        noise.
         """
         scheduler = self.scheduler
         scheduler._step_index = step
@@ -75,21 +76,24 @@ class Scheduler:
 
 @contextmanager
 def _noise_from(scheduler: Any, draw: Callable[[], Tensor]) -> Iterator[None]:
-    """Let the scheduler take its noise from `draw`: torch's generators know neither pairs nor restarts."""
-    module: Any = sys.modules[type(scheduler).__module__]
-    theirs = getattr(module, "randn_tensor", None)
+    """Let the scheduler take its noise from `draw` until the block ends.
 
-    def ours(shape: Any, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+    A torch generator's noise would depend on the pair's batch and on restarts. diffusers draws by `randn_tensor`.
+    """
+    module: Any = sys.modules[type(scheduler).__module__]
+    original = getattr(module, "randn_tensor", None)
+
+    def randn_tensor(shape: Any, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
         noise = draw().to(device, dtype)
         if noise.shape != torch.Size(shape):
-            raise ValueError(f"{type(scheduler).__name__} wants noise of {tuple(shape)}, not {tuple(noise.shape)}")
+            raise ValueError(f"{type(scheduler).__name__} draws noise of {tuple(shape)}, not {tuple(noise.shape)}")
         return noise
 
-    if theirs is None:  # it has no noise to take
+    if original is None:  # the scheduler adds no noise
         yield
         return
-    module.randn_tensor = ours
+    module.randn_tensor = randn_tensor
     try:
         yield
     finally:
-        module.randn_tensor = theirs
+        module.randn_tensor = original

@@ -1,4 +1,4 @@
-"""The state of a shard in flight: small, movable, all that a resumed run needs."""
+"""The state of a shard while it is sampled: all that a checkpoint holds and that a restored run needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stylemill.config.sampling import Tiling
+from stylemill.engine.batching import PairKind, uses_content
 from stylemill.engine.unet.text import Text
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -20,13 +21,13 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @lru_cache(maxsize=1024)
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` as a tensor that must not be written to: sent to the device once, for each sending waits for it."""
+    """`values` as a tensor; do not write to it. It is cached, because each copy to a device waits for the device."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
 class PairInputs:
-    """One pair as indices into `ShardInputs`: images, prompt texts and its λ."""
+    """One pair as numbers of images, texts, masks and control images in `ShardInputs`, with its λ."""
 
     content: int | None
     styles: tuple[int, ...]
@@ -34,60 +35,77 @@ class PairInputs:
     negative: int
     content_weight: float
     shape: tuple[int, int, int]  # of its latents: (C, h, w)
-    slot: bool = True  # False: its sizes are unknown, and no batch has a place for it
+    slot: bool = True  # False: its sizes are unknown, so no micro-batch holds it
     masks: tuple[int, ...] = ()  # none; or the content's, then one for each style
     controls: tuple[int, ...] = ()  # one for each ControlNet of the model
-    identity: str = ""  # what the noise of its steps is keyed by
+    identity: str = ""  # key of the noise of its steps
+
+    @property
+    def uses_content(self) -> bool:
+        return uses_content(self.content is not None, self.content_weight)
+
+    @property
+    def feature_images(self) -> set[int]:
+        """The images whose features this pair needs."""
+        return {*self.styles} if self.content is None or not self.uses_content else {self.content, *self.styles}
 
 
 @dataclass(frozen=True)
 class ShardInputs:
-    """What stays the same while a shard is sampled: clean latents of its unique images and encoded texts."""
+    """What does not change while a shard is sampled: clean latents of its unique images, encoded texts, conditions."""
 
     pairs: list[PairInputs]
     images: list[Tensor]  # (C, h, w) each
     digests: list[str]
     texts: list[Text]  # texts[0] is the null prompt
-    tiling: Tiling = "none"  # how the latents are decoded
-    window: int | None = None  # side of the windows that larger latents are made in
+    tiling: Tiling = "none"  # of the decoded images
+    window: int | None = None  # side, in latents, of the windows that larger outputs are sampled in
     masks: list[Tensor] = field(default_factory=list)  # labels on a latent grid (h, w), int32
     controls: list[Tensor] = field(default_factory=list)  # control images (3, H, W), uint8
-    pixels: list[Tensor] = field(default_factory=list)  # of the images a decoder is refined on, (H, W, 3) uint8
-    refine_steps: int = 0  # of the VAE's decoder on a style; 0: none is refined, and no pixels are kept
+    pixels: list[Tensor] = field(default_factory=list)  # of images that a decoder is refined on, (H, W, 3) uint8
+    refine_steps: int = 0  # of the VAE's decoder on a style; 0: no refinement, and `pixels` is empty
     refine_rate: float = 0.0
 
     @property
     def conditions(self) -> dict[str, list[Tensor]]:
-        """What only some jobs have, by the name it has in a checkpoint."""
+        """Tensors that only some jobs have, by their names in a checkpoint."""
         return {"mask": self.masks, "control": self.controls, "pixels": self.pixels}
 
     @property
     def null_text(self) -> Text:
         return self.texts[0]
 
+    def kinds(self) -> list[PairKind | None]:
+        """The kind of each pair, for `batching.micro_batches`."""
+        return [self._kind(pair) if pair.slot else None for pair in self.pairs]
+
+    def _kind(self, pair: PairInputs) -> PairKind:
+        styles = tuple(tuple(self.images[style].shape) for style in pair.styles)
+        return PairKind(pair.shape, styles, pair.uses_content, bool(pair.masks))
+
 
 @dataclass
 class SampleState:
-    """Where every pair of a shard stands. All of them are at the same timestep.
+    """The pairs of a shard after `step` steps; all are at the same timestep.
 
-    `latents_of[i]` is z of pair i, (C, h, w); `moments_of[i]` Adam's two moments (2, C, h, w) when one Adam spans the
-    run. `lost_at[i]` is the step in which pair i became NaN or Inf, −1 while it is sound; it stays on the device, so
-    that a step needs no synchronisation.
+    `latents_of[i]` is z of pair i, (C, h, w). `moments_of[i]` are Adam's two moments (2, C, h, w) where one Adam spans
+    the run. `lost_at[i]` is the step in which pair i became NaN or Inf, −1 before; it stays on the device, so that a
+    step needs no synchronisation. `excluded` says of each pair that is not sampled, or not decoded, why.
     """
 
     inputs: ShardInputs
     latents_of: list[Tensor]
     lost_at: Tensor  # (P,)
-    unreadable: dict[int, str]
+    excluded: dict[int, str]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
-    history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, of schedulers that look back
+    history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, for multistep schedulers
     losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content, or NaN
 
-    def note_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
-        """Keep the losses (B, 2) of a micro-batch as the last ones, and as the first if there were none before.
+    def record_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
+        """Keep the losses (B, 2) of a micro-batch as its last ones, and as its first ones if it has none yet.
 
-        They stay on the device until `losses` is asked for: no step waits for a number.
+        They stay on the device until `losses` is read, so a step does not wait for them.
         """
         where = constant(batch, torch.long, losses.device)
         first, losses = self.losses[where, 0], losses.to(self.losses.dtype)
@@ -101,41 +119,45 @@ class SampleState:
 
     @property
     def failures(self) -> dict[int, str]:
-        """Pair index -> why it can never succeed."""
+        """Pair number -> why it has no image, in this attempt and every other."""
         lost = {
             pair: f"latents became NaN or Inf in step {step}; lower learning_rate or content_weight"
             for pair, step in enumerate(self.lost_at.tolist())
             if step >= 0
         }
-        return lost | self.unreadable
+        return lost | self.excluded
 
     def copy(self) -> SampleState:
-        """One that a step can be taken with, while this one stays as it is."""
+        """A copy that a step can change while this state stays the same."""
         return replace(
             self,
-            latents_of=[*self.latents_of],  # steps put others in their place, and never write to them
+            latents_of=[*self.latents_of],  # steps replace these tensors, they do not write to them
             moments_of=[*self.moments_of],
             history_of=[*self.history_of],
             lost_at=self.lost_at.clone(),
             losses=self.losses.clone(),
         )
 
-    def become(self, other: SampleState) -> None:
-        """Be what `other` is, which is not used any more."""
+    def assign(self, other: SampleState) -> None:
+        """Take over all fields of `other`, which must not be used afterwards."""
         vars(self).update(vars(other))
 
-    def leave_out(self, why: Mapping[int, str]) -> None:
-        """Give pairs up, each for its reason. Their slots stay, zero-filled, and so do the images of theirs alone."""
+    def exclude(self, reasons: Mapping[int, str]) -> None:
+        """Exclude pairs: `reasons` has a reason for each, by pair number.
+
+        Their latents, and the images that no other pair uses, become zeros. They keep their slots, so that the
+        micro-batches of the other pairs do not change.
+        """
         for tensors in (self.latents_of, self.moments_of, self.history_of):
-            tensors[:] = [torch.zeros_like(one) if place in why else one for place, one in enumerate(tensors)]
-        kept = [pair for place, pair in enumerate(self.inputs.pairs) if place not in why]
-        needed = {image for pair in kept for image in (pair.content, *pair.styles)}
-        images = [one if place in needed else torch.zeros_like(one) for place, one in enumerate(self.inputs.images)]
+            tensors[:] = [torch.zeros_like(one) if pair in reasons else one for pair, one in enumerate(tensors)]
+        kept = [pair for number, pair in enumerate(self.inputs.pairs) if number not in reasons]
+        used = {image for pair in kept for image in (pair.content, *pair.styles)}
+        images = [one if number in used else torch.zeros_like(one) for number, one in enumerate(self.inputs.images)]
         self.inputs = replace(self.inputs, images=images)
-        self.unreadable = {**why, **self.unreadable}
+        self.excluded = {**reasons, **self.excluded}
 
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
-        """Arrays and JSON-able facts that never change; saved once a shard."""
+        """The inputs as arrays and JSON values, saved once a shard."""
         arrays = {
             f"{name}.{i}": _array(tensor)
             for name, tensors in (("image", self.inputs.images), *self.inputs.conditions.items())
@@ -158,18 +180,18 @@ class SampleState:
         return arrays, facts
 
     def export_progress(self) -> tuple[Arrays, dict[str, Any]]:
-        """Arrays and JSON-able facts of this very step."""
+        """The state after this step as arrays and JSON values."""
         arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
         arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
         arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
-        unreadable = {str(pair): why for pair, why in self.unreadable.items()}
+        excluded = {str(pair): reason for pair, reason in self.excluded.items()}
         counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
-        return arrays, {"step": self.step, **counts, "unreadable": unreadable}
+        return arrays, {"step": self.step, **counts, "unreadable": excluded}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
-        """The state that was exported; `Engine.sample(state=…)` moves it to its device and goes on."""
+        """The state that was exported, on the CPU; `Engine.sample(state=…)` moves it to its device and continues it."""
         pairs = [PairInputs(**_with_tuples(pair)) for pair in input_facts["pairs"]]
         digests = list(input_facts["digests"])
         return cls(
@@ -188,7 +210,7 @@ class SampleState:
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
-            unreadable={int(pair): why for pair, why in facts["unreadable"].items()},
+            excluded={int(pair): reason for pair, reason in facts["unreadable"].items()},
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
             history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
@@ -196,7 +218,7 @@ class SampleState:
         )
 
     def to(self, device: torch.device) -> SampleState:
-        """Move every tensor that steps work on to `device`, in place."""
+        """Move the tensors that a step uses to `device`, in place; returns the state itself."""
         self.inputs = replace(
             self.inputs,
             images=[image.to(device) for image in self.inputs.images],
@@ -212,7 +234,7 @@ class SampleState:
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists for our tuples."""
+    """JSON turns tuples into lists; here they become tuples again."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

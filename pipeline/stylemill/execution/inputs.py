@@ -83,8 +83,8 @@ def read_pairs(run: Run, rows: list[OutputRow], grid: int) -> tuple[list[Pair], 
                 content_mask=own_masks[0][0] if own_masks else None,
                 style_masks=tuple(mask for mask, _ in own_masks[1:]),
                 controls=tuple(control for control, _ in own_controls),
-                sized=not (keeps_size and unreadable_image),
-                idle=row.failure is not None or not row.wanted,
+                size_known=not (keeps_size and unreadable_image),
+                placeholder=row.failure is not None or not row.wanted,
             )
         )
         reasons = [reason for _, reason in (*own_contents, *own_styles, *own_masks, *own_controls) if reason]

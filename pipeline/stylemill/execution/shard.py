@@ -142,7 +142,7 @@ class _Stages:
         with self._timer.measure("sample"):
             self._report("encode", self._state)
             states = self._engine.sample(
-                self._pairs, self._run.job.sampling, self._state, left_out=poison_pairs(self._rows)
+                self._pairs, self._run.job.sampling, self._state, excluded=poison_pairs(self._rows)
             )
             for state in states:
                 self._state = state
@@ -198,7 +198,10 @@ def _warn_of_long_prompts(engine: Engine, rows: list[OutputRow]) -> None:
     """Log once a row which end of its prompts the model does not read. The row is sampled all the same."""
     for row in rows:
         for name, text in (("prompt", row.source.prompt), ("negative_prompt", row.source.negative_prompt)):
-            if text and (cut_off := engine.model.cut_off(text)):
+            if text and (truncated := engine.model.truncated_text(text)):
                 _log.warning(
-                    "%s: %s is longer than the model reads; this end is cut off: %r", row.source.pair_id, name, cut_off
+                    "%s: %s is longer than the model reads; this end is cut off: %r",
+                    row.source.pair_id,
+                    name,
+                    truncated,
                 )

@@ -1,163 +1,28 @@
-"""What a plan will cost: UNet passes, counted from the rows, and memory, estimated from the model's shape."""
+"""The cost of a plan: UNet passes, counted from the rows, and memory, estimated from the model's shape.
+
+Rows are batched by the engine's own functions, so the passes are those that the engine makes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from stylemill.config.job import Job
-from stylemill.config.sampling import cpu_micro_batch
-from stylemill.errors import JobError, ModelError
+from stylemill.engine.batching import PairKind, blocks, cpu_micro_batch, micro_batches, uses_content, window_corners
 from stylemill.manifest import Row
-from stylemill.models.architecture import check_architecture, is_sdxl, read_config
-from stylemill.models.folder import model_paths
-from stylemill.models.layer_names import choose
-from stylemill.models.safetensors_file import count_parameters
+from stylemill.planning.model_shape import PIXELS_PER_LATENT, ModelShape
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-PIXELS_PER_LATENT = 8  # of a model that is not on this machine yet; so it is for all of Stable Diffusion 1.x to XL
-# Scalars that a gradient through the UNet keeps for each latent position and channel of the first block. Measured:
-# 790 for Stable Diffusion 1.5 at 512², 960 for the demo model.
-_ACTIVATIONS = 900
-_ACTIVATIONS_OF_SDXL = 1250  # never measured: counted, autograd keeps 1.37 times as much as in Stable Diffusion 1.5
-
-
-class AttentionLayer(NamedTuple):
-    """A self-attention layer: at level n the latent grid is halved n times; `name` is its module's in the UNet."""
-
-    level: int
-    channels: int
-    name: str
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What costs depend on, read from the configuration of a model folder.
-
-    `attention` lists the self-attention layers in running order: down, mid, up.
-    """
-
-    attention: tuple[AttentionLayer, ...]
-    channels: int  # of the first block
-    levels: int
-    latent_channels: int
-    pixels_per_latent: int
-    parameters: int  # of UNet, VAE and text encoders together
-    activations: int = _ACTIVATIONS
-
-    @property
-    def grid(self) -> int:
-        """Pixels that an image's sides must be multiples of."""
-        return int(self.pixels_per_latent * 2 ** (self.levels - 1))
-
-    def choose_layers(self, wanted: Sequence[int | str] | None) -> list[AttentionLayer]:
-        """The layers that `model.layers` names; None: the last six. Raises ModelError for one that is not there."""
-        return [self.attention[number] for number in choose([layer.name for layer in self.attention], wanted)]
-
-    def feature_elements(self, layers: Sequence[int | str] | None, latent_size: tuple[int, int]) -> int:
-        """Scalars in q, k and v of one image at the chosen layers."""
-        width, height = latent_size
-        return sum(
-            3 * (height >> level) * (width >> level) * channels for level, channels, _ in self.choose_layers(layers)
-        )
-
-
-def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:
-    """The shape of the model in `folder`, or of a single-file checkpoint whose configuration is there.
-
-    Raises ModelError naming a file or an architecture that cannot be used.
-    """
-    check_architecture(folder)
-    unet, vae = read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json")
-    weights = [checkpoint] if checkpoint else [folder / p for p in model_paths(folder) if p.endswith(".safetensors")]
-    try:
-        channels = list(unet["block_out_channels"])
-        return ModelShape(
-            attention=tuple(_self_attention(unet)),
-            channels=channels[0],
-            levels=len(channels),
-            latent_channels=int(unet["in_channels"]),
-            pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1),
-            parameters=sum(map(count_parameters, weights)),
-            activations=_ACTIVATIONS_OF_SDXL if is_sdxl(unet) else _ACTIVATIONS,
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(f"{folder}: unet/ or vae/config.json is not Stable Diffusion's: {error!r}") from error
-
-
-def _self_attention(unet: dict[str, Any]) -> Iterator[AttentionLayer]:
-    def layers(level: int, name: str, depths: Any, attentions: int) -> Iterator[AttentionLayer]:
-        for attention, depth in enumerate(_each(depths, attentions)):
-            for transformer in range(depth):
-                path = f"{name}.attentions.{attention}.transformer_blocks.{transformer}.attn1"
-                yield AttentionLayer(level, channels[level], path)
-
-    channels = unet["block_out_channels"]
-    count, deepest = len(channels), len(channels) - 1
-    resnets = _each(unet.get("layers_per_block", 2), count)
-    transformers = _each(unet.get("transformer_layers_per_block", 1), count)
-    on_the_way_up = unet.get("reverse_transformer_layers_per_block") or transformers[::-1]  # pruned SDXLs differ there
-    for level, block in enumerate(unet["down_block_types"]):
-        if "CrossAttn" in block:
-            yield from layers(level, f"down_blocks.{level}", transformers[level], resnets[level])
-    if "CrossAttn" in (unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""):
-        yield from layers(deepest, "mid_block", transformers[deepest], 1)
-    for place, block in enumerate(unet["up_block_types"]):
-        level = deepest - place
-        if "CrossAttn" in block:
-            yield from layers(level, f"up_blocks.{place}", on_the_way_up[place], resnets[level] + 1)
-
-
-def _each(value: Any, count: int) -> list[int]:
-    return [value] * count if isinstance(value, int) else list(value)
-
-
-def check_against_model(job: Job, shape: ModelShape) -> None:
-    """Raise JobError for what the job asks and this model has not: an image size off its grid, unknown layers."""
-    width, height = job.image.width_height
-    grid = shape.grid
-    if width % grid or height % grid:
-        near = "×".join(str(max(grid, round(side / grid) * grid)) for side in (width, height))
-        raise JobError(f"image.size {width}×{height}: sides must be multiples of {grid} for this model, such as {near}")
-    style_width, style_height = job.image.style_width_height
-    if style_width % grid or style_height % grid:
-        raise JobError(
-            f"image.style_size {style_width}×{style_height}: sides must be multiples of {grid} for this model"
-        )
-    _check_windows(job, shape)
-    chosen, weights = len(shape.choose_layers(job.model.layers)), job.sampling.layer_weights
-    if weights is not None and len(weights) != chosen:
-        raise JobError(f"sampling.layer_weights has {len(weights)} numbers for the {chosen} layers of model.layers")
-
-
-def _check_windows(job: Job, shape: ModelShape) -> None:
-    window, (width, height) = job.sampling.window, job.image.width_height
-    if window is None:
-        return
-    side = window * shape.pixels_per_latent
-    if side % shape.grid:
-        raise JobError(
-            f"sampling.window {window}: must be a multiple of {shape.grid // shape.pixels_per_latent} for this model"
-        )
-    if max(width, height) <= side:
-        return
-    if job.sampling.content_weight > 0:
-        raise JobError(
-            f"sampling.window {window} makes {width}×{height} pixels in windows of {side}, and these follow no content;"
-            f" sampling.content_weight {job.sampling.content_weight} must be 0 then"
-        )
-    if job.image.style_size is None:
-        raise JobError(
-            f"sampling.window {window} makes {width}×{height} pixels in windows of {side}, and without image.style_size"
-            f" styles are enlarged to the whole; set image.style_size: {side}"
-        )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes of one worker. `activations` is for one pair of a micro-batch, `features` at their most."""
+    """Estimated bytes of one worker.
+
+    `activations` is for one pair of a micro-batch; `features` is the largest size of a block's features.
+    """
 
     dtype: str
     weights: int
@@ -173,7 +38,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """UNet passes count batch rows, not calls. `memory` is None while the model is not on this machine."""
+    """Counts for a whole run. A UNet pass is one row of a batch. `memory` is None while the model is not here yet."""
 
     contents: int
     styles: int
@@ -181,7 +46,7 @@ class Cost:
     gradient: int
     shared_features: int
     unshared_features: int
-    blocks: int  # largest number of blocks that a step of any shard works in
+    blocks: int  # the largest number of blocks in a step of any shard
     memory: Memory | None
 
     @property
@@ -194,115 +59,121 @@ class Cost:
 
 
 def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | None) -> Cost:
-    """Stream the rows of all shards once and add up what sampling them takes."""
-    sampling = job.sampling
-    optimized, injected = sampling.method == "optimization", sampling.method == "kv_injection"
-    halves = 2 if sampling.guidance_scale > 1 else 1
-    denoising = 0 if optimized else (sampling.steps - sampling.first_step) * halves
-    descents = 0 if injected else sampling.iterations
-    guiding = sampling.guided_steps if injected or descents else 0
-    content_size, style_size = job.image.width_height, job.image.style_width_height
-    element = BYTES[assumed_dtype(job)]
-    feature_bytes = {
-        size: shape.feature_elements(job.model.layers, _latents(size, shape)) * element if shape else 0
-        for size in (content_size, style_size)
-    }
-    budget, windows = job.cluster.feature_budget_mb * 2**20, _windows(job, shape)
+    """Count the UNet passes of all shards and estimate the memory of a worker. The rows are read once, as a stream.
 
-    contents: set[int] = set()  # hashes: a set of all paths could be large
-    styles: set[int] = set()
-    pairs = shared = unshared = most_pairs = most_images = held = most_blocks = 0
+    Without `shape`, every shard counts as one block.
+    """
+    sampling = job.sampling
+    optimizes, injects = sampling.method == "optimization", sampling.method == "kv_injection"
+    copies = 2 if sampling.guidance_scale > 1 else 1
+    denoise_passes = 0 if optimizes else (sampling.steps - sampling.first_step) * copies
+    iterations = 0 if injects else sampling.iterations
+    feature_steps = sampling.guided_steps if injects or iterations else 0
+    counter = _ShardCounter(job, shape)
     for rows in shards:
-        needs = []
-        for row in rows:
-            style_keys = [style.key for style in row.styles]
-            styles.update(map(hash, style_keys))
-            if row.content:
-                contents.add(hash(row.content.key))
-            weight = sampling.content_weight if row.content_weight is None else row.content_weight
-            # λ = 0: nobody asks for its features
-            contents_read = [(row.content.key, content_size)] if row.content and weight > 0 else []
-            needs.append((contents_read, [(key, style_size) for key in style_keys], row.content_mask is not None))
-        blocks = _blocks(needs, assumed_micro_batch(job), windows, feature_bytes, budget)
-        pairs += len(needs)
-        shared += sum(map(len, blocks))
-        unshared += sum(len(own_content) + len(own_styles) for own_content, own_styles, _ in needs)
-        most_pairs = max(most_pairs, len(needs))
-        most_images = max(most_images, len({key for need in needs for keys in need[:2] for key in keys}))
-        held = max(held, *(sum(feature_bytes[size] for _, size in block) for block in blocks))
-        most_blocks = max(most_blocks, len(blocks))
+        counter.add(rows)
     return Cost(
-        contents=len(contents),
-        styles=len(styles),
-        denoise=pairs * windows * denoising,
-        gradient=pairs * windows * descents * guiding,
-        shared_features=shared * guiding,
-        unshared_features=unshared * guiding,
-        blocks=most_blocks,
-        memory=_memory(job, shape, most_pairs, most_images, held) if shape else None,
+        contents=len(counter.contents),
+        styles=len(counter.styles),
+        denoise=counter.pairs * counter.windows * denoise_passes,
+        gradient=counter.pairs * counter.windows * iterations * feature_steps,
+        shared_features=counter.shared * feature_steps,
+        unshared_features=counter.unshared * feature_steps,
+        blocks=counter.most_blocks,
+        memory=_memory(job, shape, counter) if shape else None,
     )
 
 
 Size = tuple[int, int]  # width and height in pixels
-Fitted = tuple[str, Size]  # an image by its key, at the size that it is fitted to
-# Content and style images whose features a pair is pulled towards, and whether it has masks.
-Need = tuple[list[Fitted], list[Fitted], bool]
 
 
-def _blocks(
-    needs: list[Need], size: int, windows: int, feature_bytes: Mapping[Size, int], budget: int
-) -> list[set[Fitted]]:
-    """The images of each block of a shard: the engine gathers micro-batches of like pairs while their features fit.
+class _ShardCounter:
+    """Batches the pairs of one shard after another as the engine does, and counts over all of them."""
 
-    A pair takes as many slots as it has windows.
-    """
-    alike: dict[tuple[int, int, bool], list[set[Fitted]]] = {}
-    for content_keys, style_keys, masked in needs:
-        alike.setdefault((len(content_keys), len(style_keys), masked), []).append({*content_keys, *style_keys})
-    found: list[set[Fitted]] = []
-    images: set[Fitted] = set()
-    for group in alike.values():
-        for start in range(0, len(group) * windows, size):
-            batch = set().union(*group[start // windows : (start + size - 1) // windows + 1])
-            if images and sum(feature_bytes[fitted] for _, fitted in images | batch) > budget:
-                found.append(images)
-                images = set()
-            images = images | batch
-    return [*found, images]
+    def __init__(self, job: Job, shape: ModelShape | None) -> None:
+        self.pairs = 0
+        self.shared = 0  # images of all blocks
+        self.unshared = 0  # images of all pairs
+        self.most_pairs = 0  # of a shard, as all of these
+        self.most_images = 0
+        self.most_blocks = 0
+        self.most_feature_bytes = 0  # of a block
+        self.contents: set[int] = set()  # hashes of image keys: the keys themselves could take much memory
+        self.styles: set[int] = set()
+        self.windows = len(window_corners(_latent_size(job.image.width_height, shape), job.sampling))
+        self._content_weight = job.sampling.content_weight
+        self._size, self._style_size = job.image.width_height, job.image.style_width_height
+        self._micro_batch = assumed_micro_batch(job)
+        self._budget = job.cluster.feature_budget_mb * 2**20
+        element = BYTES[assumed_dtype(job)]
+        self._feature_bytes = {
+            size: shape.feature_elements(job.model.layers, _latent_size(size, shape)) * element if shape else 0
+            for size in (self._size, self._style_size)
+        }
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Count the rows of one shard."""
+        numbers: dict[tuple[str, Size], int] = {}  # of the shard's images whose features are needed, by key and size
+        kinds: list[PairKind] = []
+        images_of: list[set[int]] = []
+        pairs = 0
+        for row in rows:
+            pairs += 1
+            weight = self._content_weight if row.content_weight is None else row.content_weight
+            has_content = uses_content(row.content is not None, weight)
+            images = set()
+            for style in row.styles:
+                self.styles.add(hash(style.key))
+                images.add(numbers.setdefault((style.key, self._style_size), len(numbers)))
+            if row.content:
+                self.contents.add(hash(row.content.key))
+                if has_content:
+                    images.add(numbers.setdefault((row.content.key, self._size), len(numbers)))
+            kind = PairKind(
+                self._size, (self._style_size,) * len(row.styles), has_content, row.content_mask is not None
+            )
+            self.unshared += len(row.styles) + has_content
+            kinds += [kind] * self.windows  # each window is a pair to the sampler
+            images_of += [images] * self.windows
+        feature_bytes = [self._feature_bytes[size] for _, size in numbers]
+        shard_blocks = blocks(micro_batches(kinds, self._micro_batch), images_of, feature_bytes, self._budget)
+        self.pairs += pairs
+        self.most_pairs = max(self.most_pairs, pairs)
+        self.most_images = max(self.most_images, len(numbers))
+        self.most_blocks = max(self.most_blocks, len(shard_blocks))
+        for block in shard_blocks:
+            self.shared += len(block.images)
+            size = sum(feature_bytes[image] for image in block.images)
+            self.most_feature_bytes = max(self.most_feature_bytes, size)
 
 
-def _windows(job: Job, shape: ModelShape | None) -> int:
-    """Windows that an output of the job's size is made in."""
-    width, height = _latents(job.image.width_height, shape)
-    return len(job.sampling.window_starts(width, "x")) * len(job.sampling.window_starts(height, "y"))
-
-
-def _memory(job: Job, shape: ModelShape, pairs: int, images: int, features: int) -> Memory:
+def _memory(job: Job, shape: ModelShape, counter: _ShardCounter) -> Memory:
     sizes = (job.image.width_height, job.image.style_width_height, job.unet_call_size(shape.pixels_per_latent))
-    positions, style_positions, seen = (width * height for width, height in (_latents(size, shape) for size in sizes))
-    dtype, windows = assumed_dtype(job), _windows(job, shape)
-    in_windows = 2 * windows * seen if windows > 1 else 0  # a step cuts them all, and joins what it made of them
+    latent_sizes = [_latent_size(size, shape) for size in sizes]
+    positions, style_positions, slot_positions = (width * height for width, height in latent_sizes)
+    dtype, windows = assumed_dtype(job), counter.windows
+    in_windows = 2 * windows * slot_positions if windows > 1 else 0  # before and after the step
     moments = 2 if job.sampling.method == "optimization" else 0
+    latents = counter.most_pairs * (positions * (1 + moments) + in_windows)
+    image_latents = counter.most_images * max(positions, style_positions)
     return Memory(
         dtype=dtype,
         weights=shape.parameters * BYTES[dtype],
-        features=features,
-        state=4  # latents are float32
-        * shape.latent_channels
-        * (pairs * (positions * (1 + moments) + in_windows) + images * max(positions, style_positions)),
-        activations=shape.activations * shape.channels * seen * BYTES[dtype],
+        features=counter.most_feature_bytes,
+        state=4 * shape.latent_channels * (latents + image_latents),  # in float32
+        activations=shape.activations * shape.channels * slot_positions * BYTES[dtype],
         micro_batch=assumed_micro_batch(job),
     )
 
 
 def assumed_micro_batch(job: Job) -> int:
-    """The job's micro-batch; for 'auto' what a worker on a CPU will choose. On a GPU it measures its memory first."""
-    given = job.cluster.micro_batch
-    return given if isinstance(given, int) else cpu_micro_batch(job.unet_call_size(PIXELS_PER_LATENT))
+    """The job's micro-batch; for "auto" the one of a CPU worker. A GPU worker measures its memory when it starts."""
+    micro_batch = job.cluster.micro_batch
+    return micro_batch if isinstance(micro_batch, int) else cpu_micro_batch(job.unet_call_size(PIXELS_PER_LATENT))
 
 
 def assumed_dtype(job: Job) -> str:
-    """The job's dtype; for 'auto' what a worker will choose, as far as this machine can tell without torch."""
+    """The job's dtype; for "auto" the one that a worker on this machine would choose, determined without torch."""
     if job.model.dtype != "auto":
         return job.model.dtype
     gpus = job.cluster.gpus_per_worker
@@ -310,6 +181,6 @@ def assumed_dtype(job: Job) -> str:
     return "float16" if on_gpu else "float32"
 
 
-def _latents(size: Size, shape: ModelShape | None) -> tuple[int, int]:
-    factor = shape.pixels_per_latent if shape else PIXELS_PER_LATENT
-    return size[0] // factor, size[1] // factor
+def _latent_size(size: Size, shape: ModelShape | None) -> Size:
+    pixels_per_latent = shape.pixels_per_latent if shape else PIXELS_PER_LATENT
+    return size[0] // pixels_per_latent, size[1] // pixels_per_latent

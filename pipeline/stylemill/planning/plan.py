@@ -11,8 +11,9 @@ from typing import Any
 from stylemill.config.job import Job
 from stylemill.manifest import Manifest, open_manifest
 from stylemill.models.resolve import ResolvedModel
-from stylemill.planning.cost import Cost, check_against_model, count_cost, read_shape
+from stylemill.planning.cost import Cost, count_cost
 from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fingerprint_sha256
+from stylemill.planning.model_shape import check_against_model, read_shape
 from stylemill.planning.models import count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import refuse_foreign_files

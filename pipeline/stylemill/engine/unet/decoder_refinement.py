@@ -1,122 +1,100 @@
-"""Refining the VAE's decoder on a style image, for sharper texture; the model's own decoder comes back untouched."""
+"""Refinement: the VAE's decoder fine-tuned on a style image, for sharper texture. The model's own decoder stays."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
-from itertools import groupby
 from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stylemill.engine.batching import Batch, micro_batches
-from stylemill.engine.state import Arrays, ShardInputs
 from stylemill.engine.unet.model import DiffusionModel
 
-UNSOUND = "refining the VAE's decoder on its style became NaN or Inf; lower refine_decoder_lr"
+Weights = dict[str, npt.NDArray[Any]]  # tensors by name
 
 
 class DecoderCache(Protocol):
-    """Refined decoders of one model, as the tensors that differ from the model's own.
+    """Refined decoders of one model, each as the tensors in which it differs from the model's own decoder.
 
-    Never needed: what is not found is made again, to the same bytes.
+    A decoder that is not in the cache is refined again, to the same bytes.
     """
 
-    def get(self, key: str) -> Arrays | None:
-        """The tensors that were put under `key`, if they are still there."""
+    def get(self, key: str) -> Weights | None:
+        """The tensors that were stored under `key`, or None if they are not kept."""
 
-    def put(self, key: str, arrays: Arrays) -> None:
-        """Keep the tensors, or do not."""
+    def put(self, key: str, weights: Weights) -> None:
+        """Store the tensors under `key`; an implementation may skip this."""
 
 
 class RecentDecoders:
-    """A DecoderCache in memory: the few used last, since one of Stable Diffusion's size takes 200 MB."""
+    """A DecoderCache in memory with the `capacity` decoders used last; one of Stable Diffusion's size takes 200 MB."""
 
     def __init__(self, capacity: int = 4) -> None:
         self.capacity = capacity
-        self._kept: OrderedDict[str, Arrays] = OrderedDict()
+        self._decoders: OrderedDict[str, Weights] = OrderedDict()
 
-    def get(self, key: str) -> Arrays | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+    def get(self, key: str) -> Weights | None:
+        if key in self._decoders:
+            self._decoders.move_to_end(key)
+        return self._decoders.get(key)
 
-    def put(self, key: str, arrays: Arrays) -> None:
-        self._kept[key] = arrays
-        while len(self._kept) > self.capacity:
-            self._kept.popitem(last=False)
-
-
-def by_decoder(inputs: ShardInputs, size: int) -> Iterator[tuple[int | None, list[Batch]]]:
-    """The micro-batches that one decoder serves, and the style it is refined on; None and all without refinement.
-
-    The first style of a pair decides. Who shares a batch follows from the manifest rows alone, as in sampling.
-    """
-    if not inputs.refine_steps:
-        yield None, micro_batches(inputs, size)
-        return
-
-    def first_style(batch: Batch) -> int:
-        return inputs.pairs[batch[0]].styles[0]
-
-    for style, batches in groupby(sorted(micro_batches(inputs, size, by_style=True), key=first_style), first_style):
-        yield style, list(batches)
+    def put(self, key: str, weights: Weights) -> None:
+        self._decoders[key] = weights
+        while len(self._decoders) > self.capacity:
+            self._decoders.popitem(last=False)
 
 
 @contextmanager
-def refined(
+def refined_decoder(
     model: DiffusionModel,
-    inputs: ShardInputs,
-    style: int | None,
-    numerics: Mapping[str, str | int],
+    latent: Tensor,
+    image: Tensor,
+    steps: int,
+    learning_rate: float,
+    key: str,
     cache: DecoderCache,
 ) -> Iterator[bool]:
-    """Let the VAE decode with the decoder refined on `style` until the block ends; whether that decoder is sound.
+    """Let the VAE decode with a decoder refined on one image, until the block ends; yields whether it is finite.
 
-    Refined and used in float32, whatever the model's precision. With None nothing changes.
+    `latent` (C, h, w) is the encoded image, `image` its pixels (H, W, 3) uint8. The decoder comes from `cache` if that
+    has it under `key`. It is refined and used in float32, whatever the model's precision.
     """
-    if style is None:
-        yield True
-        return
-    with own_decoder(model.vae, model.latent_dtype):
-        key = f"{inputs.digests[style][:32]}-{_settings_digest(inputs, numerics)[:16]}"
-        tensors = cache.get(key)
-        if tensors is None:
-            image = inputs.pixels[style].to(model.device)  # (H, W, 3) uint8
-            target = (image.to(model.latent_dtype) / 127.5 - 1).permute(2, 0, 1)[None]
-            latent = inputs.images[style][None] / model.vae.config.scaling_factor
-            tensors = refine(model.vae, latent, target, inputs.refine_steps, inputs.refine_rate)
-            cache.put(key, tensors)
-        model.vae.decoder.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()}, strict=False)
+    with copied_decoder(model.vae, model.latent_dtype):
+        weights = cache.get(key)
+        if weights is None:
+            pixels = (image.to(model.device).to(model.latent_dtype) / 127.5 - 1).permute(2, 0, 1)[None]
+            unscaled = latent[None] / model.vae.config.scaling_factor
+            weights = fine_tune_decoder(model.vae, unscaled, pixels, steps, learning_rate)
+            cache.put(key, weights)
+        model.vae.decoder.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
         yield all(parameter.isfinite().all() for parameter in model.vae.decoder.parameters())
 
 
 @contextmanager
-def own_decoder(vae: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Put a copy in `dtype` in the place of the VAE's decoder, which comes back untouched whatever happens."""
-    parts = {name: getattr(vae, name) for name in ("post_quant_conv", "decoder") if getattr(vae, name) is not None}
+def copied_decoder(vae: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let the VAE use a copy of its decoder in `dtype` until the block ends; the original is then put back."""
+    originals = {name: getattr(vae, name) for name in ("post_quant_conv", "decoder") if getattr(vae, name) is not None}
     try:
-        for name, part in parts.items():
+        for name, part in originals.items():
             setattr(vae, name, copy.deepcopy(part).to(dtype))
         yield
     finally:
-        for name, part in parts.items():
+        for name, part in originals.items():
             setattr(vae, name, part)
 
 
-def refine(vae: Any, latent: Tensor, image: Tensor, steps: int, rate: float) -> Arrays:
+def fine_tune_decoder(vae: Any, latent: Tensor, image: Tensor, steps: int, learning_rate: float) -> Weights:
     """Fine-tune `vae.decoder`, in place, to decode `latent` (1, C, h, w) to `image` (1, 3, H, W) in [−1, 1].
 
-    Adam on the mean |difference|, the decoder alone; returns its tensors that changed, by name.
+    Adam on the mean absolute difference; only the decoder's parameters change. Returns its changed tensors by name.
     """
     before = {name: tensor.clone() for name, tensor in vae.decoder.state_dict().items()}
     vae.decoder.requires_grad_(True)
-    optimizer = torch.optim.Adam(vae.decoder.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(vae.decoder.parameters(), lr=learning_rate)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad()
@@ -129,9 +107,3 @@ def refine(vae: Any, latent: Tensor, image: Tensor, steps: int, rate: float) -> 
         for name, tensor in vae.decoder.state_dict().items()
         if not torch.equal(tensor, before[name])
     }
-
-
-def _settings_digest(inputs: ShardInputs, numerics: Mapping[str, str | int]) -> str:
-    """What a refined decoder depends on besides its style and the model."""
-    settings = {"steps": inputs.refine_steps, "rate": inputs.refine_rate, **numerics}
-    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

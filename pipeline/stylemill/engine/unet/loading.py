@@ -16,8 +16,11 @@ from stylemill.models.architecture import is_sdxl, read_config
 
 
 def load_parts(folder: Path, checkpoint: Path | None, dtype: torch.dtype) -> tuple[Any, Any, tuple[Any, ...]]:
-    """UNet, VAE and text encoders, safetensors only. With a checkpoint the folder gives the configuration alone."""
-    # SDXL's VAE overflows in half precision, and its configuration says so.
+    """Load UNet, VAE and text encoders, safetensors only.
+
+    Without `checkpoint` they come from a diffusers folder, with it from that file, configured by the folder.
+    """
+    # SDXL's VAE overflows in half precision; its configuration marks this.
     upcast = dtype == torch.float16 and read_config(folder / "vae" / "config.json").get("force_upcast")
     vae_dtype = torch.float32 if upcast else dtype
     sdxl = is_sdxl(read_config(folder / "unet" / "config.json"))
@@ -39,7 +42,7 @@ def _load_part(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
 def _from_checkpoint(
     checkpoint: Path, folder: Path, sdxl: bool, dtype: torch.dtype, vae_dtype: torch.dtype
 ) -> tuple[Any, Any, tuple[Any, ...]]:
-    # Here and not above: the pipelines bring all their image processors along, and warnings about those.
+    # Not at the top: the pipelines import all their image processors, with warnings.
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     local = {"config": str(folder), "local_files_only": True}
@@ -54,7 +57,7 @@ def _from_checkpoint(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' bar, which would tear the run's own, and its warnings of casts that change nothing."""
+    """Hide the progress bar of diffusers, which would be drawn over the run's, and warnings of casts without effect."""
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -69,5 +72,5 @@ def _cast(part: Any, dtype: torch.dtype) -> Any:
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:
-    # float64 exists only in memory, for tests: nobody ships such weights.
+    # No file has float64 weights; tests use them in memory.
     return torch.float32 if dtype == torch.float64 else dtype

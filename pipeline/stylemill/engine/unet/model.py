@@ -1,4 +1,4 @@
-"""The resident diffusion model, SD-1.x- or SDXL-shaped: loading, text and image encoding, the noise prediction."""
+"""A loaded diffusion model of Stable Diffusion 1.x, 2.x or SDXL: encoding and decoding, and the noise prediction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from stylemill.engine.unet.controlnet import Control, LoadedControl, residuals
+from stylemill.engine.unet.controlnet import Control, LoadedControlNet, controlnet_residuals
 from stylemill.engine.unet.loading import load_parts
 from stylemill.engine.unet.text import Text
 from stylemill.errors import ModelError
 from stylemill.images.input_image import Pixels
+from stylemill.models import architecture
 
 DTYPES = {
     "float16": torch.float16,
@@ -39,16 +40,16 @@ class DiffusionModel:
     tokenizers: tuple[Any, ...]
     scheduler: Any
     device: torch.device
-    controls: tuple[LoadedControl, ...] = ()
+    controlnets: tuple[LoadedControlNet, ...] = ()
 
     @classmethod
     def load(cls, folder: Path, dtype: str, device: str, checkpoint: Path | None = None) -> DiffusionModel:
-        """Load a diffusers folder, or the weights of a single-file checkpoint whose configuration is there.
+        """Load a diffusers folder, or the weights of a single-file checkpoint whose configuration that folder has.
 
-        Raises ModelError naming the part that will not load.
+        Raises ModelError with the reason if a part cannot be loaded.
         """
         weights = DTYPES[dtype]
-        transformers_logging.disable_progress_bar()  # a bar over the weights would tear the run's own
+        transformers_logging.disable_progress_bar()  # it would be drawn over the progress bar of the run
         try:
             unet, vae, text_encoders = load_parts(folder, checkpoint, weights)
             names = ("tokenizer", "tokenizer_2")[: len(text_encoders)]
@@ -59,7 +60,7 @@ class DiffusionModel:
                 f"{checkpoint or folder}: cannot be loaded as a Stable Diffusion model: {error}"
             ) from error
         for part in (unet, vae, *text_encoders):
-            part.requires_grad_(False).eval().to(device)  # weight gradients would double the backward pass
+            part.requires_grad_(False).eval().to(device)  # gradients of weights would double the backward pass
         return cls(unet, vae, text_encoders, tokenizers, scheduler, torch.device(device))
 
     @property
@@ -68,8 +69,8 @@ class DiffusionModel:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether the UNet also takes a pooled text and the image's size."""
-        return bool(self.unet.config.addition_embed_type == "text_time")
+        """Whether the UNet also takes a pooled text and the image's size, as SDXL's does."""
+        return architecture.is_sdxl(self.unet.config)
 
     @property
     def latent_channels(self) -> int:
@@ -77,7 +78,10 @@ class DiffusionModel:
 
     @property
     def grid(self) -> int:
-        """Pixels an image side must be a multiple of: one latent per 2^(VAE blocks − 1), halved by each UNet level."""
+        """The number of pixels that an image's sides must be multiples of.
+
+        A latent is 2^(VAE blocks − 1) pixels wide, and each UNet level but the last halves the latent grid.
+        """
         return self.pixels_per_latent * int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
     @property
@@ -86,10 +90,10 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_text(self, text: str) -> Text:
-        """Encode one text, without batch mates.
+        """Encode one text, in a batch of its own.
 
         SD: the last hidden state. SDXL: the penultimate ones of both encoders side by side, and the second's pooled
-        vector. The empty text is encoded like any other: the zeros that SDXL's pipeline puts in its place
+        vector. The empty text is encoded like any other: the zeros that SDXL's pipeline uses instead
         (`force_zeros_for_empty_prompt`) are not the null prompt of attention distillation.
         """
         hidden, pooled = [], None
@@ -101,12 +105,12 @@ class DiffusionModel:
             pooled = encoded.text_embeds[0] if self.is_sdxl and encoder is self.text_encoders[-1] else None
         return Text(torch.cat(hidden, dim=-1), pooled).to(self.latent_dtype)
 
-    def cut_off(self, text: str) -> str:
-        """The end of `text` that the (first) tokenizer has no room for and the model does not see; mostly empty."""
+    def truncated_text(self, text: str) -> str:
+        """The end of `text` that `encode_text` truncates, by the first tokenizer; "" for a text of usual length."""
         tokenizer = self.tokenizers[0]
         tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-        return str(tokenizer.decode(tokens[room:])).strip() if len(tokens) > room else ""
+        capacity = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        return str(tokenizer.decode(tokens[capacity:])).strip() if len(tokens) > capacity else ""
 
     @torch.no_grad()
     def encode_image(self, pixels: Pixels) -> Tensor:
@@ -118,7 +122,7 @@ class DiffusionModel:
     @torch.no_grad()
     def decode_image(self, latents: Tensor) -> list[Pixels]:
         """Latents (B, C, h, w) -> B images (H, W, 3) uint8."""
-        dtype = self.vae.decoder.conv_in.weight.dtype  # a refined decoder has one of its own
+        dtype = self.vae.decoder.conv_in.weight.dtype  # a refined decoder's differs from the model's
         image = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype)).sample
         image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         return list(image.permute(0, 2, 3, 1).contiguous().cpu().numpy())
@@ -126,25 +130,27 @@ class DiffusionModel:
     def predict_noise(self, latents: Tensor, timestep: int, text: Text, control: Control | None = None) -> Tensor:
         """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).
 
-        With `control`, the ControlNets add to it; features and gradients are taken without.
+        The model's ControlNets act only with `control`; features and gradients are computed without.
         """
         conditions = self.conditions(latents, text)
         if control is not None:
-            conditions |= residuals(self.controls, latents, timestep, conditions, control)
+            conditions |= controlnet_residuals(self.controlnets, latents, timestep, conditions, control)
         predicted: Tensor = self.unet(latents.to(self.unet.dtype), timestep, **conditions, return_dict=False)[0]
         return predicted.to(self.latent_dtype)
 
     def conditions(self, latents: Tensor, text: Text) -> dict[str, Any]:
-        """What the UNet is told besides z and t, as its keyword arguments. SDXL: also that nothing was cropped."""
+        """The UNet's keyword arguments for a text; for SDXL also the pooled text, the image's size and no cropping."""
         text = text.expand(len(latents))
-        told: dict[str, Any] = {"encoder_hidden_states": text.hidden.to(self.unet.dtype)}
+        conditions: dict[str, Any] = {"encoder_hidden_states": text.hidden.to(self.unet.dtype)}
         if text.pooled is not None:
             height, width = (side * self.pixels_per_latent for side in latents.shape[-2:])
-            original, corner, target = (height, width), (0, 0), (height, width)
-            # In float32 whatever the weights are: bfloat16 would round the size of an image.
-            time_ids = torch.tensor([(*original, *corner, *target)], dtype=torch.float32, device=self.device)
-            told["added_cond_kwargs"] = {
+            original_size, crop_corner, target_size = (height, width), (0, 0), (height, width)
+            # In float32 whatever the dtype of the weights: bfloat16 would round the size of an image.
+            time_ids = torch.tensor(
+                [(*original_size, *crop_corner, *target_size)], dtype=torch.float32, device=self.device
+            )
+            conditions["added_cond_kwargs"] = {
                 "text_embeds": text.pooled.to(self.unet.dtype),
                 "time_ids": time_ids.expand(len(latents), -1),
             }
-        return told
+        return conditions

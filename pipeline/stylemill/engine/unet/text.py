@@ -1,4 +1,4 @@
-"""Encoded texts, as the UNet of either family wants them: tokens for cross-attention, and for SDXL a pooled vector."""
+"""Encoded texts in the form that the UNet takes: tokens for cross-attention, and for SDXL a pooled vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 class Text:
     """One encoded text, or a batch of them with a leading B.
 
-    `hidden` are the tokens, (tokens, dim); `pooled`, (dim), sums the text up and exists for SDXL only.
+    `hidden` (tokens, dim) are the tokens' hidden states; `pooled` (dim) is a vector for the whole text, with SDXL only.
     """
 
     hidden: Tensor
@@ -21,12 +21,12 @@ class Text:
 
     @classmethod
     def stack(cls, texts: Sequence[Text]) -> Text:
-        """Single texts as a batch."""
+        """A batch of single texts."""
         pooled = [text.pooled for text in texts if text.pooled is not None]
         return cls(torch.stack([text.hidden for text in texts]), torch.stack(pooled) if pooled else None)
 
     def expand(self, count: int) -> Text:
-        """A single text as a batch of `count` equal ones; a batch stays as it is."""
+        """A batch of `count` copies of a single text; a batch is returned unchanged."""
         if self.hidden.ndim == 3:
             return self
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)

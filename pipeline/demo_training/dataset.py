@@ -1,4 +1,4 @@
-"""The pictures as tensors: all of them, and batches of cuts from them."""
+"""The training pictures as tensors, and random batches of crops from them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 
 from demo_training.pictures import SIDE, picture, textures
 
-TEXTURE_SHARE = 0.05
+TEXTURE_SHARE = 0.05  # crops of textures for each drawn picture
 
 
 def _draw(task: tuple[int, int]) -> tuple[Any, str]:
     return picture(*task)
 
 
-def draw_pool(seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
-    """`count` drawn pictures and some cuts from textures, (N, 3, SIDE, SIDE) uint8, and their captions."""
+def draw_dataset(seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
+    """`count` drawn pictures and some crops of textures, (N, 3, SIDE, SIDE) uint8, and their captions."""
     with Pool() as workers:
         drawn = workers.map(_draw, [(seed, number) for number in range(count)], chunksize=16)
     random = np.random.default_rng([seed, 1 << 32])
@@ -29,14 +29,14 @@ def draw_pool(seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
         pixels, caption = photos[number % len(photos)]
         side = int(random.integers(min(200, min(pixels.shape[:2])), min(pixels.shape[:2]) + 1))
         top, left = (int(random.integers(0, length - side + 1)) for length in pixels.shape[:2])
-        cut = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
-        scaled = F.interpolate(cut, (SIDE, SIDE), mode="bilinear", antialias=True)[0]
+        crop = torch.from_numpy(pixels[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
+        scaled = F.interpolate(crop, (SIDE, SIDE), mode="bilinear", antialias=True)[0]
         drawn.append((scaled.permute(1, 2, 0).round().byte().numpy(), caption))
     return torch.from_numpy(np.stack([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2), [text for _, text in drawn]
 
 
-def varied(images: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """A batch flipped, turned in hue and moved in lightness, in -1..1."""
+def augment(images: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+    """A uint8 batch in -1..1, with random flips, permuted or inverted colours, and changed lightness."""
     images = images.float() / 127.5 - 1
     if random.random() < 0.5:
         images = images.flip(-1)
@@ -48,15 +48,15 @@ def varied(images: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
     return (images * gain + torch.from_numpy(random.normal(0, 0.1, (len(images), 1, 1, 1))).float()).clamp(-1, 1)
 
 
-def crops(pool: torch.Tensor, batch: int, side: int, random: np.random.Generator) -> Iterator[torch.Tensor]:
-    """Batches of cuts at many scales, (batch, 3, side, side) in -1..1, without end."""
+def random_crops(images: torch.Tensor, batch: int, side: int, random: np.random.Generator) -> Iterator[torch.Tensor]:
+    """Yield batches of crops at many scales, (batch, 3, side, side) in -1..1, without end."""
     while True:
-        cuts = []
-        for number in random.integers(0, len(pool), batch):
+        crops = []
+        for number in random.integers(0, len(images), batch):
             size = side if random.random() < 0.5 else int(random.integers(side // 2, SIDE + 1))
             top, left = random.integers(0, SIDE - size + 1, 2)
-            cut = pool[number, :, top : top + size, left : left + size][None].float()
+            crop = images[number, :, top : top + size, left : left + size][None].float()
             if size != side:
-                cut = F.interpolate(cut, (side, side), mode="bilinear", antialias=True)
-            cuts.append(varied(cut, random))
-        yield torch.cat(cuts)
+                crop = F.interpolate(crop, (side, side), mode="bilinear", antialias=True)
+            crops.append(augment(crop, random))
+        yield torch.cat(crops)
