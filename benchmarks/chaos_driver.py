@@ -30,7 +30,9 @@ GRACE_PERIOD = 30  # seconds between SIGTERM and SIGKILL, as schedulers give the
 STEP_TIMEOUT = 30  # a driver that takes no step for so many times the pace is given up
 SIZE = 64
 forkserver = multiprocessing.get_context("forkserver")  # the processes that it forks have imported torch already
-forkserver.set_forkserver_preload(["chaos_engine", "stylemill.execution.driver", "stylemill.execution.local"])
+forkserver.set_forkserver_preload(
+    ["chaos_engine", "stylemill.execution.driver", "stylemill.execution.local", "stylemill.engine.engine"]
+)
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,11 @@ def write_model(folder: Path) -> None:
 
 
 def install_engine() -> None:
+    import stylemill.engine
     from fake_engine import FakeEngine
-    from stylemill.engine import Engine
-    from stylemill.execution import worker_engine
 
-    worker_engine.Engine = logging_engine(FakeEngine if os.environ["CHAOS_ENGINE"] == "fake" else Engine)  # type: ignore[misc]
+    fake = os.environ["CHAOS_ENGINE"] == "fake"
+    stylemill.engine.Engine = logging_engine(FakeEngine if fake else stylemill.engine.Engine)  # type: ignore[misc]
 
 
 def drive(arguments: Sequence[str], output: str, environment: Mapping[str, str]) -> None:

@@ -127,9 +127,9 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
 
 def install() -> None:
     """Make workers of this process load the fake engine."""
-    from stylemill.execution import worker_engine
+    import stylemill.engine
 
-    worker_engine.Engine = FakeEngine  # type: ignore[misc, assignment]
+    stylemill.engine.Engine = FakeEngine  # type: ignore[misc, assignment]
 
 
 if __name__ == "__main__":

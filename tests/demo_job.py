@@ -176,9 +176,8 @@ class ForkedCommands:
         self.started = 0
         self.context = multiprocessing.get_context("forkserver")
         transformers = ["transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip"]
-        self.context.set_forkserver_preload(
-            ["pytest", "stylemill.execution.driver", "stylemill.execution.local", *transformers]
-        )
+        ours = ["stylemill.execution.driver", "stylemill.execution.local", "stylemill.engine.engine"]
+        self.context.set_forkserver_preload(["pytest", *ours, *transformers])
 
     def start(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import io
 import os
@@ -104,6 +105,7 @@ def in_child(work: Callable[[], None]) -> int:
     """Run `work` in a forked process; returns its exit code, negative for the signal that killed it."""
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # an intended segfault needs no trace
         try:
             work()
             os._exit(0)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+import fake_engine_ray
 from demo_job import EVERY_STEPS, EndedProcess, ForkedCommands, lasting, until, write_job
 from s3_store import BUCKET, ObjectStore, Proxy, every_nth, running_proxy, serving_s3, use_environment
 from store_shards import files
@@ -270,12 +273,14 @@ def test_failed_rows_are_retried_and_damage_is_repaired(
 
 @pytest.mark.slow
 def test_a_run_on_ray_with_a_killed_worker(runs: Runs, whole: Path) -> None:
-    from demo_job import stylemill
-
     environment = runs.environment("first", failpoints="mid-sample:kill:shard=1:step=3")
-    with pytest.MonkeyPatch.context() as patch:
-        use_environment(environment, patch)
-        code, output = stylemill("run", runs.job, "--output", runs.uri, "--workers", 2)
-    assert code == 3, output
-    assert "died" in output
+    ended = subprocess.run(
+        [sys.executable, fake_engine_ray.__file__, "run", runs.job, "--output", runs.uri, "--workers", "2"],
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert ended.returncode == 3, ended.stdout
+    assert "died" in ended.stdout
     check_same(runs, whole)

@@ -54,7 +54,7 @@ class Worker:
         self._device = threading.Lock()
         self._stopping = threading.Event()
         self._progress: dict[str, Progress] = {}  # by attempt id
-        threading.Thread(target=_import_engine, daemon=True).start()
+        threading.Thread(target=self._import_engine, daemon=True).start()
 
     def location(self) -> WorkerLocation:
         return WorkerLocation(socket.gethostname(), os.getpid(), __version__)
@@ -98,8 +98,8 @@ class Worker:
     def _record_progress(self, progress: Progress) -> None:
         self._progress[progress.attempt_id] = progress
 
-
-def _import_engine() -> None:
-    """Import torch and the engine in a new worker while the first worker still loads its model."""
-    with suppress(ImportError):  # `load` raises it again, and reports it
-        import_module("stylemill.execution.shard")
+    def _import_engine(self) -> None:
+        """Import the engine in a new worker while the first worker still loads its model."""
+        with suppress(ImportError):  # `load` raises it again, and reports it
+            import_module("stylemill.engine.engine")
+            import_module("stylemill.execution.shard")

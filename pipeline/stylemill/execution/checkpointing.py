@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import sha256
 
-from stylemill.engine import SampleState
+from stylemill.engine.state import SampleState
 from stylemill.execution.attempt import Attempt, Run
 from stylemill.execution.rows import OutputRow, from_json, to_json, without_poison_pairs
 from stylemill.store.checkpoints import load, save_inputs, save_progress

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from stylemill.config.inputs import Fit
-from stylemill.engine import InputImage, LabelImage, Pair
+from stylemill.engine.inputs import Pair
 from stylemill.errors import RowError
 from stylemill.execution.attempt import Run
 from stylemill.execution.rows import FailureReason, OutputRow
+from stylemill.images.input_image import InputImage, LabelImage
 from stylemill.images.masks import load_labels
 from stylemill.images.read import load_image
 from stylemill.manifest import ImageRef, Row

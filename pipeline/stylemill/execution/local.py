@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from tenacity import (
     RetryCallState,
@@ -16,12 +17,14 @@ from tenacity import (
     wait_exponential,
 )
 
-from stylemill.engine import Engine
 from stylemill.errors import TransientError
 from stylemill.execution.attempt import Listener, Run
 from stylemill.execution.shard import process_shard
 from stylemill.execution.worker_engine import load_engine, numerics
 from stylemill.store.records import Record
+
+if TYPE_CHECKING:
+    from stylemill.engine import Engine
 
 LONGEST_PAUSE = 30.0  # seconds before another attempt at a shard
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stylemill.engine import Pixels, SampleState
 from stylemill.errors import PoisonPairError, RowError, SamplingError
 from stylemill.execution.attempt import Attempt, Run
 from stylemill.images.encode import encode_image
+from stylemill.images.input_image import Pixels
 from stylemill.manifest import Row
 from stylemill.store.retries import GenerationRows, generation_rows
+
+if TYPE_CHECKING:
+    from stylemill.engine import SampleState
 
 _POISON_PAIR = "worker after worker died over this pair, alone too; look at its images, and try it in a run of its own"
 

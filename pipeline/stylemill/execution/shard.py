@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stylemill.engine import Engine, Pair, Pixels, SampleState
 from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.execution.checkpointing import ShardCheckpoints
 from stylemill.execution.inputs import read_pairs
@@ -32,6 +31,9 @@ from stylemill.store.decoder_cache import RunDecoders
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
 from stylemill.testing.failpoints import failpoint
+
+if TYPE_CHECKING:
+    from stylemill.engine import Engine, Pair, Pixels, SampleState
 
 _log = logging.getLogger(__name__)
 

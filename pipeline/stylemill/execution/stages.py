@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from stylemill.config.job import Job
-from stylemill.engine import SampleState
 from stylemill.execution.attempt import Attempt, Progress
+
+if TYPE_CHECKING:
+    from stylemill.engine import SampleState
 
 STEP_LIMIT_FACTOR = 20  # a worker hangs when a step takes this many times the slowest step before it
 

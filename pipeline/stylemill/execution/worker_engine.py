@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import PIL
 import pyarrow as pa
 
-from stylemill.engine import Engine
 from stylemill.execution.attempt import Run
 from stylemill.testing.failpoints import failpoint
+
+if TYPE_CHECKING:
+    from stylemill.engine import Engine
 
 
 def load_engine(run: Run, micro_batch: int | None) -> Engine:
@@ -15,6 +19,8 @@ def load_engine(run: Run, micro_batch: int | None) -> Engine:
 
     `micro_batch` is that of the run, once it is known. With None, "auto" is calibrated here to the job's image size.
     """
+    from stylemill.engine import Engine  # imports diffusers and transformers: seconds
+
     model, cluster = run.job.model, run.job.cluster
     failpoint("load")
     engine = Engine.load(
