@@ -63,6 +63,7 @@ ONLY_IN: dict[str, set[str]] = {
     "transformers": TORCH_PARTS,
     "accelerate": TORCH_PARTS,
     "ray": {"cluster"},
+    "grpc": {"cluster"},
     "aiohttp": {"images"},
     "pyarrow": {"manifest", "store", "execution", "report"},
 }

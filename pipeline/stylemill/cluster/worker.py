@@ -101,5 +101,7 @@ class Worker:
     def _import_engine(self) -> None:
         """Import the engine in a new worker while the first worker still loads its model."""
         with suppress(ImportError):  # `load` raises it again, and reports it
-            import_module("stylemill.engine.engine")
+            from stylemill.execution.worker_engine import import_engine
+
+            import_engine()
             import_module("stylemill.execution.shard")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import PIL
@@ -14,12 +15,17 @@ if TYPE_CHECKING:
     from stylemill.engine import Engine
 
 
+def import_engine() -> None:
+    """Import the engine ahead of `load_engine`: diffusers and transformers take seconds. Raises ImportError."""
+    import_module("stylemill.engine.engine")
+
+
 def load_engine(run: Run, micro_batch: int | None) -> Engine:
     """Load the resident engine of a worker. Raises ModelError.
 
     `micro_batch` is that of the run, once it is known. With None, "auto" is calibrated here to the job's image size.
     """
-    from stylemill.engine import Engine  # imports diffusers and transformers: seconds
+    from stylemill.engine import Engine
 
     model, cluster = run.job.model, run.job.cluster
     failpoint("load")
