@@ -50,9 +50,8 @@ class Agreement:
 
 def in_precision(engine: Engine, dtype: torch.dtype) -> Engine:
     """The same engine with its UNet in `dtype`. VAE and text encoders do not change, so the inputs are the same."""
-    unet = torch.nn.Module.to(
-        copy.deepcopy(engine.model.unet), dtype
-    )
+    # Not diffusers' own `to`, which warns about modules that are meant to stay in float32.
+    unet = torch.nn.Module.to(copy.deepcopy(engine.model.unet), dtype)
     return Engine(replace(engine.model, unet=unet), threads=engine.threads, micro_batch=engine.micro_batch)
 
 
