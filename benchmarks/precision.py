@@ -1,13 +1,13 @@
-"""How far half precision may be trusted: the losses' gradient in fp16 and bf16 against fp32, step by step.
+"""The accuracy of half precision: the losses' gradient in fp16 and bf16 against fp32, step by step.
 
     python benchmarks/precision.py                                         # demo model, this CPU
     python benchmarks/precision.py --model sd15 --size 512 --device cuda   # SD 1.5's dimensions, random weights
 
-At every step each precision starts from the latents that a float32 run has there, and from the same clean latents and
-texts, encoded in float32; the UNet alone differs. Trajectories are not compared: Adam's sign-like steps amplify
-rounding whatever the precision. Shown are the cosine to the float32 gradient, of the worst pair; the share of
-exactly-zero elements less that of float32; the count of NaN and Inf; and, last, how far the gradient of a pair alone
-is from that of the same pair in a batch of all, |difference| / |gradient|, again of the worst.
+At every step, each precision starts from the latents of a float32 run, and from the same clean latents and texts, which
+are encoded in float32: only the UNet differs. Trajectories are not compared, because Adam's steps depend on the sign of
+small numbers and amplify rounding in every precision. Printed are, for the worst pair, the cosine to the float32
+gradient; the share of elements that are exactly zero, minus that of float32; the number of NaN and Inf; and, last, the
+difference of a pair's gradient alone and in a batch of all pairs, |difference| / |gradient|, for the worst pair.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Agreement:
-    """A gradient (P, C, h, w) in some precision beside float32's."""
+    """A gradient (P, C, h, w) in some precision, compared with that in float32."""
 
     cosine: float  # of the worst pair
-    zeros: float  # share of exactly-zero elements, less float32's
+    zeros: float  # share of elements that are exactly zero, minus that of float32
     broken: int  # elements that are NaN or Inf
 
     @classmethod
@@ -49,15 +49,16 @@ class Agreement:
 
 
 def in_precision(engine: Engine, dtype: torch.dtype) -> Engine:
-    """The same engine with its UNet in `dtype`; VAE and text encoder stay, so that inputs are the same."""
-    unet = torch.nn.Module.to(copy.deepcopy(engine.model.unet), dtype)  # diffusers's own warns that nothing is kept
+    """The same engine with its UNet in `dtype`. VAE and text encoders do not change, so the inputs are the same."""
+    # Not diffusers' own `to`, which warns about modules that are meant to stay in float32.
+    unet = torch.nn.Module.to(copy.deepcopy(engine.model.unet), dtype)
     return Engine(replace(engine.model, unet=unet), threads=engine.threads, micro_batch=engine.micro_batch)
 
 
 def agreements(
     exact: Engine, engines: Sequence[Engine], pairs: Sequence[Pair], settings: Sampling
 ) -> Iterator[list[Agreement]]:
-    """For each step, how each of `engines` agrees with `exact`, from the latents of a run of `exact`."""
+    """Yield, for each step of a run of `exact`, the agreement of each of `engines` with it at its latents."""
     for step, state in enumerate(exact.sample(pairs, settings)):
         latents = state.latents.clone()
         expected = exact.gradient(pairs, settings, latents, step)
@@ -65,27 +66,27 @@ def agreements(
 
 
 def alone_against_batch(engine: Engine, pairs: Sequence[Pair], settings: Sampling, step: int) -> float:
-    """|difference| / |gradient| of a pair alone and in one batch with all others, the largest of the pairs."""
+    """|difference| / |gradient| of a pair's gradients alone and in one batch with all others, for the worst pair."""
     latents = torch.randn(len(pairs), *_latent_shape(engine, pairs[0]), generator=torch.Generator().manual_seed(0))
-    own, gradients = engine.micro_batch, []
+    micro_batch, gradients = engine.micro_batch, []
     for engine.micro_batch in (1, len(pairs)):
         gradients.append(engine.gradient(pairs, settings, latents, step).double().flatten(1))
-    engine.micro_batch = own
+    engine.micro_batch = micro_batch
     alone, together = gradients
     return ((together - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
 
 
-def pictures(count: int, size: int) -> list[InputImage]:
-    """Large patches with some grain."""
+def random_images(count: int, size: int) -> list[InputImage]:
+    """Images of large patches with noise."""
     rng = np.random.default_rng(0)
     patches = [np.kron(rng.integers(30, 226, (8, 8, 3)), np.ones((size // 8, size // 8, 1))) for _ in range(count)]
-    grain = [patch + rng.integers(-30, 30, patch.shape) for patch in patches]
-    return [InputImage(f"picture {number}", pixels.astype(np.uint8)) for number, pixels in enumerate(grain)]
+    noisy = [patch + rng.integers(-30, 30, patch.shape) for patch in patches]
+    return [InputImage(f"image {number}", pixels.astype(np.uint8)) for number, pixels in enumerate(noisy)]
 
 
 def content_style_pairs(count: int, size: int) -> list[Pair]:
-    """Pairs of pictures of their own."""
-    images = pictures(2 * count, size)
+    """Pairs that share no image."""
+    images = random_images(2 * count, size)
     return [Pair((style,), (size, size), content) for content, style in zip(images[::2], images[1::2], strict=True)]
 
 
@@ -99,12 +100,12 @@ def main() -> None:
     print(f"{options.model}, {options.size}² pixels, {options.pairs} pairs, {options.steps} steps; {exact.numerics}")
 
     print("step  " + "  ".join(f"{name:>10}: cosine  zeros over fp32  NaN, Inf" for name in halves))
-    found: list[list[Agreement]] = []
+    rows: list[list[Agreement]] = []
     for step, row in enumerate(agreements(exact, list(halves.values()), pairs, settings)):
-        found.append(row)
+        rows.append(row)
         columns = (f"{one.cosine:>18.6f}  {one.zeros:>15.3%}  {one.broken:>8}" for one in row)
         print(f"{step:>4}  " + "  ".join(columns), flush=True)
-    for name, column in zip(halves, zip(*found, strict=True), strict=True):
+    for name, column in zip(halves, zip(*rows, strict=True), strict=True):
         cosines = [one.cosine for one in column]
         print(
             f"{name}: cosine {min(cosines):.6f} to {max(cosines):.6f}, at most {max(one.zeros for one in column):.3%} "
@@ -131,7 +132,7 @@ def _engine(options: argparse.Namespace) -> Engine:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", choices=["demo", "sd15"], default="demo", help="sd15: its dimensions, random weights"
+        "--model", choices=["demo", "sd15"], default="demo", help="sd15: the dimensions of SD 1.5, random weights"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=128, help="pixels")

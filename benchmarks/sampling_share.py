@@ -1,9 +1,9 @@
-"""Share of a finished run's work that was sampling: everything else should be hidden or small.
+"""The share of a finished run's time that was sampling, which should be nearly all of it.
 
     make quickstart && python benchmarks/sampling_share.py runs/quickstart
 
-From the timings of the records, stage by stage. Reading ahead and encoding run beside the sampling of other shards, so
-the share of wall time is at least this.
+It adds up the timings in the records, by stage. Reading and encoding of a shard overlap with the sampling of others, so
+the share of the wall time is at least the printed one.
 """
 
 from __future__ import annotations

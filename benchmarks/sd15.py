@@ -1,4 +1,4 @@
-"""A model with Stable Diffusion 1.5's real dimensions and random weights, made in memory."""
+"""A model with the dimensions of Stable Diffusion 1.5 and random weights, created in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stylemill.engine.unet.model import DiffusionModel
 
 
 def random_sd15(device: str, dtype: torch.dtype, seed: int = 0) -> DiffusionModel:
-    """860 million UNet parameters, drawn by torch's own initialisation; the tokenizer is the demo model's."""
+    """The model, with the 860 million UNet parameters of torch's initialisation and the untrained model's tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         demo = write_demo_model(Path(folder) / "demo")
         tokenizer = CLIPTokenizer.from_pretrained(demo, subfolder="tokenizer")

@@ -1,11 +1,11 @@
-"""Whether stylization happens: contents × styles through a model, judged in numbers and on a sheet.
+"""How well a model stylizes: contents × styles, evaluated by numbers and on a contact sheet.
 
-    python benchmarks/stylization.py                                       # the quickstart's pictures, embedded model
-    python benchmarks/stylization.py --ways --size 128                     # λ swept, guided sampling, KV injection
+    python benchmarks/stylization.py                                       # the quickstart's images, embedded model
+    python benchmarks/stylization.py --ways --size 128                     # several λ, guided sampling, KV injection
     python benchmarks/stylization.py --model MODEL --contents DIR --styles DIR --sheet FOLDER
 
-A pair counts as stylized when colours, or patches, are nearer to the style than the content's are, and as kept when its
-edges agree more with its own content's than with any other content's.
+A pair's colours, or patches, count as stylized if they are nearer to the style's than the content's are. Its content
+counts as kept if its edges agree more with that content's than with any other content's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from stylemill.images.read import load_image
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "manifests" / "quickstart"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+DISTANCES = (colour_distance, patch_distance)
 
 
 def main() -> None:
@@ -39,39 +40,40 @@ def main() -> None:
     parser.add_argument("--content-weight", type=float, default=0.25, help="λ")
     parser.add_argument("--ways", action="store_true", help="also λ 0 and 1, guided sampling and KV injection")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sheet", type=Path, help="folder for a sheet of each way")
+    parser.add_argument("--sheet", type=Path, help="folder for a contact sheet of each run")
     options = parser.parse_args()
 
     contents, styles = (read(folders, options.size) for folders in (options.contents, options.styles))
     engine = Engine.load(options.model, device="auto", threads=options.threads, micro_batch=8)
     print(f"{len(contents)} contents × {len(styles)} styles, {options.size}², {options.steps} steps, {options.model}")
-    for name, settings in ways(options).items():
-        began = time.perf_counter()
+    for name, settings in sampling_settings(options).items():
+        started = time.perf_counter()
         images = stylize(engine, contents, styles, settings)
-        seconds = (time.perf_counter() - began) / (len(contents) * len(styles))
-        print(f"{name}: {describe(judge(contents, styles, images))}; {seconds:.1f} s a pair", flush=True)
+        seconds = (time.perf_counter() - started) / (len(contents) * len(styles))
+        print(f"{name}: {describe(evaluate(contents, styles, images))}; {seconds:.1f} s a pair", flush=True)
         if options.sheet:
             options.sheet.mkdir(parents=True, exist_ok=True)
-            sheet(contents, styles, images).save(options.sheet / f"{name.replace(' ', '-')}.jpg", quality=90)
+            contact_sheet(contents, styles, images).save(options.sheet / f"{name.replace(' ', '-')}.jpg", quality=90)
 
 
-def ways(options: argparse.Namespace) -> dict[str, Sampling]:
-    own = {"steps": options.steps, "learning_rate": options.rate, "content_weight": options.content_weight}
-    chosen = {"optimization": Sampling(**PRESETS["style-transfer"] | own)}
+def sampling_settings(options: argparse.Namespace) -> dict[str, Sampling]:
+    """The settings of each run, by its name."""
+    common = {"steps": options.steps, "learning_rate": options.rate, "content_weight": options.content_weight}
+    runs = {"optimization": Sampling(**PRESETS["style-transfer"] | common)}
     if options.ways:
         for weight in (0.0, 0.25, 1.0):
-            chosen[f"optimization λ {weight:g}"] = Sampling(
-                **PRESETS["style-transfer"] | own | {"content_weight": weight}
+            runs[f"optimization λ {weight:g}"] = Sampling(
+                **PRESETS["style-transfer"] | common | {"content_weight": weight}
             )
-        started = own | {"init": "content", "strength": 0.6}
-        chosen["guided from the noised content"] = Sampling(**PRESETS["guided-transfer"] | started)
-        chosen["kv injection"] = Sampling(**PRESETS["kv-injection"] | started)
-    return chosen
+        from_content = common | {"init": "content", "strength": 0.6}
+        runs["guided from the noised content"] = Sampling(**PRESETS["guided-transfer"] | from_content)
+        runs["kv injection"] = Sampling(**PRESETS["kv-injection"] | from_content)
+    return runs
 
 
-def read(places: Sequence[Path], size: int) -> list[InputImage]:
-    """The images of folders, in order of their names, cropped to size × size."""
-    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+def read(paths: Sequence[Path], size: int) -> list[InputImage]:
+    """The images of folders, sorted by name, and of files, cropped to size × size."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
     return [
         InputImage(str(file), load_image(str(file), None, ".", (size, size), "crop").pixels)
         for file in files
@@ -89,14 +91,14 @@ def stylize(
     return [images[row * len(styles) : (row + 1) * len(styles)] for row in range(len(contents))]
 
 
-def judge(
+def evaluate(
     contents: Sequence[InputImage], styles: Sequence[InputImage], images: Sequence[Sequence[Pixels]]
 ) -> dict[str, float]:
     """Medians and shares over all pairs.
 
-    `colour`, `patch`: distance of result and style over that of content and style, median; `…_nearer`: how many are
-    below 1. `edges`: agreement with the own content, median; `unrelated`: with the best of the others, median; `kept`:
-    how many agree most with their own.
+    `colour` and `patch` are medians of the distance from image to style, divided by that from content to style, and
+    `…_nearer` the shares of pairs below 1. `edges` is the median agreement with the pair's content, `unrelated` that
+    with the most similar other content, and `kept` the share of pairs that agree most with their own content.
     """
     ratios, edges = [], []
     for row, content in enumerate(contents):
@@ -108,30 +110,27 @@ def judge(
             others = [edge_agreement(image, other.pixels) for other in contents if other is not content]
             edges.append((edge_agreement(image, content.pixels), max(others, default=0.0)))
     colour, patch = np.array(ratios).T
-    own, unrelated = np.array(edges).T
+    own_content, other_content = np.array(edges).T
     return {
         "colour": float(np.median(colour)),
         "colour_nearer": float((colour < 1).mean()),
         "patch": float(np.median(patch)),
         "patch_nearer": float((patch < 1).mean()),
-        "edges": float(np.median(own)),
-        "unrelated": float(np.median(unrelated)),
-        "kept": float((own > unrelated).mean()),
+        "edges": float(np.median(own_content)),
+        "unrelated": float(np.median(other_content)),
+        "kept": float((own_content > other_content).mean()),
     }
 
 
-DISTANCES = (colour_distance, patch_distance)
-
-
-def describe(judged: dict[str, float]) -> str:
+def describe(scores: dict[str, float]) -> str:
     return (
-        f"colours nearer in {judged['colour_nearer']:.0%}, median {1 - judged['colour']:.0%}; "
-        f"patches in {judged['patch_nearer']:.0%}, median {1 - judged['patch']:.0%}; "
-        f"edges {judged['edges']:.2f} against {judged['unrelated']:.2f}, kept in {judged['kept']:.0%}"
+        f"colours nearer in {scores['colour_nearer']:.0%}, median {1 - scores['colour']:.0%}; "
+        f"patches in {scores['patch_nearer']:.0%}, median {1 - scores['patch']:.0%}; "
+        f"edges {scores['edges']:.2f} against {scores['unrelated']:.2f}, kept in {scores['kept']:.0%}"
     )
 
 
-def sheet(
+def contact_sheet(
     contents: Sequence[InputImage], styles: Sequence[InputImage], images: Sequence[Sequence[Pixels]]
 ) -> Image.Image:
     """Contents down, styles across."""

@@ -1,11 +1,11 @@
-"""Images a second: the lockstep engine over a tile, against the naive way, in one process.
+"""Images a second: the lockstep engine over a tile against naive sampling, in one process.
 
     python benchmarks/throughput.py                                  # demo model, 8 × 8 tile, this CPU
     python benchmarks/throughput.py --model sd15 --size 512 --steps 4 --device cuda --micro-batch auto
 
-The naive way is what the method's reference code does: one pair at a time, style and content features recomputed for
-every pair at every step. It runs on the same engine, as shards of one pair, so that both use the same kernels and only
-sharing and batching differ. Rounds alternate between the two; the figure to read is the median of their ratios.
+Naive sampling is what the method's reference code does: one pair at a time, with style and content features computed
+for every pair at every step. Here it uses the same engine with shards of one pair, so the kernels are the same and only
+sharing and batching differ. Each round measures both; the result is the median of their ratios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
 
-# Of SD 1.5 at 512², batch 1, counted on the real architecture: forward, and backward to the latent.
+# Of a pass of SD 1.5 at 512², counted on its architecture: forward, and backward to the latent.
 TFLOP = {"denoise": 0.803, "feature": 0.803, "gradient": 0.803 + 0.923}
 
 
@@ -33,14 +33,14 @@ def main() -> None:
     engine = _engine(options)
     micro_batch = engine.calibrate((options.size,) * 2) if options.micro_batch == "auto" else engine.micro_batch
     pairs = _tile(options)
-    some = pairs[:: max(1, len(pairs) // options.naive_pairs)][: options.naive_pairs]
+    naive_pairs = pairs[:: max(1, len(pairs) // options.naive_pairs)][: options.naive_pairs]
     settings = Sampling(steps=options.steps)
     print(f"{options.model}, {options.size}² pixels, {options.tile} tile, {options.steps} steps; {engine.numerics}")
 
-    _seconds(engine, some[:1], settings, 1)  # warm up
+    _seconds(engine, naive_pairs[:1], settings, 1)  # warm up
     ratios = []
     for number in range(options.rounds):
-        naive = len(some) / sum(_seconds(engine, [pair], settings, 1) for pair in some)
+        naive = len(naive_pairs) / sum(_seconds(engine, [pair], settings, 1) for pair in naive_pairs)
         engine.passes.clear()
         if engine.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def _seconds(engine: Engine, pairs: list[Pair], settings: Sampling, micro_batch: int) -> float:
-    """Time of sampling, encoding and decoding included, of `pairs` as one shard."""
+    """Time to encode, sample and decode `pairs` as one shard."""
     engine.micro_batch = micro_batch
     start = time.perf_counter()
     *_, last = engine.sample(pairs, settings)
@@ -91,14 +91,15 @@ def _tile(options: argparse.Namespace) -> list[Pair]:
     def image(name: str) -> InputImage:
         return InputImage(name, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
 
-    across = [image(f"style {number}") for number in range(styles)]
-    return [Pair((style,), size, content) for content in map(image, map(str, range(contents))) for style in across]
+    style_images = [image(f"style {number}") for number in range(styles)]
+    content_images = [image(str(number)) for number in range(contents)]
+    return [Pair((style,), size, content) for content in content_images for style in style_images]
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", choices=["demo", "sd15"], default="demo", help="sd15: its dimensions, random weights"
+        "--model", choices=["demo", "sd15"], default="demo", help="sd15: the dimensions of SD 1.5, random weights"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=256, help="pixels")
@@ -106,7 +107,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--micro-batch", default="auto", help="pairs in a UNet call")
-    parser.add_argument("--naive-pairs", type=int, default=8, help="pairs sampled the naive way in a round")
+    parser.add_argument("--naive-pairs", type=int, default=8, help="pairs that are sampled naively in a round")
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 

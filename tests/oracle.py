@@ -25,8 +25,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, U
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-torch.set_num_threads(1)  # for such small tensors, a second thread makes it slower
-
 USED_LAYERS = 6  # the last six self-attention layers in running order
 
 

@@ -12,8 +12,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from stylemill.demo.untrained import write_demo_model
 from stylemill.errors import ModelError
 
-torch.set_num_threads(1)  # for such small tensors, a second thread makes it slower
-
 
 def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

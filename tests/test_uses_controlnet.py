@@ -114,13 +114,13 @@ def test_each_pair_is_denoised_with_its_own_control_image(engine: Engine) -> Non
 def test_a_pair_without_its_control_image_fails_and_no_other(engine: Engine) -> None:
     settings = Sampling(steps=2)
     pairs = [PAIR, replace(PAIR, controls=()), replace(PAIR, controls=(InputImage("?", None),)), PAIR]
-    state, whole = last(engine, pairs, settings), last(engine, [PAIR] * 4, settings)
+    state, expected = last(engine, pairs, settings), last(engine, [PAIR] * 4, settings)
     assert state.failures == {
         1: "model.controlnet needs 1 control image (column 'control', one for each), and this pair has none",
         2: "a control image of this pair could not be read",
     }
-    for sound in (0, 3):
-        assert torch.equal(state.latents_of[sound], whole.latents_of[sound])
+    for other in (0, 3):
+        assert torch.equal(state.latents_of[other], expected.latents_of[other])
 
 
 def test_a_restored_run_continues_to_the_same_bits(engine: Engine) -> None:

@@ -126,12 +126,12 @@ def test_the_mask_of_an_output_larger_than_a_window_is_split_into_windows_too(en
 
 def test_a_label_that_no_style_has_fails_its_pair_and_no_other(engine: Engine) -> None:
     settings = Sampling(steps=2)
-    whole = last(engine, [SPLIT, PADDED, PLAIN], settings)
+    expected = last(engine, [SPLIT, PADDED, PLAIN], settings)
     state = last(engine, [SPLIT, MISSING_LABEL, PLAIN], settings)
     assert list(state.failures) == [1]
     assert "label 9 of content_mask is in none of this pair's style masks" in state.failures[1]
-    assert torch.equal(state.latents_of[0], whole.latents_of[0])
-    assert torch.equal(state.latents_of[2], whole.latents_of[2])
+    assert torch.equal(state.latents_of[0], expected.latents_of[0])
+    assert torch.equal(state.latents_of[2], expected.latents_of[2])
     assert all(latents.isfinite().all() for latents in state.latents_of)
 
 

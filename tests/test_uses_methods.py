@@ -110,7 +110,7 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
-def whole(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> tuple[list[Tensor], SampleState]:
+def sample_to_end(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> tuple[list[Tensor], SampleState]:
     """The latents after every step, each (P, C, h, w), and the last state."""
     latents = []
     for state in engine.sample(pairs, settings):
@@ -120,7 +120,7 @@ def whole(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> tuple[li
 
 def assert_equals_the_oracle(engine: Engine, model: oracle.Model, pairs: Sequence[Pair], settings: Sampling) -> None:
     """Compares, for every pair of one shard, the latents after each step and the first and last losses."""
-    actual, state = whole(engine, pairs, settings)
+    actual, state = sample_to_end(engine, pairs, settings)
     assert not state.failures
     for place, pair in enumerate(pairs):
         trace = oracle.naive_sample(model, pair, settings, Noise(settings.seed))
@@ -155,17 +155,17 @@ def test_sampling_that_starts_at_the_content_equals_the_oracle(engine: Engine, m
 @pytest.mark.parametrize("run", ["KV injection, guidance and AdaIN", "gradient", "guided, guidance and all settings"])
 def test_a_pair_alone_equals_itself_in_a_mixed_shard(engine: Engine, run: str) -> None:
     settings = Sampling(**RUNS[run])
-    (*_, together), _ = whole(engine, SHARD, settings)
+    (*_, together), _ = sample_to_end(engine, SHARD, settings)
     single = Engine(engine.model, micro_batch=1)
     for place, pair in enumerate(SHARD):
-        (*_, alone), _ = whole(single, [pair], settings)
+        (*_, alone), _ = sample_to_end(single, [pair], settings)
         assert_equal(together[place : place + 1], alone)
 
 
 def test_a_pair_without_the_content_to_start_from_fails_and_no_other(engine: Engine) -> None:
     settings = Sampling(steps=4, strength=0.5, init="content")
-    (*_, expected), _ = whole(engine, [FULL, MANY], settings)
-    (*_, latents), state = whole(engine, [FULL, BARE, MANY], settings)
+    (*_, expected), _ = sample_to_end(engine, [FULL, MANY], settings)
+    (*_, latents), state = sample_to_end(engine, [FULL, BARE, MANY], settings)
     assert list(state.failures) == [1]
     assert "content" in state.failures[1]
     assert torch.equal(latents[[0, 2]], expected)
@@ -182,11 +182,11 @@ def test_every_setting_has_an_effect(engine: Engine) -> None:
         {"content_weight": 0.6},
     ]
     for method, base in plain.items():
-        (*_, without), _ = whole(engine, [FULL], Sampling(steps=2, **base))
+        (*_, without), _ = sample_to_end(engine, [FULL], Sampling(steps=2, **base))
         for setting in settings:
             if method == "kv_injection" and {"layer_weights", "content_schedule", "content_weight"} & setting.keys():
                 continue
-            (*_, changed), _ = whole(engine, [FULL], Sampling(steps=2, **base, **setting))
+            (*_, changed), _ = sample_to_end(engine, [FULL], Sampling(steps=2, **base, **setting))
             assert (changed - without).abs().max() > 1e-5, (method, setting)
 
 
@@ -223,7 +223,7 @@ PASSES: list[tuple[dict[str, Any], Counter[str]]] = [
 @pytest.mark.parametrize(("settings", "expected"), PASSES, ids=[str(i) for i in range(len(PASSES))])
 def test_the_number_of_unet_passes(engine: Engine, settings: dict[str, Any], expected: Counter[str]) -> None:
     before = engine.passes.copy()
-    whole(engine, SHARD, Sampling(**settings))
+    sample_to_end(engine, SHARD, Sampling(**settings))
     assert engine.passes - before == expected
 
 

@@ -1,6 +1,6 @@
-"""Attention distillation on a resident model, for all pairs of a shard in lockstep. Knows no files of a run and no Ray.
+"""Attention distillation on a resident model, for all pairs of a shard in lockstep. Uses neither run folders nor Ray.
 
-Names are imported when they are first used: the plan imports torch-free modules of this package without torch.
+Names are imported when they are first used, so the plan can import torch-free modules of this package without torch.
 """
 
 from __future__ import annotations

@@ -150,13 +150,14 @@ class Engine:
         noise: Noise | None = None,
         excluded: Mapping[int, str] | None = None,
     ) -> Iterator[SampleState]:
-        """Sample `pairs` in lockstep; yields after every step the same state, changed in place.
+        """Sample `pairs` in lockstep, and yield after every step the same state, changed in place.
 
-        Progress, checkpoints and stopping are the caller's. With a `state` restored from a checkpoint, sampling
-        continues after `state.step` and `pairs` is not used. `excluded` has the numbers of pairs that must not be
-        sampled, each with its reason. A pair that cannot be sampled is in `state.failures`; the others come out as
-        they would if it could. After out-of-memory, a step is repeated with half the micro-batch, which then stays.
-        Raises DeviceMemoryError if the micro-batch is 1 already, and what `create_initial_state` raises.
+        The caller reports progress, saves checkpoints and decides when to stop. With a `state` restored from a
+        checkpoint, sampling continues after `state.step` and `pairs` is not used. `excluded` has the numbers of pairs
+        that must not be sampled, each with its reason. A pair that cannot be sampled is in `state.failures`; the
+        results of the others are the same as if it could.
+        If the device runs out of memory, the micro-batch is halved for good and the step is repeated. Raises
+        DeviceMemoryError if the micro-batch is 1, and what `create_initial_state` raises.
         """
         noise = noise or Noise(settings.seed)
         with self._repeatable():

@@ -24,7 +24,7 @@ def translate_out_of_memory(work: Callable[[], T]) -> T:
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        reason = ". ".join(str(error).split(". ")[:2])  # the second sentence says how much was asked for
+        reason = ". ".join(str(error).split(". ")[:2])  # the second sentence has the requested size
     # Outside of the except block: the traceback keeps the frames of `work`, and so their tensors, alive.
     gc.collect()
     if torch.cuda.is_available():

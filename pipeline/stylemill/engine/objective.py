@@ -113,7 +113,7 @@ class Objective:
         """Extract the features that the pairs of `batches` need: K and V of styles, Q of contents.
 
         `latents` has the noised or clean latents (C, h, w) of each image by its number. An image takes one UNet pass,
-        whatever the number of its pairs and roles.
+        even if several pairs use it, or use it both as style and as content.
         """
         pairs = [inputs.pairs[index] for batch in batches for index in batch]
         contents = {pair.content for pair in pairs if pair.uses_content}

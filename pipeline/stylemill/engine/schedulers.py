@@ -23,8 +23,8 @@ from stylemill.config.schedulers import SCHEDULERS
 class Scheduler:
     """The scheduler that a job names, for the noise levels of the model's own `noise_schedule` (a DDIMScheduler).
 
-    Between steps, latents are √ᾱ x + √(1−ᾱ) n, as the UNet takes them, whatever scale the scheduler computes in. So
-    gradients, learning rates and noised images mean the same with every scheduler.
+    Between steps, latents are √ᾱ x + √(1−ᾱ) n, as the UNet takes them, also if the scheduler computes in another scale.
+    So gradients, learning rates and noised images mean the same with every scheduler.
     """
 
     def __init__(self, noise_schedule: Any, settings: Sampling) -> None:

@@ -38,7 +38,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts for a whole run. A UNet pass is one row of a batch. `memory` is None while the model is not here yet."""
+    """Counts for a run. A UNet pass is one row of a batch. `memory` is None while the model is not on this machine."""
 
     contents: int
     styles: int
