@@ -18,7 +18,6 @@ from PIL import Image
 import stylemill
 from stylemill.config.job import Job
 from stylemill.config.sampling import Sampling
-from stylemill.manifest import open_manifest
 from stylemill.report.contact_sheet import write_contact_sheet
 from stylemill.store.ledger import Ledger
 
@@ -47,7 +46,7 @@ def _write_image(job: Path) -> None:
         result = stylemill.run(job, {"output": f"{folder}/run"}, inline=True)
         print(result.describe())
         paths = result.summary.paths
-        manifest = open_manifest(Job.load(job).manifest)
+        manifest = stylemill.plan(job).manifest
         ledger = Ledger(paths, read_only=True)
         ledger.refresh()
         sheet = write_contact_sheet(paths, manifest, ledger.records(), limit=LIMIT)

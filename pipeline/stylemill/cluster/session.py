@@ -146,7 +146,7 @@ def _check_address(address: str, given: str, timeout: float) -> None:
 
 def _speaks_grpc(host: str, port: int, timeout: float) -> bool:
     """Whether an open port belongs to a gRPC server. Raises TimeoutError if it sends nothing for `timeout` seconds."""
-    import grpc  # type: ignore[import-untyped]
+    import grpc
 
     answer: Future[bool] = Future()
 
