@@ -22,7 +22,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/stylemill run jobs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(VENV)/.test
 	$(BIN)/python benchmarks/chaos.py $(ARGS)

@@ -64,9 +64,10 @@ def write_job(setting: Setting) -> float:
     Returns the pace of this machine under its present load: the seconds to import torch and write the model.
     """
     started = time.monotonic()
-    process = forkserver.Process(target=chaos_engine.write_model, args=(setting.folder / "model",))
-    process.start()
-    process.join()
+    # A new process, and not a forked one, which may have imported torch already.
+    command = "import sys, pathlib, chaos_engine; chaos_engine.write_model(pathlib.Path(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    subprocess.run([sys.executable, "-c", command, setting.folder / "model"], env=environment, check=True)
     pace = time.monotonic() - started
     noise = np.random.default_rng(0)
     for number in range(8):

@@ -18,25 +18,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the untrained models by family, "sd" and "sdxl". Tests must not change files in them."""
+    from stylemill.demo.untrained import write_demo_model
+
+    folder = tmp_path_factory.mktemp("models")
+    return {"sd": write_demo_model(folder / "sd"), "sdxl": write_demo_model(folder / "sdxl", kind="sdxl")}
+
+
+@pytest.fixture(scope="session")
+def folder(demo_models: dict[str, Path]) -> Path:
     """The folder of the untrained model of Stable Diffusion 1.x's architecture."""
-    from stylemill.demo.untrained import write_demo_model
-
-    return write_demo_model(tmp_path_factory.mktemp("models") / "sd")
+    return demo_models["sd"]
 
 
 @pytest.fixture(scope="session")
-def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl_folder(demo_models: dict[str, Path]) -> Path:
     """The folder of the untrained model of SDXL's architecture."""
-    from stylemill.demo.untrained import write_demo_model
-
-    return write_demo_model(tmp_path_factory.mktemp("models") / "sdxl", kind="sdxl")
-
-
-@pytest.fixture(scope="session")
-def demo_models(folder: Path, sdxl_folder: Path) -> dict[str, Path]:
-    """Both folders by family, "sd" and "sdxl". Tests must not change files in them."""
-    return {"sd": folder, "sdxl": sdxl_folder}
+    return demo_models["sdxl"]
 
 
 @pytest.fixture(scope="session")
