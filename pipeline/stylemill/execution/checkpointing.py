@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from stylemill.engine.state import SampleState
 from stylemill.execution.attempt import Attempt, Run
-from stylemill.execution.rows import OutputRow, from_json, to_json, without_poison_pairs
+from stylemill.execution.rows import OutputRow, from_json, to_json, with_poison_pairs_failed
 from stylemill.store.checkpoints import load, save_inputs, save_progress
 
 
@@ -38,7 +38,7 @@ class ShardCheckpoints:
             checkpoint.inputs, checkpoint.inputs_meta["engine"], checkpoint.arrays, checkpoint.meta["engine"]
         )
         restored = from_json(self._rows, checkpoint.inputs_meta["items"])
-        rows = without_poison_pairs(self._attempt, restored)
+        rows = with_poison_pairs_failed(self._attempt, restored)
         if rows == restored:  # else the inputs are saved again, with the poison pairs of this attempt
             self._inputs_name = checkpoint.inputs_name
         return state, rows

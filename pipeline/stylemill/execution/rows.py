@@ -1,4 +1,4 @@
-"""The rows of a shard on their way to the output: each stage adds to them what it learned."""
+"""The rows of a shard on their way to the output. Each stage adds its results to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from stylemill.store.retries import GenerationRows, generation_rows
 if TYPE_CHECKING:
     from stylemill.engine import SampleState
 
-_POISON_PAIR = "worker after worker died over this pair, alone too; look at its images, and try it in a run of its own"
+_POISON_PAIR = (
+    "every worker that processed this pair died, also when it processed the pair alone; look at its images, and try it "
+    "in a run of its own"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def _row_of_generation(source: Row, work: GenerationRows) -> OutputRow:
     return OutputRow(source, failure=failure, wanted=known is not None or source.output_row in work.rows)
 
 
-def without_poison_pairs(attempt: Attempt, rows: list[OutputRow]) -> list[OutputRow]:
+def with_poison_pairs_failed(attempt: Attempt, rows: list[OutputRow]) -> list[OutputRow]:
     """The rows, with the poison pairs of the attempt failed."""
     reasons = {
         place: FailureReason(stage, PoisonPairError.__name__, _POISON_PAIR)

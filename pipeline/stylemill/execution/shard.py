@@ -21,8 +21,8 @@ from stylemill.execution.rows import (
     row_numbers,
     rows_of_attempt,
     with_encoded_image,
+    with_poison_pairs_failed,
     with_results_of_sampling,
-    without_poison_pairs,
 )
 from stylemill.execution.stages import ProgressReporter, StageTimer
 from stylemill.execution.worker_engine import numerics
@@ -130,7 +130,7 @@ class _Stages:
                 rows = [rows[place] for place in attempt.probe.places]
             else:
                 self._checkpoints = ShardCheckpoints(run, attempt, rows, self._engine.numerics)
-                rows = without_poison_pairs(attempt, rows)
+                rows = with_poison_pairs_failed(attempt, rows)
             if restored := self._checkpoints and self._checkpoints.restore():
                 self._state, self._rows = restored
             else:

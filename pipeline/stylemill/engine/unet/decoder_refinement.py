@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy.typing as npt
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from stylemill.engine.unet.model import DiffusionModel
@@ -34,18 +34,13 @@ class RecentDecoders:
     """A DecoderCache in memory with the `capacity` decoders used last; one of Stable Diffusion's size takes 200 MB."""
 
     def __init__(self, capacity: int = 4) -> None:
-        self.capacity = capacity
-        self._decoders: OrderedDict[str, Weights] = OrderedDict()
+        self._decoders: LRUCache[str, Weights] = LRUCache(capacity)
 
     def get(self, key: str) -> Weights | None:
-        if key in self._decoders:
-            self._decoders.move_to_end(key)
         return self._decoders.get(key)
 
     def put(self, key: str, weights: Weights) -> None:
         self._decoders[key] = weights
-        while len(self._decoders) > self.capacity:
-            self._decoders.popitem(last=False)
 
 
 @contextmanager
