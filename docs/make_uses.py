@@ -26,10 +26,10 @@ JOBS = sorted((DOCS.parent / "jobs").glob("*.yaml"))
 LIMIT = (3, 4)  # contents and styles on a contact sheet
 HEAD = """# Uses
 
-Each section is a job file in `jobs/`. UNet passes are batch rows for each output image, with features shared within the
-shards of the job; the number without sharing is in brackets. `python docs/make_uses.py` writes this page and its images
-from runs of the embedded model, which is small and was trained on drawn pictures only. The models of `controlnet` and
-the two `sdxl-…` jobs are **untrained**: their images show that the job runs and which parts of an image it changes.
+Each section is a job file in `jobs/`. UNet passes are samples of UNet batches for each output image, with features
+shared within the shards of the job; the number without sharing is in brackets. `python docs/make_uses.py` writes this
+page. The images are of the **untrained** demo models: they show that a job runs and which parts of an image it changes,
+not what a trained model makes of it.
 """
 
 
