@@ -133,7 +133,7 @@ class _ShardCounter:
                 self._size, (self._style_size,) * len(row.styles), has_content, row.content_mask is not None
             )
             self.unshared += len(row.styles) + has_content
-            kinds += [kind] * self.windows  # each window is a pair to the sampler
+            kinds += [kind] * self.windows  # the sampler treats each window as a pair
             images_of += [images] * self.windows
         feature_bytes = [self._feature_bytes[size] for _, size in numbers]
         shard_blocks = blocks(micro_batches(kinds, self._micro_batch), images_of, feature_bytes, self._budget)
