@@ -110,48 +110,53 @@ def test_other_errors_are_not_treated_as_out_of_memory(folder: Path) -> None:
     assert engine.micro_batch == 4
 
 
-def test_the_record_and_a_warning_say_so_and_the_shard_that_never_fits_stays_open(
+def test_a_halved_micro_batch_is_recorded_and_warned_about_and_a_shard_that_never_fits_stays_open(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stylemill.execution import local as inline
+    from stylemill.execution import local
 
-    room = {"samples": 2}
+    limit = {"samples": 2}
 
-    def short_of_memory(run: Run, micro_batch: int | None) -> Engine:
+    def load_with_limited_memory(run: Run, micro_batch: int | None) -> Engine:
         engine = load(folder, 4)
-        limit_memory(engine.model.unet, "forward", room["samples"])
+        limit_memory(engine.model.unet, "forward", limit["samples"])
         return engine
 
-    monkeypatch.setattr(inline, "load_engine", short_of_memory)
-    cut, memory = {"pairs_per_shard": 4}, {"micro_batch": 4}
-    job = make_run(tmp_path, 4, 4, model=str(folder), sampling={"steps": 2}, retries=0, shards=cut, cluster=memory).job
-    room["samples"] = 0
+    monkeypatch.setattr(local, "load_engine", load_with_limited_memory)
+    shards, cluster = {"pairs_per_shard": 4}, {"micro_batch": 4}
+    settings = {"model": str(folder), "sampling": {"steps": 2}, "retries": 0}
+    job = make_run(tmp_path, 4, 4, **settings, shards=shards, cluster=cluster).job
+    limit["samples"] = 0
     result = stylemill.run(job, inline=True)
     assert (result.exit_code, list(result.open)) == (1, [0])
     assert "take a smaller image.size" in result.describe()
-    room["samples"] = 2
+    limit["samples"] = 2
     assert stylemill.run(job, inline=True).exit_code == 0
     record = Record.from_bytes((tmp_path / "out" / "records" / "00000.json").read_bytes())
     assert record.numerics["micro_batch"] == 2
     assert "a worker halved its micro-batch to 2" in capsys.readouterr().err
 
 
-# --- pairs that are left out ------------------------------------------------------------------------------------------
+# --- poison pairs -----------------------------------------------------------------------------------------------------
 
 
 def committed(run: Run, engine: Engine, attempt: Attempt, stop_at: int | None = None) -> dict[int, bytes]:
-    """Images by row after the attempt was worked off, up to a step if so."""
-    heard: list[Progress] = []
-    process_shard(run, attempt, engine, nullcontext(), heard.append, lambda: bool(heard) and heard[-1].step == stop_at)
+    """Images by output row after the attempt, which is asked to stop at the step `stop_at`."""
+    reports: list[Progress] = []
+
+    def stopping() -> bool:
+        return bool(reports) and reports[-1].step == stop_at
+
+    process_shard(run, attempt, engine, nullcontext(), reports.append, stopping)
     files = sorted(run.paths.data_folder.iterdir())
     return {row["row"]: row["image"]["bytes"] for path in files for row in pq.read_table(path).to_pylist()}
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_a_killer_is_left_out_untouched_and_no_byte_of_the_others_moves(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_a_poison_pair_is_left_out_and_the_bytes_of_the_others_do_not_change(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_checkpoint: bool
 ) -> None:
-    """Row 3 alone has style 1; `begun`: the shard goes on from a checkpoint of all pairs."""
+    """Only row 3 has style 1. With `from_checkpoint`, the shard resumes from a checkpoint of all pairs."""
     engine = load(folder, 2)
     runs, job = [], {"sampling": {"steps": 3}, "checkpoint": {"every_steps": 1}}
     for name in ("whole", "run"):
@@ -159,12 +164,12 @@ def test_a_killer_is_left_out_untouched_and_no_byte_of_the_others_moves(
         runs.append(make_run(tmp_path / name, 4, 4, model=str(folder), **job))
     whole, run = runs
     expected = committed(whole, engine, whole.new_attempt(0, {}))
-    if begun:
+    if from_checkpoint:
         assert committed(run, engine, run.new_attempt(0, {}), stop_at=2) == {}
     monkeypatch.setenv("STYLEMILL_FAILPOINTS", "mid-sample:raise:row=3:times=always")
     monkeypatch.setenv("STYLEMILL_FAILPOINTS_STATE", str(tmp_path))
     attempt = replace(run.new_attempt(0, {}), poison_pairs={3: "sample"})
-    if begun:  # and from then on a checkpoint alone says who is left out
+    if from_checkpoint:  # the next attempt knows the poison pair from the checkpoint alone
         monkeypatch.setenv("STYLEMILL_FAILPOINTS", "before-decode:raise; mid-sample:raise:row=3:times=always")
         with pytest.raises(RuntimeError, match="injected at before-decode"):
             committed(run, engine, attempt)
