@@ -165,6 +165,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_in_name(data: bytes) -> str:
+    """The digest that the name of a file with these bytes contains: the first 32 hex digits of their SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
 def sync(path: Path) -> None:
     """fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)

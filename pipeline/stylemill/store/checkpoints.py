@@ -9,7 +9,6 @@ the name of its inputs file, so the progress of one attempt is never combined wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from stylemill.errors import DamagedError, StorageError
-from stylemill.store.atomic import publish_bytes, quarantine, remove_tree, storage_errors
+from stylemill.store.atomic import digest_in_name, publish_bytes, quarantine, remove_tree, storage_errors
 from stylemill.store.paths import RunPaths
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -130,7 +129,7 @@ def _save(paths: RunPaths, shard: int, stem: str, attempt: str, arrays: Arrays, 
     # Not np.ascontiguousarray, which turns a scalar into a vector.
     packed = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = save_arrays(packed, {"stylemill": json.dumps(header, sort_keys=True)})
-    final = paths.checkpoints(shard) / f"{stem}-{_digest(data)}.safetensors"
+    final = paths.checkpoints(shard) / f"{stem}-{digest_in_name(data)}.safetensors"
     with storage_errors(final):
         final.parent.mkdir(exist_ok=True)
     publish_bytes(paths, final, data, attempt)
@@ -144,7 +143,7 @@ def _load(paths: RunPaths, path: Path) -> tuple[Arrays, dict[str, Any]]:
             data = path.read_bytes()
         except FileNotFoundError:
             raise DamagedError(f"{path.name} is missing") from None
-    if not path.stem.endswith(_digest(data)):
+    if not path.stem.endswith(digest_in_name(data)):
         quarantine(paths, path, "truncated or changed")
         raise DamagedError(f"{path.name} is truncated or was changed")
     try:
@@ -153,7 +152,3 @@ def _load(paths: RunPaths, path: Path) -> tuple[Arrays, dict[str, Any]]:
         return {name: array.copy() for name, array in load_arrays(data).items()}, header
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path.name} is not a checkpoint: {error}") from error
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]

@@ -8,7 +8,6 @@ digest of the bytes, as with checkpoints. The cache is removed when the run is f
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from stylemill.errors import StorageError
-from stylemill.store.atomic import publish_bytes, quarantine, storage_errors
+from stylemill.store.atomic import digest_in_name, publish_bytes, quarantine, storage_errors
 from stylemill.store.paths import RunPaths
 
 _log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class RunDecoders:
         with storage_errors(folder):
             for path in sorted(folder.glob(f"{key}-*.safetensors")):
                 data = path.read_bytes()
-                if path.stem == f"{key}-{_digest(data)}":
+                if path.stem == f"{key}-{digest_in_name(data)}":
                     return dict(load(data))
                 quarantine(self.paths, path, "truncated or changed")
         return None
@@ -44,14 +43,10 @@ class RunDecoders:
     def put(self, key: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
         """Publish the tensors of `key`. If the disk fails, only a warning is logged."""
         data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
-        final = self.paths.decoders_folder / f"{key}-{_digest(data)}.safetensors"
+        final = self.paths.decoders_folder / f"{key}-{digest_in_name(data)}.safetensors"
         try:
             with storage_errors(final):
                 final.parent.mkdir(parents=True, exist_ok=True)
             publish_bytes(self.paths, final, data, self.attempt)
         except StorageError as error:
             _log.warning("a refined decoder was not cached: %s", error)
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]

@@ -11,7 +11,6 @@ segment over an earlier one.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError
-from stylemill.store.atomic import publish_bytes, storage_errors
+from stylemill.store.atomic import digest_in_name, publish_bytes, storage_errors
 from stylemill.store.object_store.path import BucketPath
 from stylemill.store.paths import RunPaths
 
@@ -74,7 +73,7 @@ def publish_segment(paths: RunPaths, rows: Sequence[dict[str, Any]]) -> Path:
     pq.write_table(table, buffer, row_group_size=_ROWS_PER_GROUP, version="2.6", compression="zstd")
     data = buffer.getvalue()
     sequences = [int(match["sequence"]) for path in list_segments(paths) if (match := _NAME.fullmatch(path.name))]
-    name = f"compact-{max(sequences, default=-1) + 1:06d}-{hashlib.sha256(data).hexdigest()[:32]}.parquet"
+    name = f"compact-{max(sequences, default=-1) + 1:06d}-{digest_in_name(data)}.parquet"
     final = paths.records_folder / name
     publish_bytes(paths, final, data, uuid4().hex[:12])
     if not read_segment(final, _SCHEMA.names).equals(table):
@@ -115,7 +114,7 @@ def _open(path: Path) -> pq.ParquetFile:
         except FileNotFoundError:
             raise DamagedError(f"{path.name} is missing") from None
     match = _NAME.fullmatch(path.name)
-    if match is None or hashlib.sha256(data).hexdigest()[:32] != match["digest"]:
+    if match is None or digest_in_name(data) != match["digest"]:
         raise DamagedError(f"{path.name} is truncated or was changed")
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
