@@ -101,7 +101,7 @@ def test_requests_to_a_store_that_sometimes_fails_are_retried(
 
 
 def committed_files(paths: RunPaths) -> list[str]:
-    return [entry.name for record in read_ledger(paths).records() for entry in (record.data, record.failures) if entry]
+    return [entry.name for record in read_ledger(paths).records() for entry in record.files]
 
 
 def test_a_request_without_a_response_is_retried(

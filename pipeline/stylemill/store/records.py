@@ -51,6 +51,11 @@ class Record:
     numerics: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[FileEntry]:
+        """The data file and the failures file, as far as the record names them."""
+        return [entry for entry in (self.data, self.failures) if entry is not None]
+
     def to_bytes(self) -> bytes:
         """JSON with sorted keys. Its key `sha256` is the digest of the same JSON without that key."""
         values = asdict(self)

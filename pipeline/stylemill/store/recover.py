@@ -85,7 +85,7 @@ def _recover_record(paths: RunPaths, run: RunFile, shard: int, generation: int, 
         )
         record = complete_record(paths, draft, *(local[kind[0]] if kind else None for kind in (data, failures)))
         # On an object store, the names contain the digests of the files, and may be wrong.
-        named = {paths.output / entry.name for entry in (record.data, record.failures) if entry}
+        named = {paths.output / entry.name for entry in record.files}
         return publish_record(paths, record) if named == set(local) else None
 
 

@@ -112,10 +112,9 @@ def end_retry(paths: RunPaths) -> None:
 def _row_ids(paths: RunPaths, record: Record) -> list[tuple[int, str]]:
     """Row and pair_id of all rows of a generation."""
     ids: list[tuple[int, str]] = []
-    for entry in (record.data, record.failures):
-        if entry is not None:
-            table = _read(paths, paths.output / entry.name, ["row", "pair_id"])
-            ids += zip(table.column("row").to_pylist(), table.column("pair_id").to_pylist(), strict=True)
+    for entry in record.files:
+        table = _read(paths, paths.output / entry.name, ["row", "pair_id"])
+        ids += zip(table.column("row").to_pylist(), table.column("pair_id").to_pylist(), strict=True)
     return ids
 
 

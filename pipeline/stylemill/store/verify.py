@@ -86,8 +86,7 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
         last = -1
         for record in generations:
             failed, last = failed if record.generation == last + 1 else None, record.generation
-            entries = [entry for entry in (record.data, record.failures) if entry]
-            expected |= {paths.record(shard, record.generation), *(paths.output / entry.name for entry in entries)}
+            expected |= {paths.record(shard, record.generation), *(paths.output / entry.name for entry in record.files)}
             failed = _RecordCheck(paths, report, run, pair_ids, record).check(failed, deep)
     totals = ledger.totals()
     report.shards, report.rows_ok, report.rows_failed = totals.shards, totals.rows_ok, totals.rows_failed
@@ -149,7 +148,7 @@ class _RecordCheck:
         ok, failed = file_rows
         if ok is None or failed is None:
             return set(failed) if failed is not None else None
-        files = [self.paths.output / entry.name for entry in (record.data, record.failures) if entry]
+        files = [self.paths.output / entry.name for entry in record.files]
         count = Counter([*ok, *failed])
         if expected is not None:
             if missing := sorted(expected - count.keys()) if not record.generation else []:

@@ -61,4 +61,4 @@ def _referenced_files(paths: RunPaths, shard: int, generation: int) -> set[Path]
         record = valid_record(paths, shard, generation)
     except DamagedError:
         record = None
-    return {paths.output / entry.name for entry in (record and record.data, record and record.failures) if entry}
+    return {paths.output / entry.name for entry in (record.files if record else ())}
