@@ -45,6 +45,19 @@ def is_sdxl(unet: Config) -> bool:
     return unet.get("addition_embed_type") == "text_time"
 
 
+def pixels_per_latent(vae: Config) -> int:
+    """The side of a latent in pixels: each block of the VAE but the last halves the image."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def pixel_grid(latent_side: int, levels: int) -> int:
+    """The number of pixels that an image's sides must be multiples of, for latents of `latent_side` pixels.
+
+    Each of the UNet's `levels` but the last halves the latent grid.
+    """
+    return int(latent_side * 2 ** (levels - 1))
+
+
 def check_architecture(folder: Path) -> None:
     """Raise ModelError when the configurations of a complete model folder are not those of a supported model."""
     unet, vae = read_config(folder / "unet" / "config.json"), read_config(folder / "vae" / "config.json")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stylemill.config.job import Job
 from stylemill.errors import JobError, ModelError
-from stylemill.models.architecture import check_architecture, is_sdxl, read_config
+from stylemill.models.architecture import check_architecture, is_sdxl, pixel_grid, pixels_per_latent, read_config
 from stylemill.models.attention_layers import AttentionLayer, attention_layers, select_layers
 from stylemill.models.folder import model_paths
 from stylemill.models.safetensors_file import count_parameters
@@ -35,7 +35,7 @@ class ModelShape:
     @property
     def grid(self) -> int:
         """The number of pixels that an image's sides must be multiples of."""
-        return int(self.pixels_per_latent * 2 ** (self.levels - 1))
+        return pixel_grid(self.pixels_per_latent, self.levels)
 
     def select_layers(self, selection: Sequence[int | str] | None) -> list[AttentionLayer]:
         """The layers that `model.layers` selects; None selects the last six. Raises ModelError for an unknown layer."""
@@ -61,7 +61,7 @@ def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:
             channels=channels[0],
             levels=len(channels),
             latent_channels=int(unet["in_channels"]),
-            pixels_per_latent=2 ** (len(vae["block_out_channels"]) - 1),
+            pixels_per_latent=pixels_per_latent(vae),
             parameters=sum(map(count_parameters, weights)),
             activations=_ACTIVATIONS_OF_SDXL if is_sdxl(unet) else _ACTIVATIONS,
         )

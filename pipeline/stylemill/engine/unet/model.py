@@ -78,15 +78,12 @@ class DiffusionModel:
 
     @property
     def grid(self) -> int:
-        """The number of pixels that an image's sides must be multiples of.
-
-        A latent is 2^(VAE blocks − 1) pixels wide, and each UNet level but the last halves the latent grid.
-        """
-        return self.pixels_per_latent * int(2 ** (len(self.unet.config.block_out_channels) - 1))
+        """The number of pixels that an image's sides must be multiples of."""
+        return architecture.pixel_grid(self.pixels_per_latent, len(self.unet.config.block_out_channels))
 
     @property
     def pixels_per_latent(self) -> int:
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return architecture.pixels_per_latent(self.vae.config)
 
     @torch.no_grad()
     def encode_text(self, text: str) -> Text:
