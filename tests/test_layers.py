@@ -30,25 +30,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),  # lazy: a public name is imported when it is asked for
     "errors": set(),
     "s3": set(),
+    "plural": set(),
     "config": {"errors"},
     "testing": {"errors"},
     # These stand beside each other.
-    "manifest": {"errors", "config"},
+    "manifest": {"errors", "plural", "config"},
     "models": {"errors", "config"},
     "images": {"errors", "config", "s3", "testing"},
-    "store": {"errors", "config", "s3", "testing"},
+    "store": {"errors", "plural", "config", "s3", "testing"},
     "engine": {"errors", "config", "models", "images"},  # images: only the type of an input image
     "demo": {"errors", "config", "models"},
     # These join them.
     # engine: only its torch-free modules, as `test_the_driver_runs_without_torch_and_ray` shows.
-    "planning": {"errors", "config", "manifest", "models", "store", "engine"},
-    "report": {"errors", "config", "manifest", "images", "store"},
+    "planning": {"errors", "plural", "config", "manifest", "models", "store", "engine"},
+    "report": {"errors", "plural", "config", "manifest", "images", "store"},
     "execution": {
-        *("errors", "config", "testing", "manifest", "models", "images", "store", "engine", "planning", "report"),
+        *("errors", "plural", "config", "testing", "manifest", "models", "images", "store", "engine"),
+        *("planning", "report"),
     },
-    "cluster": {"errors", "config", "store", "execution"},
+    "cluster": {"errors", "plural", "config", "store", "execution"},
     "cli": {
-        *("errors", "config", "manifest", "images", "store", "engine", "demo", "planning", "report", "execution"),
+        *("errors", "plural", "config", "manifest", "images", "store", "engine", "demo"),
+        *("planning", "report", "execution"),
     },
     "__main__": {"cli"},
 }
