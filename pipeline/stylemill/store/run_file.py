@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,20 +97,20 @@ def create_run_folder(paths: RunPaths) -> None:
         publish(probe, published)
     except (OSError, StorageError) as error:
         cause = error.__cause__ or error
-        raise OutputError(
-            f"{output}: cannot be written ({getattr(cause, 'strerror', None) or cause}); free some space, fix the "
-            "permissions, or choose another folder with --output"
-        ) from error
+        raise _not_writable(output, getattr(cause, "strerror", None) or str(cause)) from error
     finally:
         discard(probe)
         discard(published)
 
 
 def refuse_foreign_files(paths: RunPaths) -> None:
-    """Raise OutputError if the folder is not a run folder and contains files of other programs.
+    """Raise OutputError if the folder is not a run folder and contains files of other programs, or cannot be written.
 
-    A run empties folders such as tmp/ and checkpoints/, so they must not contain anything else.
+    A run empties folders such as tmp/ and checkpoints/, so they must not contain anything else. Writes nothing, so a
+    full disk is not noticed here.
     """
+    if not paths.on_bucket and (reason := _write_obstacle(paths.output)):
+        raise _not_writable(paths.output, reason)
     with storage_errors(paths.output):
         if not paths.output.is_dir() or paths.job.exists():
             return
@@ -118,6 +121,32 @@ def refuse_foreign_files(paths: RunPaths) -> None:
             f"{paths.output}: holds other files ({listed}) and no run (no job.json); give a new or an empty folder "
             "with --output"
         )
+
+
+def _write_obstacle(output: Path) -> str | None:
+    """Why a folder cannot be created, or written, as far as can be known without writing; None if nothing is known."""
+    for folder in (output, *output.parents):
+        try:
+            is_folder = stat.S_ISDIR(folder.stat().st_mode)
+            read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return error.strerror or str(error)
+        if not is_folder:
+            return os.strerror(errno.ENOTDIR)
+        if read_only:
+            return os.strerror(errno.EROFS)
+        writable = os.access(folder, os.W_OK | os.X_OK, effective_ids=True)
+        return None if writable else os.strerror(errno.EACCES)
+    return None
+
+
+def _not_writable(output: Path, reason: str) -> OutputError:
+    return OutputError(
+        f"{output}: cannot be written ({reason}); free some space, fix the permissions, or choose another folder with "
+        "--output"
+    )
 
 
 def _is_left_by_run(paths: RunPaths, path: Path) -> bool:
