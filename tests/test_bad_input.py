@@ -159,13 +159,58 @@ def test_every_help_fits_in_80_columns(run_command, monkeypatch, command):
     )
 
 
-@pytest.mark.parametrize("command", [(), ("manifest", "build")], ids=words_of)
-def test_help_works_without_utf_8(command):
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    program = [sys.executable, "-m", "stylemill", *command, "--help"]
-    done = subprocess.run(program, capture_output=True, env=ascii_only)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"example: stylemill " in done.stdout
+@pytest.mark.parametrize("command", COMMANDS, ids=words_of)
+def test_every_help_is_in_ascii(run_command, command):
+    """typer writes help as UTF-8 to a terminal that takes ASCII only."""
+    assert run_command(*command, "--help").out.isascii()
+
+
+def in_process(encoding: str, folder: Path, *argv: str) -> CommandResult:
+    """A command in a process of its own, on a terminal of `encoding`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stylemill", *argv],
+        cwd=folder,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    return CommandResult(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
+
+
+def test_commands_work_without_utf_8(here):
+    """What the encoding of the terminal lacks is written in ASCII."""
+    assert in_process("ascii", here, "--help").out.startswith("Usage: stylemill")
+    assert "optimization, 2 steps, 64x64 pixels" in (
+        in_process("ascii", here, "plan", "job.yaml", "--preset", "style-transfer").out
+    )
+    assert "guided, 2 steps, 64×64 pixels" in in_process("latin-1", here, "plan", "job.yaml").out
+    assert " c0.png x s0.png" in in_process("ascii", here, "manifest", "show", "pairs.parquet").out
+    assert "image.size 65x64: sides must be multiples" in (
+        in_process("ascii", here, "plan", "job.yaml", "--set", "image.size=[65, 64]").error
+    )
+    (here / "c0.png").write_bytes(b"")
+    run = in_process("ascii", here, "run", "job.yaml", "--inline", "--set", "max_failed_fraction=1")
+    assert run.code == 3
+    assert "  2 x ImageError" in run.out
+    assert "  2 x ImageError" in in_process("ascii", here, "status", "run").out
+
+
+def test_names_that_are_no_text_are_refused_by_name(here):
+    """A file name may be any bytes. Arrow and JSON take text only."""
+    folder = os.fsdecode(os.fsencode(here) + b"/caf\xe9")
+    os.mkdir(folder)
+    for name in ("job.yaml", "pairs.parquet"):
+        shutil.copy(here / name, f"{folder}/{name}")
+    shown = "caf\\udce9"
+    for encoding in ("ascii", "utf-8"):
+        for words in (["plan", "job.yaml"], ["run", "job.yaml", "--inline"], ["plan", "../job.yaml", "--output", "x"]):
+            message = in_process(encoding, Path(folder), *words).error
+            assert shown in message
+            assert "is not UTF-8" in message
+    for words in (["validate", "pairs.parquet"], ["build", "new.parquet", "--style", ".."]):
+        result = in_process("utf-8", Path(folder), "manifest", *words)
+        assert result.code == 2
+        assert shown in result.error
+        assert "is not UTF-8" in result.error
 
 
 @pytest.mark.parametrize(

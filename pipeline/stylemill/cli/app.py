@@ -11,11 +11,12 @@ import typer
 
 from stylemill import __version__
 from stylemill.cli import job, manifest, model, runs
+from stylemill.cli.terminal import write_any_character
 from stylemill.errors import StylemillError
 
 app = typer.Typer(
     add_completion=False,
-    rich_markup_mode=None,  # plain help: it stays readable in a pipe, in 60 columns and without UTF-8
+    rich_markup_mode=None,  # plain help, in ASCII: it stays readable in a pipe, in 60 columns and without UTF-8
     epilog="example: stylemill run jobs/quickstart.yaml",
 )
 app.add_typer(manifest.app, name="manifest")
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: finished. 1: incomplete, or `verify` found a problem. 2: the command line or an input must be corrected first.
     3: finished, but some rows failed. 128 + n: stopped by signal n.
     """
+    write_any_character()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = typer.main.get_command(app)
     try:
@@ -66,4 +68,4 @@ def _program(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a Parquet manifest of content × style pairs into a dataset of stylized images."""
+    """Turn a Parquet manifest of content and style pairs into a dataset of stylized images."""

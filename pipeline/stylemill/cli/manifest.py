@@ -70,7 +70,9 @@ def build(
     seed: Annotated[
         int | None, typer.Option(metavar="SEED", help="Seed of every row. Without it, each pair has its own noise.")
     ] = None,
-    content_weight: Annotated[float | None, typer.Option(metavar="λ", help="Content weight of every row.")] = None,
+    content_weight: Annotated[
+        float | None, typer.Option(metavar="WEIGHT", help="Content weight (lambda) of every row.")
+    ] = None,
 ) -> int:
     """Pair images of folders, globs or lists, and write the manifest."""
     from stylemill.manifest import build_manifest

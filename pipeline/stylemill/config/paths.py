@@ -24,11 +24,20 @@ def is_url(reference: str | PurePath) -> bool:
     return split_url(reference) is not None
 
 
+def is_utf8(path: str | PurePath) -> bool:
+    """Whether a path is text. A file name may be any bytes, of which Python makes surrogates; Arrow takes none."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def make_paths_absolute(values: dict[str, Any], base: Path) -> None:
     """Make the paths in the `values` of a job absolute, in place; keys may be dotted (`model.name`).
 
     `base` is the folder of the job file, or the working directory for values of flags. Raises ValueError or
-    RuntimeError for text that cannot be a path.
+    RuntimeError for text that cannot be a path, and for a path that is not UTF-8.
     """
     for key in ("manifest", "output"):
         value = values.get(key)
@@ -57,4 +66,7 @@ def _absolute_names(value: Any, base: Path) -> Any:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return str((base / Path(path).expanduser()).resolve())
+    absolute = str((base / Path(path).expanduser()).resolve())
+    if not is_utf8(absolute):
+        raise ValueError(f"{absolute!r} is not UTF-8; rename the file or folder")
+    return absolute

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stylemill.config.paths import is_utf8
 from stylemill.errors import ManifestError
 from stylemill.manifest.csv_pairs import read_header, read_pairs
 from stylemill.manifest.image_names import SEPARATOR, unique_names
@@ -61,6 +62,8 @@ def build_manifest(
     Raises ManifestError for empty sources, unequal lengths in zip, too large a sample, a bad CSV, an unwritable `out`.
     """
     out = Path(out).expanduser()
+    if not is_utf8(out.absolute()):
+        raise ManifestError(f"{str(out.absolute())!r} is not UTF-8; rename the file or folder")
     if out.suffix != ".parquet":
         raise ManifestError(f"{out}: a manifest is a Parquet file; give it a name that ends in .parquet")
     if tile is not None and min(tile) < 1:
@@ -138,10 +141,8 @@ def _rows_of(
     content_names, style_names = unique_names(contents or []), unique_names(styles)
     written = {path: relative_to_manifest(path, manifest_folder) for path in (*content_names, *style_names)}
     for path in written.values():
-        try:
-            path.encode()
-        except UnicodeEncodeError:
-            raise ManifestError(f"{path!r}: the file name is not UTF-8; rename it") from None
+        if not is_utf8(path):
+            raise ManifestError(f"{path!r} is not UTF-8; rename the file or folder")
     for content, style, occurrence in pairs:
         parts = [] if content is None else [content_names[content]]
         parts.append(style_names[style])

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stylemill.config.paths import is_url
+from stylemill.config.paths import is_url, is_utf8
 from stylemill.errors import ManifestError, StorageError
 from stylemill.manifest.duplicates import contains_hash, duplicate_hashes, duplicate_id_message, hash64
 from stylemill.manifest.row import UNDECODABLE, number_id, parse_row
@@ -181,6 +181,8 @@ def open_manifest(path: str | Path) -> Manifest:
     if is_url(path):
         raise ManifestError(f"{path}: only local manifests can be read; copy it to this machine first")
     path = Path(path).absolute()
+    if not is_utf8(path):
+        raise ManifestError(f"{str(path)!r} is not UTF-8; rename the file or folder")
     if path.is_dir():
         raise ManifestError(f"{path}: is a folder; name the Parquet file in it")
     if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
