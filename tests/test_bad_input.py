@@ -29,7 +29,7 @@ from PIL import Image
 from typer.core import TyperCommand
 
 import stylemill.execution.local
-from cli_commands import COMMANDS, words_of
+from cli_commands import COMMANDS, OPTIONS, words_of
 from stylemill import __version__
 from stylemill.cli.app import main
 
@@ -237,6 +237,34 @@ def test_command_lines_that_do_not_parse(run_command, argv, words):
     assert words in result.error
     assert result.err.startswith("Usage: stylemill")
     assert result.out == ""
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if OPTIONS[command]], ids=words_of)
+def test_an_option_that_is_given_twice_is_refused(run_command, command):
+    """The last one would win, and the other would be ignored without a word."""
+    for option in OPTIONS[command]:
+        result = run_command(*command, "x", option, "1", option, "1")
+        assert result.code == 2, option
+        assert f"'{option}': given 2 times; give it once" in result.error
+
+
+@pytest.mark.parametrize("command", [["plan"], ["run", "--inline"]])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--set", "sampling.steps=3", "--set", "sampling.steps=4"], "sampling.steps is given twice, also as 3"),
+        (["--set", "output=a", "--output", "b"], "--set output=a: output is given twice, also as 'b'; give it once"),
+        (["--set", "model=a", "--model", "b"], "--set model=a: model.name is given twice, also as 'b'; give it once"),
+        (["--workers", "1", "--set", "cluster.workers=2"], "cluster.workers is given twice, also as 1"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(run_command, here, command, flags, words):
+    refused(run_command(*command, "job.yaml", *flags), here, words)
+
+
+def test_a_model_and_its_settings_are_different_keys(run_command, here, model):
+    result = run_command("plan", "job.yaml", "--set", f"model={model}", "--set", "model.layers=[10]")
+    assert result.code == 0, result.err
 
 
 def test_version(run_command):

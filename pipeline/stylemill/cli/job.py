@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from stylemill.cli.command import Command
 from stylemill.cli.options import (
     Address,
     FailuresOk,
@@ -22,7 +23,7 @@ from stylemill.cli.options import (
 app = typer.Typer()
 
 
-@app.command("plan", epilog="example: stylemill plan jobs/quickstart.yaml --set sampling.steps=20")
+@app.command("plan", cls=Command, epilog="example: stylemill plan jobs/quickstart.yaml --set sampling.steps=20")
 def plan_job(
     job: JobFile,
     output: Output = None,
@@ -43,7 +44,7 @@ def plan_job(
     return 0
 
 
-@app.command("run", epilog="example: stylemill run jobs/quickstart.yaml --output runs/first --workers 2")
+@app.command("run", cls=Command, epilog="example: stylemill run jobs/quickstart.yaml --output runs/first --workers 2")
 def run_job(
     job: JobFile,
     output: Output = None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
+from stylemill.cli.command import Command
+
 if TYPE_CHECKING:
     from stylemill.manifest import ImageRef
 
@@ -31,7 +33,9 @@ class Tile(NamedTuple):
         return cls(int(contents), int(styles))
 
 
-@app.command("build", epilog="example: stylemill manifest build pairs.parquet --content photos --style art")
+@app.command(
+    "build", cls=Command, epilog="example: stylemill manifest build pairs.parquet --content photos --style art"
+)
 def build(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Parquet file to write.")],
     content: Annotated[
@@ -96,7 +100,7 @@ def build(
     return 0
 
 
-@app.command("validate", epilog="example: stylemill manifest validate pairs.parquet --decode")
+@app.command("validate", cls=Command, epilog="example: stylemill manifest validate pairs.parquet --decode")
 def validate(
     manifest: ManifestArgument,
     decode: Annotated[bool, typer.Option("--decode", help="Also decode every image.")] = False,
@@ -110,7 +114,7 @@ def validate(
     return 0 if report.ok else 2
 
 
-@app.command("show", epilog="example: stylemill manifest show pairs.parquet")
+@app.command("show", cls=Command, epilog="example: stylemill manifest show pairs.parquet")
 def show(
     manifest: ManifestArgument, limit: Annotated[int, typer.Option(metavar="N", help="Show at most N rows.")] = 5
 ) -> int:

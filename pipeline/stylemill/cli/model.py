@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from stylemill.cli.command import Command
+
 app = typer.Typer()
 
 
-@app.command("demo-model", epilog="example: stylemill demo-model runs/models/demo")
+@app.command("demo-model", cls=Command, epilog="example: stylemill demo-model runs/models/demo")
 def write_model(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
     seed: Annotated[int, typer.Option(metavar="SEED", help="Seed of the random weights.")] = 0,

@@ -52,17 +52,11 @@ def job_overrides(
 ) -> dict[str, Any]:
     """Dotted keys of the job and the values that the command line gives them.
 
-    `settings` are the arguments of --set. Their values are YAML, so that `sampling.adain=true` is a Boolean. The other
-    options win over --set. Raises JobError for an argument that is not key=value or not valid YAML.
+    `settings` are the arguments of --set. Their values are YAML, so that `sampling.adain=true` is a Boolean. Raises
+    JobError for an argument that is not key=value or not valid YAML, and for a key that is given twice.
     """
     from stylemill.config.yaml import load_yaml
 
-    overrides: dict[str, Any] = {}
-    for setting in settings or []:
-        key, equals, value = setting.partition("=")
-        if not (key and equals):
-            raise JobError(f"--set {setting}: write it as key=value, such as sampling.steps=20")
-        overrides[key] = load_yaml(value, f"--set {setting}")
     options = {
         "output": output,
         "manifest": manifest,
@@ -71,7 +65,17 @@ def job_overrides(
         "cluster.workers": int(workers) if workers and workers.isdecimal() else workers,
         "cluster.address": address,
     }
-    return overrides | {key: value for key, value in options.items() if value is not None}
+    overrides: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not (key and equals):
+            raise JobError(f"--set {setting}: write it as key=value, such as sampling.steps=20")
+        value = load_yaml(text, f"--set {setting}")
+        key = "model.name" if key == "model" and isinstance(value, str) else key
+        if key in overrides:
+            raise JobError(f"--set {setting}: {key} is given twice, also as {overrides[key]!r}; give it once")
+        overrides[key] = value
+    return overrides
 
 
 def exit_code(code: int, failures_ok: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from stylemill.cli.command import Command
 from stylemill.cli.options import (
     Address,
     Deep,
@@ -19,7 +20,7 @@ from stylemill.cli.options import (
 app = typer.Typer()
 
 
-@app.command("status", epilog="example: stylemill status runs/quickstart")
+@app.command("status", cls=Command, epilog="example: stylemill status runs/quickstart")
 def show_status(run: RunFolder) -> int:
     """Show how far a run is."""
     from stylemill.report.status import status
@@ -28,7 +29,7 @@ def show_status(run: RunFolder) -> int:
     return 0
 
 
-@app.command("verify", epilog="example: stylemill verify runs/quickstart --deep")
+@app.command("verify", cls=Command, epilog="example: stylemill verify runs/quickstart --deep")
 def verify_run(run: RunFolder, deep: Deep = False) -> int:
     """Check every digest, and that each row is committed once."""
     from stylemill.store.verify import verify
@@ -38,7 +39,7 @@ def verify_run(run: RunFolder, deep: Deep = False) -> int:
     return 0 if report.ok else 1
 
 
-@app.command("retry-failed", epilog="example: stylemill retry-failed runs/first --workers 2")
+@app.command("retry-failed", cls=Command, epilog="example: stylemill retry-failed runs/first --workers 2")
 def retry_failed_rows(
     run: RunFolder,
     workers: Workers = None,
@@ -56,7 +57,7 @@ def retry_failed_rows(
     return exit_code(result.exit_code, failures_ok)
 
 
-@app.command("repair", epilog="example: stylemill repair runs/first --deep")
+@app.command("repair", cls=Command, epilog="example: stylemill repair runs/first --deep")
 def repair_run(
     run: RunFolder,
     deep: Deep = False,
