@@ -73,6 +73,17 @@ def test_any_64_neighbouring_pairs_share_images(contents: int, styles: int, star
     assert images <= short + math.ceil(64 / short) + 12
 
 
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize(("contents", "styles"), [(1, 30), (2, 20), (3, 6), (5, 5), (5, 20), (7, 20)])
+def test_few_contents_share_as_well_as_they_can(contents: int, styles: int, tile: tuple[int, int] | None) -> None:
+    """With fewer contents than a tile has, every range has all contents and hardly more styles than it needs."""
+    order = TileOrder.of(contents, styles, 64, tile)
+    ordered = [order.pair(position) for position in range(len(order))]
+    for size in range(contents, len(order) + 1):
+        for start in range(len(order) - size + 1):
+            assert len({style for _, style in ordered[start : start + size]}) <= math.ceil(size / contents) + 1
+
+
 def test_a_row_group_is_a_tile_where_it_fits(folder: Folder, tmp_path: Path) -> None:
     contents = folder("contents", *(f"c{index}.png" for index in range(8)))
     styles = folder("styles", *(f"s{index}.png" for index in range(6)))
@@ -93,7 +104,7 @@ def test_the_default_row_group_is_a_tile_of_64(folder: Folder, tmp_path: Path) -
     out = tmp_path / "pairs.parquet"
     assert build_manifest(out, images, images) == 100
     assert open_manifest(out).group_starts == (0, 64, 100)
-    build_manifest(out, images, images, rows_per_group=30)
+    build_manifest(out, images, images, rows_per_group=30, force=True)
     assert open_manifest(out).group_starts == (0, 30, 60, 90, 100)
 
 
@@ -112,8 +123,8 @@ def test_zip_keeps_the_order_of_lists_and_numbers_repeated_pairs(folder: Folder,
     contents = [images / name for name in ("b.png", "a.png", "b.png")]
     build_manifest(out, contents, [images / "x.png"] * 3, pairing="zip")
     assert [row["pair_id"] for row in table(out)] == ["b__x", "a__x", "b__x__2"]
-    with pytest.raises(ManifestError, match="3 contents and 1 styles"):
-        build_manifest(out, contents, images / "x.png", pairing="zip")
+    with pytest.raises(ManifestError, match=r"3 contents and 1 style$"):
+        build_manifest(out, contents, images / "x.png", pairing="zip", force=True)
 
 
 def test_samples_are_different_pairs_and_depend_on_the_seed(folder: Folder, tmp_path: Path) -> None:
@@ -125,11 +136,11 @@ def test_samples_are_different_pairs_and_depend_on_the_seed(folder: Folder, tmp_
         drawn.append(pairs(out))
         assert len(set(drawn[-1])) == 20
     assert drawn[0] != drawn[1]
-    build_manifest(out, images, images, pairing="sample", samples=81)
+    build_manifest(out, images, images, pairing="sample", samples=81, force=True)
     assert len(set(pairs(out))) == 81
     for samples in (0, 82, None):
         with pytest.raises(ManifestError, match="samples"):
-            build_manifest(out, images, images, pairing="sample", samples=samples)
+            build_manifest(out, images, images, pairing="sample", samples=samples, force=True)
 
 
 def test_styles_without_contents_give_rows_without_content(folder: Folder, tmp_path: Path) -> None:
@@ -271,6 +282,17 @@ def test_a_bad_csv_is_reported_with_its_line_and_leaves_no_file(tmp_path: Path, 
     assert os.listdir(tmp_path) == ["pairs.csv"]
 
 
+def test_a_manifest_that_exists_is_replaced_only_with_force(folder: Folder, tmp_path: Path) -> None:
+    out, styles = tmp_path / "pairs.parquet", folder("styles", "x.png")
+    build_manifest(out, styles=styles)
+    before = out.read_bytes()
+    with pytest.raises(ManifestError, match=r"pairs\.parquet: exists already; .* or replace it with --force"):
+        build_manifest(out, styles=styles, prompt="another")
+    assert out.read_bytes() == before
+    build_manifest(out, styles=styles, prompt="another", force=True)
+    assert table(out)[0]["prompt"] == "another"
+
+
 def test_a_failed_build_keeps_the_old_manifest(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "pairs.parquet"
     build_manifest(out, styles=folder("styles", "x.png"))
@@ -279,7 +301,7 @@ def test_a_failed_build_keeps_the_old_manifest(folder: Folder, tmp_path: Path) -
     # The first row group is written before the bad line is read.
     csv.write_text("style,seed\n" + "x.png,1\n" * 200 + "x.png,bad\n")
     with pytest.raises(ManifestError, match="line 202"):
-        build_manifest(out, pairs=csv)
+        build_manifest(out, pairs=csv, force=True)
     assert out.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["pairs.csv", "pairs.parquet", "styles"]
 

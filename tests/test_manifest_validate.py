@@ -32,7 +32,7 @@ def test_a_valid_manifest_is_summarized(file: Path) -> None:
     assert report.ok
     assert (report.rows, report.contents, report.styles, report.rows_without_content) == (3, 1, 2, 1)
     assert str(report).endswith(
-        "pairs.parquet: 3 rows, 1 unique contents, 2 unique styles, 1 rows without content; no problems"
+        "pairs.parquet: 3 rows, 1 unique content, 2 unique styles, 1 row without content; no problems"
     )
 
 
@@ -55,7 +55,7 @@ def test_a_valid_manifest_is_summarized(file: Path) -> None:
         ("content_weight", [0.0, float("nan")], "is nan, expected a finite number, 0 or more"),
         ("content_weight", [0.0, float("inf")], "is inf, expected a finite number, 0 or more"),
         ("content_weight", [0.0, -0.5], "is -0.5, expected a finite number, 0 or more"),
-        ("style_mask", [[], ["x.png", "y.png"]], "has 2 masks for 1 styles; give one for each"),
+        ("style_mask", [[], ["x.png", "y.png"]], "has 2 masks for 1 style; give one for each"),
         ("style_mask", [[], [None]], "has a null, an empty path or a NUL character"),
         ("content_mask", [None, ""], "is an empty path or has a NUL character"),
         ("pair_id", ["a", ""], "is empty"),
@@ -154,7 +154,7 @@ def test_show_describes_size_columns_rows_and_problems(file: Path) -> None:
     problems_of(file, columns)
     lines = show_manifest(file, limit=2).splitlines()
     assert "  rows            3 in 2 row groups of up to 2" in lines
-    assert "  unique images   1 contents, 2 styles" in lines
+    assert "  unique images   1 content, 2 styles" in lines
     assert "  contents  string: carried through to the output" in lines
     assert "     0  one  a.png × x.png + y.png  seed=5" in lines
     assert "     1  two  x.png" in lines

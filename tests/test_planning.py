@@ -357,7 +357,7 @@ def test_a_hub_model_is_pinned_before_it_is_downloaded(job, monkeypatch):
         ({"model": {"layers": "up_blocks.3"}}, ModelError, r"'up_blocks.3' matches several layers: 13 up_blocks.3.att"),
         ({"model": {"layers": ["6", "mid_block"]}}, ModelError, r"no self-attention layer is called '6'"),
         ({"model": {"layers": [6, "mid_block"]}}, ModelError, r"layers \[6, 'mid_block'\]: choose distinct layers"),
-        ({"sampling": {"layer_weights": [1.0]}}, JobError, r"layer_weights has 1 numbers for the 6 layers of model.l"),
+        ({"sampling": {"layer_weights": [1.0]}}, JobError, r"layer_weights has 1 number for the 6 layers of model.l"),
         ({"model": {"name": "/no/model"}}, ModelError, "no such folder"),
         ({"manifest": "/no/pairs.parquet"}, ManifestError, "no such manifest"),
         ({"output": "gs://bucket/run"}, OutputError, "only local folders"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from stylemill.cli.command import Command
+from stylemill.plural import count
 
 if TYPE_CHECKING:
     from stylemill.manifest import ImageRef
@@ -77,6 +78,7 @@ def build(
     content_weight: Annotated[
         float | None, typer.Option(metavar="WEIGHT", help="Content weight (lambda) of every row.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> int:
     """Pair images of folders, globs or lists, and write the manifest."""
     from stylemill.manifest import build_manifest
@@ -95,8 +97,9 @@ def build(
         negative_prompt=negative_prompt,
         seed=seed,
         content_weight=content_weight,
+        force=force,
     )
-    print(f"{out}: {rows:,} rows")
+    print(f"{out}: {count(rows, 'row')}")
     return 0
 
 

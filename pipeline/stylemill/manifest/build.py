@@ -22,6 +22,7 @@ from stylemill.manifest.image_names import SEPARATOR, unique_names
 from stylemill.manifest.sources import Source, find_images, relative_to_manifest
 from stylemill.manifest.tile_order import TileOrder
 from stylemill.manifest.validate import validate_manifest
+from stylemill.plural import count
 
 Pairing = Literal["product", "zip", "sample"]
 RowValues = dict[str, Any]
@@ -49,6 +50,7 @@ def build_manifest(
     negative_prompt: str | None = None,
     seed: int | None = None,
     content_weight: float | None = None,
+    force: bool = False,
 ) -> int:
     """Write the manifest `out` and return its number of rows. `out` exists only once it is complete.
 
@@ -57,15 +59,19 @@ def build_manifest(
     sample, `samples` different pairs of the product, drawn with `sample_seed`. `tile` is (contents, styles) of a tile;
     by default it is as square as the `rows_per_group` rows of a row group (64, or the tile's) allow.
     Instead of all these, `pairs` is a CSV of pairs, whose header names columns of the manifest.
-    `prompt`, `negative_prompt`, `seed` and `content_weight` are set for all rows.
+    `prompt`, `negative_prompt`, `seed` and `content_weight` are set for all rows. With `force`, an `out` that exists is
+    replaced.
 
-    Raises ManifestError for empty sources, unequal lengths in zip, too large a sample, a bad CSV, an unwritable `out`.
+    Raises ManifestError where `out` exists, for empty sources, unequal lengths in zip, too large a sample, a bad CSV,
+    an unwritable `out`.
     """
     out = Path(out).expanduser()
     if not is_utf8(out.absolute()):
         raise ManifestError(f"{str(out.absolute())!r} is not UTF-8; rename the file or folder")
     if out.suffix != ".parquet":
         raise ManifestError(f"{out}: a manifest is a Parquet file; give it a name that ends in .parquet")
+    if out.exists() and not force:
+        raise ManifestError(f"{out}: exists already; choose another name, or replace it with --force")
     if tile is not None and min(tile) < 1:
         raise ManifestError(f"tile {tile[0]}x{tile[1]}: both sides must be 1 or more")
     group_rows = rows_per_group if rows_per_group is not None else math.prod(tile or (8, 8))
@@ -106,7 +112,8 @@ def _pair_images(
     if pairing == "zip" and contents is not None:
         if len(contents) != len(styles):
             raise ManifestError(
-                f"zip pairs one content with one style, but there are {len(contents)} contents and {len(styles)} styles"
+                "zip pairs one content with one style, but the lists have "
+                f"{count(len(contents), 'content')} and {count(len(styles), 'style')}"
             )
         return _count_occurrences(zip(contents, styles, strict=True))
     if pairing not in ("product", "zip", "sample"):
@@ -122,7 +129,9 @@ def _pair_images(
 def _draw(samples: int, pairs: int, seed: int) -> Iterable[int]:
     """`samples` of the positions below `pairs`, in ascending order, so that neighbours share images."""
     if not 1 <= samples <= pairs:
-        raise ManifestError(f"{samples} samples: there are {pairs} pairs to draw from, and at least 1 is needed")
+        raise ManifestError(
+            f"{count(samples, 'sample')}: the product has {count(pairs, 'pair')} to draw from, and at least 1 is needed"
+        )
     drawn = np.random.default_rng(seed).choice(pairs, size=samples, replace=False)
     return sorted(int(position) for position in drawn)
 
@@ -160,14 +169,14 @@ def _write(out: Path, rows: Iterator[RowValues], schema: pa.Schema, group_rows: 
     Without the temporary file, an error would leave a valid Parquet file with a part of the rows.
     """
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    count = 0
+    written = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with pq.ParquetWriter(part, schema, compression="zstd", write_statistics=False) as writer:
             while chunk := list(islice(rows, group_rows)):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema), row_group_size=group_rows)
-                count += len(chunk)
-        if not count:
+                written += len(chunk)
+        if not written:
             raise ManifestError(f"{pairs}: no rows below the header")
         report = validate_manifest(part, check_files=False, limit=1)
         if report.problems:
@@ -182,4 +191,4 @@ def _write(out: Path, rows: Iterator[RowValues], schema: pa.Schema, group_rows: 
     finally:
         with suppress(OSError):  # where the folder could not be created, this must not hide the error
             part.unlink(missing_ok=True)
-    return count
+    return written

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from stylemill.manifest.schema import ImageRef, Problem, Row
+from stylemill.plural import count
 
 UNDECODABLE = object()  # in the place of a string whose bytes are not UTF-8
 _MAX_ID_BYTES = 200
@@ -99,7 +100,9 @@ class _RowParser:
         value = self._values.get("style_mask") or []
         masks = tuple(value) if isinstance(value, list) else (value,)
         if masks and len(masks) != styles:
-            self._report("style_mask", f"has {len(masks)} masks for {styles} styles; give one for each")
+            self._report(
+                "style_mask", f"has {count(len(masks), 'mask')} for {count(styles, 'style')}; give one for each"
+            )
         if any(not mask or "\0" in mask for mask in masks):
             self._report("style_mask", "has a null, an empty path or a NUL character")
         return masks

@@ -20,18 +20,12 @@ class TileOrder:
     contents: int
     styles: int
     width: int  # of the widest band, in styles
-    by_style: bool = (
-        False  # no bands: all contents of the first style, then of the next. For fewer contents than a tile
-    )
 
     def __len__(self) -> int:
         return self.contents * self.styles
 
     def pair(self, position: int) -> tuple[int, int]:
         """The numbers of the content and the style at a position of the order, 0 <= position < len."""
-        if self.by_style:
-            style, content = divmod(position, self.contents)
-            return content, style
         band = bisect_right(self._edges, position // self.contents) - 1
         first, stop = self._edges[band], self._edges[band + 1]
         content, style = divmod(position - first * self.contents, stop - first)
@@ -44,8 +38,11 @@ class TileOrder:
 
     @classmethod
     def of(cls, contents: int, styles: int, rows: int, tile: tuple[int, int] | None = None) -> TileOrder:
-        """The order with tiles of `tile` (contents, styles), or with tiles of `rows` pairs as square as possible."""
-        if tile is not None:
-            return cls(contents, styles, tile[1])
+        """The order with tiles of `tile` (contents, styles), or with tiles of `rows` pairs as square as possible.
+
+        With fewer contents than a tile has, any range spans all contents. Then a band is one style: the ends of a range
+        would have parts of wider bands, with all their styles.
+        """
         side = max(1, math.isqrt(rows))
-        return cls(contents, styles, side, by_style=contents < side)
+        tile_contents, tile_styles = tile or (side, side)
+        return cls(contents, styles, tile_styles if contents >= tile_contents else 1)

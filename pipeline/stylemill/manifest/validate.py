@@ -18,6 +18,7 @@ from stylemill.manifest.duplicates import duplicate_hashes, duplicate_id_message
 from stylemill.manifest.read import Manifest, open_manifest
 from stylemill.manifest.row import parse_row
 from stylemill.manifest.schema import ImageRef, Problem, schema_warnings
+from stylemill.plural import count
 
 Decode = Callable[[str, ImageRef], None]
 
@@ -43,13 +44,16 @@ class ValidationReport:
         if total > len(self.problems):
             lines.append(f"… and {total - len(self.problems)} more")
         lines += [f"warning: {warning}" for warning in self.warnings]
-        summary = f"{self.path}: {self.rows} rows, {self.contents} unique contents, {self.styles} unique styles"
+        summary = [
+            count(self.rows, "row"),
+            count(self.contents, "unique content"),
+            count(self.styles, "unique style"),
+        ]
         if self.rows_without_content:
-            summary += f", {self.rows_without_content} rows without content"
-        by_column = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
-        lines.append(
-            f"{summary}; " + (f"{total} problems ({by_column}); rows count from 0" if total else "no problems")
-        )
+            summary.append(count(self.rows_without_content, "row") + " without content")
+        by_column = ", ".join(f"{name} {number}" for name, number in sorted(self.counts.items()))
+        problems = f"{count(total, 'problem')} ({by_column}); rows count from 0" if total else "no problems"
+        lines.append(f"{self.path}: {', '.join(summary)}; {problems}")
         return "\n".join(lines)
 
 
