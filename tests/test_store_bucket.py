@@ -355,6 +355,58 @@ def test_a_driver_that_lost_its_lock_writes_and_deletes_nothing(
     store.remove(f"{run_key(paths)}/lock")
 
 
+def _record_file(paths: RunPaths, large: Path) -> None:
+    confirm(paths, commit(paths, *attempt(paths, "a0")))
+
+
+def _part_of_a_file(paths: RunPaths, large: Path) -> None:
+    target = paths.data_folder / "large"
+    assert isinstance(target, BucketPath)
+    target.bucket.upload(large, target.key)
+
+
+def _removal(paths: RunPaths, large: Path) -> None:
+    paths.job.unlink()
+
+
+@pytest.mark.parametrize(
+    ("work", "method", "name"),
+    [
+        (_record_file, "PUT", "records/00000.json"),
+        (_part_of_a_file, "PUT", "partNumber=2"),
+        (_removal, "DELETE", "job.json"),
+    ],
+)
+def test_a_lock_that_is_lost_between_two_tries_of_a_request_stops_the_second(
+    store: ObjectStore,
+    paths: RunPaths,
+    large: Path,
+    use_machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[[RunPaths, Path], None],
+    method: str,
+    name: str,
+) -> None:
+    monkeypatch.setattr(bucket_lock, "STALE_SECONDS", 0.0)  # a renewal is always overdue
+    tries: list[str] = []
+
+    def rule(request_method: str, path: str) -> int | None:
+        if request_method != method or name not in path:
+            return None
+        tries.append(path)
+        store.put(f"{run_key(paths)}/lock", b"{}")  # of another driver
+        return 503 if len(tries) == 1 else None
+
+    with running_proxy(store, rule) as proxy:
+        use_machine("first", proxy)
+        with pytest.raises(LockedError, match="another run has taken over"), RunLock(paths):
+            work(paths, large)
+    assert len(tries) == 1
+    assert store.get(f"{run_key(paths)}/job.json")
+    assert "records/00000.json" not in store.names(run_key(paths))
+    assert not store.uploads()
+
+
 def test_a_driver_that_was_stopped_continues_if_it_still_has_the_lock(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ class Bucket:
     def __init__(self, name: str) -> None:
         self.name = name
         self.conditional_puts = True  # whether the store supports them; `probe` finds out
-        # By prefix: called before an object with that prefix is written or deleted; raises if that is not allowed.
+        # By prefix: called before each try to write or delete an object with that prefix; raises if it is not allowed.
         self.write_checks: dict[str, Callable[[], None]] = {}
         self._prefetched: dict[str, bytes] = {}
         self._listed_sizes: dict[str, int] = {}
@@ -55,20 +55,18 @@ class Bucket:
         return self._get_range(key, 0, None) if prefetched is None else prefetched
 
     def put(self, key: str, data: bytes) -> None:
-        self._check_write(key)
-        self._call("put_object", key, Body=data)
+        self._write("put_object", key, Body=data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Put an object that does not exist yet; False if it exists with other bytes.
 
         Without conditional puts, this checks first and then puts: two processes must not create the same key then.
         """
-        self._check_write(key)
         try:
             if not self.conditional_puts and self.size(key) is not None:
                 raise FileExistsError(key)
             condition: dict[str, Any] = {"IfNoneMatch": "*"} if self.conditional_puts else {}
-            self._call("put_object", key, Body=data, **condition)
+            self._write("put_object", key, Body=data, **condition)
         except FileExistsError:
             return self.get(key) == data  # an earlier try may have succeeded, and its response been lost
         except StorageError as error:
@@ -109,14 +107,12 @@ class Bucket:
             list(pool.map(self._delete, keys))
 
     def _delete(self, key: str) -> None:
-        self._check_write(key)
         self._listed_sizes.pop(key, None)
-        self._call("delete_object", key)
+        self._write("delete_object", key)
 
     def copy(self, key: str, to: str) -> None:
         """Copy an object within the bucket. Raises FileNotFoundError."""
-        self._check_write(to)
-        self._call("copy_object", to, CopySource={"Bucket": self.name, "Key": key})
+        self._write("copy_object", to, CopySource={"Bucket": self.name, "Key": key})
 
     def list(self, prefix: str, recursive: bool = True) -> dict[str, ObjectInfo | None]:
         """The objects with a key prefix. If not `recursive`, a subfolder is listed as None in place of its content."""
@@ -164,12 +160,11 @@ class Bucket:
             if size <= PART_BYTES:
                 self.put(key, source.read())
                 return
-            self._check_write(key)
-            upload: dict[str, Any] = {"UploadId": self._call("create_multipart_upload", key)["UploadId"]}
+            upload: dict[str, Any] = {"UploadId": self._write("create_multipart_upload", key)["UploadId"]}
             try:
                 parts = []
                 for number in range(1, -(-size // PART_BYTES) + 1):
-                    part = self._call("upload_part", key, **upload, PartNumber=number, Body=source.read(PART_BYTES))
+                    part = self._write("upload_part", key, **upload, PartNumber=number, Body=source.read(PART_BYTES))
                     parts.append({"PartNumber": number, "ETag": part["ETag"]})
                     failpoint("mid-publish", folder=key.split("/")[-2])
                 self._complete(key, size, MultipartUpload={"Parts": parts}, **upload)
@@ -179,7 +174,7 @@ class Bucket:
 
     def _complete(self, key: str, size: int, **upload: Any) -> None:
         try:
-            self._call("complete_multipart_upload", key, **upload)
+            self._write("complete_multipart_upload", key, **upload)
         except (StylemillError, FileNotFoundError):
             if self.size(key) != size:  # otherwise an earlier try completed it, and its response was lost
                 raise
@@ -247,6 +242,15 @@ class Bucket:
         for prefix, check in list(self.write_checks.items()):
             if key.startswith(prefix):
                 check()
+
+    def _write(self, method: str, key: str, **arguments: Any) -> Any:
+        """`_call`, with `write_checks` before each try: during the pauses between them, a lock can be lost."""
+
+        def call(fs: Any) -> Any:
+            self._check_write(key)
+            return fs.call_s3(method, Bucket=self.name, Key=key, **arguments)
+
+        return send(call, self.name, key)
 
     def _call(self, method: str, key: str, tries: int = 0, **arguments: Any) -> Any:
         request = {"Bucket": self.name} | ({"Key": key} if key else {}) | arguments
