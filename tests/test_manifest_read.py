@@ -207,6 +207,23 @@ def test_ranges_of_rows_cross_row_groups(file: Path, start: int, stop: int | Non
     assert carried.column("a.b").to_pylist() == names[start:stop]
 
 
+def bytes_read() -> int:
+    """The bytes that this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_the_footer_is_read_once_by_a_process_and_again_if_the_file_changes(file: Path) -> None:
+    """It grows with the manifest, and every shard reads a range of rows."""
+    manifest = open_manifest(write(file, {"style": [f"{row}.png" for row in range(3000)]}, row_group_size=1))
+    footer = pq.read_metadata(file).serialized_size
+    assert [row.styles[0].path for row in manifest.rows(0, 1)] == ["0.png"]
+    before = bytes_read()
+    assert [row.styles[0].path for row in manifest.rows(1500, 1502)] == ["1500.png", "1501.png"]
+    assert bytes_read() - before < footer / 4
+    write(file, {"style": [f"{row}.jpg" for row in range(3000)]}, row_group_size=1)
+    assert [row.styles[0].path for row in manifest.rows(2999)] == ["2999.jpg"]
+
+
 def test_large_rows_are_read_in_small_batches(file: Path) -> None:
     images = pa.array([{"bytes": bytes([index]) * 2_000_000, "path": None} for index in range(24)], HF_IMAGE)
     manifest = open_manifest(write(file, {"style": images}, compression="none", use_dictionary=False, row_group_size=4))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,10 @@ class Manifest:
             return
         groups = range(bisect_right(self.group_starts, start) - 1, bisect_left(self.group_starts, stop))
         first = self.group_starts[groups.start]
-        with _reading(self.path), pq.ParquetFile(self.path, buffer_size=_BUFFER_BYTES) as file:
+        with (
+            _reading(self.path),
+            pq.ParquetFile(self.path, metadata=_footer(self.path), buffer_size=_BUFFER_BYTES) as file,
+        ):
             for some_groups in _group_ranges(file.metadata, groups):
                 for batch in file.iter_batches(
                     self.batch_rows, row_groups=some_groups, columns=columns, use_threads=False
@@ -220,6 +224,17 @@ def open_manifest(path: str | Path) -> Manifest:
             1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(row_bytes, 1)), _WORST_BYTES // _max_dictionary_bytes(sizes))
         ),
     )
+
+
+def _footer(path: Path) -> pq.FileMetaData:
+    """The parsed footer. It grows with the manifest, so that reading it for each shard would cost more and more."""
+    stat = path.stat()
+    return _parse_footer(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=2)
+def _parse_footer(path: Path, *_: int) -> pq.FileMetaData:
+    return pq.read_metadata(path)
 
 
 def _max_dictionary_bytes(groups: list[Any]) -> int:
