@@ -4,7 +4,8 @@
 
 Creates a run folder whose records are compacted, except the last ones, by the function that a run uses. Opens it in a
 new process as the driver does (`Ledger`), and as `stylemill status` does. The data files are empty, because opening a
-run only looks at their sizes. A folder of an earlier call is used again.
+run only looks at their sizes. A folder of an earlier call is used again. Then measures what the driver does for each
+commit, and compares it with a run of a thousandth of the shards.
 """
 
 from __future__ import annotations
@@ -41,6 +42,20 @@ result = f"{len(Ledger(paths).open_shards(paths.shards)):,} shards open"
 STATUS = """
 from stylemill.report.status import status
 result = f"{status(sys.argv[1]).summary.rows_ok:,} images"
+"""
+COMMITS = """
+from stylemill.store.commit import confirm
+from stylemill.store.ledger import Ledger
+from stylemill.store.run_file import RunFile
+_, paths = RunFile.open(sys.argv[1])
+ledger = Ledger(paths)
+ledger.refresh()
+ledger.totals()
+start = time.perf_counter()
+for _ in range(200):
+    confirm(paths, ledger.read(paths.shards - 1))
+    ledger.totals()
+print((time.perf_counter() - start) / 200)
 """
 
 
@@ -79,19 +94,33 @@ def create_run(output: Path, shards: int) -> None:
 
 def main(folder: str, count: str) -> None:
     output, shards = Path(folder) / f"run-{count}", int(count)
-    if not (output / "done").exists():
-        start = time.perf_counter()
-        create_run(output, shards)
-        (output / "done").touch()
-        print(f"created {shards:,} records in {time.perf_counter() - start:.0f} s")
+    create_once(output, shards)
     records = output / "records"
     size = sum(entry.stat().st_size for entry in os.scandir(records)) / 2**20
     print(f"{platform.machine()}, {os.cpu_count()} cores; {len(os.listdir(records)):,} record files, {size:.0f} MB")
     for name, code in (("driver", DRIVER), ("status", STATUS)):
-        process = subprocess.run(
-            [sys.executable, "-c", MEASURE.format(code=code), output], capture_output=True, text=True, check=True
-        )
-        print(f"{name}: {process.stdout.strip()}")
+        print(f"{name}: {in_new_process(MEASURE.format(code=code), output)}")
+    small = Path(folder) / f"run-{shards // 1000}"
+    create_once(small, shards // 1000)
+    seconds = {path: float(in_new_process("import sys, time\n" + COMMITS, path)) for path in (small, output)}
+    print(
+        f"commit: {seconds[output] * 1e6:.0f} us with {shards:,} shards, {seconds[output] / seconds[small]:.1f} times "
+        f"that with {shards // 1000:,}"
+    )
+
+
+def create_once(output: Path, shards: int) -> None:
+    if (output / "done").exists():
+        return
+    start = time.perf_counter()
+    create_run(output, shards)
+    (output / "done").touch()
+    print(f"created {shards:,} records in {time.perf_counter() - start:.0f} s")
+
+
+def in_new_process(code: str, output: Path) -> str:
+    process = subprocess.run([sys.executable, "-c", code, output], capture_output=True, text=True, check=True)
+    return process.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -5,21 +5,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import tempfile
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from store_shards import ROWS, attempt, files, in_child, kill_at, run_folder
+from store_shards import ROWS, attempt, files, in_child, kill_at, retry_attempt, run_folder
 from stylemill.errors import DamagedError
 from stylemill.report.status import status
-from stylemill.store.commit import clean, commit
+from stylemill.store.commit import clean, commit, confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger, Totals
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import valid_record
 from stylemill.store.recover import recover_records
+from stylemill.store.retries import failed_rows_before
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import list_segments, read_segment
 from stylemill.store.verify import verify
@@ -68,7 +75,7 @@ def test_shards_with_compacted_records_are_committed_for_all_readers(tmp_path: P
     for shard in range(SHARDS):
         record = valid_record(paths, shard)
         assert record is not None
-        assert Ledger(paths).read(shard) == record
+        assert opened(paths).read(shard) == record
         assert commit(paths, *attempt(paths, "late", shard)) == record  # for a late attempt
     clean(paths)
     assert not paths.checkpoints_folder.exists(), "the run is finished"
@@ -126,6 +133,89 @@ def test_opening_a_run_reads_one_file_per_segment(tmp_path: Path, monkeypatch: p
             assert ledger.open_shards(shards) == []
             assert dict(read) == counts[-1], "a second refresh reads nothing"
     assert counts == [{".parquet": 1}] * 2
+
+
+def test_the_cost_of_a_lease_and_of_a_commit_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    """Neither the driver nor a worker lists records/, or opens a segment or the record of another shard."""
+    paths = run_folder(tmp_path, SHARDS)
+    for shard in range(4):
+        commit(paths, *attempt(paths, f"a{shard}", shard, failed=[shard * ROWS]))
+        compact(paths, opened(paths), min_records=1)
+    assert len(list_segments(paths)) == 4
+    commit(paths, *attempt(paths, "a4", 4))
+    ledger = opened(paths)
+    ledger.totals()
+    work = attempt(paths, "a5", 5, failed=[5 * ROWS + 1])
+    accesses: list[tuple[str, Path]] = []
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir") and str(paths.records_folder) in str(arguments[0]):
+            accesses.append((event, Path(arguments[0])))
+
+    def lease_and_commit() -> None:
+        sys.addaudithook(note)
+        leased = ledger.read(5)
+        committed = confirm(paths, commit(paths, *work))
+        read, totals = ledger.read(5), ledger.totals()
+        seen = set(accesses)
+        assert seen == {("open", paths.record(5)), ("open", paths.records_folder)}, seen  # the folder: for its fsync
+        assert (leased, read) == (None, committed)
+        assert totals == opened(paths).totals() == Totals(6, 24 - 5, 5, {"ImageError": 5})
+
+    assert in_child(lease_and_commit) == 0  # an audit hook cannot be removed
+
+
+class Commits(RuleBasedStateMachine):
+    """Commits, retries, compactions and damage in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.paths = run_folder(Path(self.folder.name), SHARDS)
+        self.ledger = opened(self.paths)
+        self.names = count()
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+    @rule(shard=st.integers(0, SHARDS - 1), failed=st.sets(st.integers(0, ROWS - 1)))
+    def commit(self, shard: int, failed: set[int]) -> None:
+        rows = [shard * ROWS + row for row in failed]
+        commit(self.paths, *attempt(self.paths, f"a{next(self.names)}", shard, failed=rows))
+        self.ledger.read(shard)
+
+    @rule(shard=st.integers(0, SHARDS - 1), mended=st.integers(0, ROWS))
+    def retry(self, shard: int, mended: int) -> None:
+        self.ledger.read(shard)
+        if shard in self.ledger.failed_shards() and not self.ledger.has_record(shard, 1):
+            rows = list(failed_rows_before(self.paths, shard, 1))
+            commit(self.paths, *retry_attempt(self.paths, rows[:mended], rows[mended:], shard))
+            self.ledger.read(shard, 1)
+
+    @rule(shard=st.integers(0, SHARDS - 1), generation=st.integers(0, 1), what=st.sampled_from(["record", "data"]))
+    def damage(self, shard: int, generation: int, what: str) -> None:
+        path = getattr(self.paths, what)(shard, generation)
+        if path.exists():
+            os.truncate(path, 10)
+            self.ledger.read(shard, generation)
+
+    @rule()
+    def compact(self) -> None:
+        compact(self.paths, self.ledger, min_records=2)
+
+    @rule()
+    def refresh(self) -> None:
+        self.ledger.refresh()
+
+    @invariant()
+    def the_running_totals_are_those_of_a_fresh_sum(self) -> None:
+        running = self.ledger.totals()
+        self.ledger._totals = None
+        assert self.ledger.totals() == running
+
+
+TestTotals = Commits.TestCase
+TestTotals.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
 
 
 def test_a_reader_during_a_compaction_misses_no_record(tmp_path: Path) -> None:

@@ -87,7 +87,8 @@ def run(
 
 def open_generations(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
     """Every shard that is not committed, with the generation that it lacks."""
-    return {shard: ledger.first_missing(shard) for shard in ledger.open_shards(paths.shards)}
+    ledger.refresh()
+    return ledger.missing_generations()
 
 
 def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: bool, quiet: bool) -> RunResult:

@@ -28,7 +28,6 @@ from stylemill.execution.stages import ProgressReporter, StageTimer
 from stylemill.execution.worker_engine import numerics
 from stylemill.store.commit import commit
 from stylemill.store.decoder_cache import RunDecoders
-from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
 from stylemill.testing.failpoints import failpoint
 
@@ -51,9 +50,6 @@ def process_shard(
     `device` is held while sampling, so that another thread may read ahead and a third encode. `send` gets the progress.
     Raises TransientError when the attempt failed and not a row, InputError when no attempt can succeed.
     """
-    # On an object store the driver alone publishes records, and it looked for one before this attempt.
-    if not run.paths.on_bucket and (record := Ledger(run.paths).read(attempt.shard, attempt.generation)):
-        return record  # an earlier attempt died after its commit
     stages = _Stages(run, attempt, engine, device, send, stopping)
     return stages.commit() if stages.run() else None
 

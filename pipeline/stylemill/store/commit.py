@@ -32,8 +32,9 @@ from stylemill.store.lock import file_lock
 from stylemill.store.object_store.uploads import remove_unreferenced, upload_files
 from stylemill.store.parquet import check_file, rewrite
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import FileEntry, Record, valid_record
+from stylemill.store.records import FileEntry, Record, check_record, read_record_file, valid_record
 from stylemill.store.retries import failed_rows_before, pending_retry
+from stylemill.store.segments import find_in_segments
 from stylemill.testing.failpoints import failpoint
 
 
@@ -139,14 +140,32 @@ def _check_rows(record: Record, expected: Collection[int], data_tmp: Path | None
 
 def _committed_record(paths: RunPaths, record: Record) -> Record | None:
     """The valid record of the same shard and generation, None if there is none. An invalid one is quarantined."""
+    shard, generation = record.shard, record.generation
     try:
-        committed = valid_record(paths, record.shard, record.generation)
-        if committed is not None and committed.fingerprint != record.fingerprint:
+        if (data := read_record_file(paths, shard, generation)) is None and _has_file(paths, shard, generation):
+            found = find_in_segments(paths, shard, generation)
+            data = found and found[0]
+        if data is None:
+            return None
+        committed = check_record(paths, data, shard, generation)
+        if committed.fingerprint != record.fingerprint:
             raise DamagedError("the record belongs to another job")
     except DamagedError as error:
-        quarantine(paths, paths.record(record.shard, record.generation), str(error))
+        quarantine(paths, paths.record(shard, generation), str(error))
         return None
     return committed
+
+
+def _has_file(paths: RunPaths, shard: int, generation: int) -> bool:
+    """Whether a segment can have a valid record of a generation that has no record file.
+
+    The search would cost more with each segment. On a disk, a committed generation has a file under one of these names:
+    without one, only a late attempt or one after a killed commit has to search. On an object store, the driver alone
+    publishes records, and gives no attempt to a shard whose record its ledger has found in a segment.
+    """
+    finals = (paths.data(shard, generation), paths.failures(shard, generation))
+    with storage_errors(finals[0]):
+        return not paths.on_bucket and any(final.exists() for final in finals)
 
 
 def _publish_file(paths: RunPaths, tmp: Path | None, final: Path) -> Path | None:

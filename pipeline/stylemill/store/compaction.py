@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import storage_errors, sync_published
@@ -37,27 +38,35 @@ def compact(paths: RunPaths, ledger: Ledger, min_records: int = RECORDS_PER_SEGM
             try:
                 records.append(check_record(paths, data, *key))
             except DamagedError:
-                continue  # the ledger quarantines it
+                continue
             moved[key] = data
-    if not moved:
-        return False
-    write_segment(paths, records)
+    if moved:
+        segment = write_segment(paths, records)
+        _remove(paths, moved)
+        ledger.moved(moved, segment)
+    if len(moved) < len(files):  # a file was removed or damaged since the ledger read it
+        ledger.refresh()
+    return bool(moved)
+
+
+def _remove(paths: RunPaths, moved: dict[tuple[int, int], bytes]) -> None:
+    """Remove the record files whose content is in a segment now."""
     if isinstance(paths.output, BucketPath):  # there, only the driver writes or quarantines records
-        paths.output.bucket.delete(paths.output.prefix + paths.relative(files[key]) for key in moved)
-        moved.clear()
+        paths.output.bucket.delete(paths.output.prefix + paths.relative(paths.record(*key)) for key in moved)
+        return
     for (shard, generation), data in moved.items():
         path = paths.record(shard, generation)
         # A late attempt may quarantine this record and publish another one. The lock keeps it out meanwhile.
         with file_lock(paths.commit_lock(shard)), storage_errors(path):
             if path.exists() and path.read_bytes() == data:
                 path.unlink()
-    ledger.refresh()
-    return True
 
 
-def write_segment(paths: RunPaths, records: Sequence[Record]) -> None:
-    """Write `records` as a segment, durable and read back. Raises as `compact` does."""
-    sync_published(publish_segment(paths, [_segment_row(record) for record in records]))
+def write_segment(paths: RunPaths, records: Sequence[Record]) -> Path:
+    """Write `records` as a segment, durable and read back; returns its path. Raises as `compact` does."""
+    segment = publish_segment(paths, [_segment_row(record) for record in records])
+    sync_published(segment)
+    return segment
 
 
 def _segment_row(record: Record) -> dict[str, object]:

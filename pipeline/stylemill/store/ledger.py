@@ -3,74 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from stylemill.errors import DamagedError
 from stylemill.store.atomic import quarantine
+from stylemill.store.generations import NO_RECORD, RECORD_FILE, Generation, Ints, Totals, first_missing, sum_up
 from stylemill.store.lock import file_lock
 from stylemill.store.object_store.path import output_path
 from stylemill.store.object_store.reads import FileSizes, list_names, prefetched
 from stylemill.store.paths import RunPaths
-from stylemill.store.records import Record, check_record, find_record
+from stylemill.store.records import Record, check_record, find_record, read_record_file
 from stylemill.store.segments import read_record, read_segment, sort_segments
-
-Ints = npt.NDArray[np.int32]
-# Where the record of a shard is: in a record file, nowhere, or in the segment with this number.
-_RECORD_FILE = -1
-_NO_RECORD = -2
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the committed shards. A row that was retried counts once, with its latest result."""
-
-    shards: int
-    rows_ok: int
-    rows_failed: int
-    failed_by_class: dict[str, int]
-
-
-class _Generation:
-    """The numbers of all records of one generation, as arrays with one element per shard."""
-
-    def __init__(self, shards: int) -> None:
-        self._shards = shards
-        self.location = np.full(shards, _NO_RECORD, np.int32)
-        self.ok, self.failed = self._zeros(), self._zeros()
-        self.failed_by_class: dict[str, Ints] = {}
-        self.retried_by_class: dict[str, Ints] = {}
-
-    def _zeros(self) -> Ints:
-        return np.zeros(self._shards, np.int32)
-
-    @property
-    def has_record(self) -> npt.NDArray[np.bool_]:
-        return np.asarray(self.location != _NO_RECORD)
-
-    @property
-    def retried(self) -> Ints:
-        return sum(self.retried_by_class.values(), start=self._zeros())
-
-    def clear(self, shards: Ints) -> None:
-        self.location[shards] = _NO_RECORD
-        for numbers in (self.ok, self.failed, *self.failed_by_class.values(), *self.retried_by_class.values()):
-            numbers[shards] = 0
-
-    def set(self, shards: Ints, location: int, ok: Ints, failed: Ints) -> None:
-        self.clear(shards)
-        self.location[shards], self.ok[shards], self.failed[shards] = location, ok, failed
-
-    def set_classes(self, shard: int, failed: dict[str, int], retried: dict[str, int]) -> None:
-        for table, counts in ((self.failed_by_class, failed), (self.retried_by_class, retried)):
-            for name, count in counts.items():
-                table.setdefault(name, self._zeros())[shard] = count
 
 
 class Ledger:
@@ -87,7 +35,8 @@ class Ledger:
         self._reset()
 
     def _reset(self) -> None:
-        self._generations: list[_Generation] = []
+        self._generations = [Generation(self._paths.shards)]
+        self._totals: Totals | None = None  # kept up to date by `read`; None: to be summed up from the arrays
         self._record_files: set[tuple[int, int]] = set()  # those that were read
         self._segments: dict[Path, int] = {}  # with their numbers: all that a location refers to
         self._loaded: set[Path] = set()  # the segments that were read completely
@@ -95,22 +44,46 @@ class Ledger:
     @property
     def latest_generation(self) -> int:
         """The latest generation of all shards."""
-        return max(len(self._generations) - 1, 0)
+        return len(self._generations) - 1
 
     def read(self, shard: int, generation: int = 0) -> Record | None:
-        """The valid record of a generation of a shard; None if there is none. Always reads the disk."""
-        if generation < len(self._generations):
-            self._generations[generation].clear(_one(shard))
-        found, record = find_record(self._paths, shard, generation), None
+        """The valid record of a generation of a shard; None if there is none.
+
+        Reads the record file, or if there is none, the segment in which the ledger has found the record. The cost does
+        not grow with the run. Raises StorageError; then the ledger is unchanged.
+        """
+        if (data := read_record_file(self._paths, shard, generation)) is not None:
+            return self._update(shard, generation, (data, self._paths.record(shard, generation)))
+        found, segment = None, self._segment_of(shard, generation)
+        if segment is not None:
+            with suppress(DamagedError):
+                data = read_record(segment, shard, generation)
+                found = (data, segment) if data is not None else None
+        return self._update(shard, generation, found)
+
+    def _update(self, shard: int, generation: int, found: tuple[bytes, Path] | None) -> Record | None:
+        """Replace the numbers of a record by those of what was `found` and the file that holds it."""
+        part = slice(shard, shard + 1)
+        before = None if self._totals is None else sum_up(self._generations, part)
+        try:
+            return self._replace_numbers(shard, generation, found)
+        finally:
+            if self._totals is not None and before is not None:
+                self._totals = self._totals.changed(before, sum_up(self._generations, part))
+
+    def _replace_numbers(self, shard: int, generation: int, found: tuple[bytes, Path] | None) -> Record | None:
+        record = None
         if found is not None:
             try:
                 record = check_record(self._paths, found[0], shard, generation)
             except DamagedError as error:
                 found, record = self._quarantine_record(found[1], shard, generation, str(error))
+        if generation < len(self._generations):
+            self._generations[generation].clear(_one(shard))
         if found is None or record is None:
             return None
         self._clear_damaged(shard, generation)
-        location = _RECORD_FILE
+        location = RECORD_FILE
         if found[1] == self._paths.record(shard, generation):
             self._record_files.add((shard, generation))
         else:
@@ -119,6 +92,22 @@ class Ledger:
         numbers.set(_one(shard), location, _one(record.rows_ok), _one(record.rows_failed))
         numbers.set_classes(shard, record.failed_by_class, record.retried_by_class)
         return record
+
+    def _segment_of(self, shard: int, generation: int) -> Path | None:
+        """The segment in which the ledger has found a record; None if it has found none, or a record file."""
+        number = int(self._generations[generation].location[shard]) if self.has_record(shard, generation) else NO_RECORD
+        return list(self._segments)[number] if number >= 0 else None
+
+    def moved(self, keys: Iterable[tuple[int, int]], segment: Path) -> None:
+        """Take note that the records of `keys`, shards and generations, are no longer in record files but in `segment`.
+
+        The ledger had read these record files.
+        """
+        number = self._segments.setdefault(segment, len(self._segments))
+        self._loaded.add(segment)
+        for shard, generation in keys:
+            self._record_files.discard((shard, generation))
+            self._generations[generation].location[shard] = number
 
     def refresh(self) -> None:
         """Read the records that appeared since the last call."""
@@ -131,27 +120,35 @@ class Ledger:
                 self._read_new(record_files, segments)
 
     def _read_new(self, record_files: set[tuple[int, int]], segments: list[Path]) -> None:
-        removed = self._record_files - record_files
+        removed, sizes = self._record_files - record_files, FileSizes(self._paths)
+        self._totals = None
         for path in segments:
             if path not in self._loaded:
-                self._read_segment(path, record_files)
+                self._read_segment(path, record_files, sizes)
         in_removed_file = (
-            self._generations[generation].location[shard] == _RECORD_FILE
+            self._generations[generation].location[shard] == RECORD_FILE
             for shard, generation in removed
             if generation < len(self._generations)
         )
         if any(in_removed_file):
             self._reset()  # no new segment holds the record; an older segment may hold an earlier one
             for path in segments:
-                self._read_segment(path, record_files)
+                self._read_segment(path, record_files, sizes)
         self._record_files &= record_files
-        for shard, generation in sorted(record_files - self._record_files):
-            self.read(shard, generation)
+        for key in sorted(record_files - self._record_files):
+            # A compaction may have moved the record to a new segment since the folder was listed.
+            self._update(*key, find_record(self._paths, *key))
 
     def open_shards(self, total: int) -> list[int]:
-        """The shards of range(total) that are not committed, in order: those that lack a generation."""
+        """The shards of range(total) that are not committed, in order: those that lack a generation. Refreshes."""
         self.refresh()
-        return np.flatnonzero(self._missing()[:total] >= 0).tolist()
+        return [shard for shard in self.missing_generations() if shard < total]
+
+    def missing_generations(self) -> dict[int, int]:
+        """Each shard that was not committed at the last refresh, in order, with the first generation that it lacks."""
+        missing = first_missing(self._generations, slice(None))
+        shards = np.flatnonzero(missing >= 0)
+        return dict(zip(shards.tolist(), missing[shards].tolist(), strict=True))
 
     @property
     def record_files(self) -> set[tuple[int, int]]:
@@ -159,7 +156,7 @@ class Ledger:
         return self._record_files
 
     def has_record(self, shard: int, generation: int) -> bool:
-        return generation < len(self._generations) and bool(self._generations[generation].has_record[shard])
+        return generation < len(self._generations) and bool(self._generations[generation].location[shard] != NO_RECORD)
 
     def has_files(self, shard: int, generation: int) -> tuple[bool, bool]:
         """Whether the record of a generation names a data file, and whether it names a failures file."""
@@ -168,20 +165,14 @@ class Ledger:
         numbers = self._generations[generation]
         return bool(numbers.ok[shard]), bool(numbers.failed[shard])
 
-    def first_missing(self, shard: int) -> int:
-        """The first generation that an open shard lacks."""
-        return int(self._missing()[shard])
-
     def latest_generation_of(self, shard: int) -> int:
         """The latest generation of a shard; −1 if it has none."""
-        return max(
-            (number for number, numbers in enumerate(self._generations) if numbers.has_record[shard]), default=-1
-        )
+        return max((number for number in range(len(self._generations)) if self.has_record(shard, number)), default=-1)
 
     def failed_shards(self) -> list[int]:
         """The committed shards with failed rows, in order."""
-        failed = sum((numbers.failed - numbers.retried for numbers in self._generations), start=self._zeros())
-        return np.flatnonzero((failed > 0) & (self._missing() < 0)).tolist()
+        failed = sum(numbers.still_failed(slice(None)) for numbers in self._generations)
+        return np.flatnonzero((failed > 0) & (first_missing(self._generations, slice(None)) < 0)).tolist()
 
     def error_classes(self, shard: int) -> set[str]:
         """The error classes of the rows of a shard that failed in any generation."""
@@ -190,19 +181,10 @@ class Ledger:
         }
 
     def totals(self) -> Totals:
-        """Sums over the records read so far."""
-        ok = failed = 0
-        classes: dict[str, int] = {}
-        counted = np.ones(self._paths.shards, bool)
-        for numbers in self._generations:
-            counted &= numbers.has_record
-            ok += int(numbers.ok[counted].sum())
-            failed += int(numbers.failed[counted].sum() - numbers.retried[counted].sum())
-            for sign, table in ((1, numbers.failed_by_class), (-1, numbers.retried_by_class)):
-                for name, counts in table.items():
-                    classes[name] = classes.get(name, 0) + sign * int(counts[counted].sum())
-        committed = int((self._missing() < 0).sum())
-        return Totals(committed, ok, failed, {name: count for name, count in classes.items() if count})
+        """Sums over the records read so far. After a commit, the cost does not grow with the run."""
+        if self._totals is None:
+            self._totals = sum_up(self._generations, slice(None))
+        return self._totals
 
     def records(self, shard: int | None = None) -> Iterator[Record]:
         """The records read so far, or those of one shard, ordered by shard and generation."""
@@ -211,31 +193,18 @@ class Ledger:
         for number in shards:
             for generation, numbers in enumerate(self._generations):
                 location = numbers.location[number]
-                if location == _NO_RECORD:
+                if location == NO_RECORD:
                     continue
-                data = read_record(segments[location], number, generation) if location != _RECORD_FILE else None
+                data = read_record(segments[location], number, generation) if location != RECORD_FILE else None
                 found = (data, None) if data is not None else find_record(self._paths, number, generation)
                 with suppress(DamagedError):  # damaged after it was read
                     if found is not None:
                         yield check_record(self._paths, found[0], number, generation)
 
-    def _generation(self, number: int) -> _Generation:
+    def _generation(self, number: int) -> Generation:
         while len(self._generations) <= number:
-            self._generations.append(_Generation(self._paths.shards))
+            self._generations.append(Generation(self._paths.shards))
         return self._generations[number]
-
-    def _zeros(self) -> Ints:
-        return np.zeros(self._paths.shards, np.int32)
-
-    def _missing(self) -> Ints:
-        """For each shard, the first generation without a record, if it is 0 or a later one has a record; else −1."""
-        missing = np.full(self._paths.shards, -1, np.int32)
-        later = np.zeros(self._paths.shards, bool)
-        for generation in reversed(range(max(len(self._generations), 1))):
-            present = self._generations[generation].has_record if self._generations else later
-            missing[~present & (later | (generation == 0))] = generation
-            later |= present
-        return missing
 
     def _list(self) -> tuple[set[tuple[int, int]], list[Path]]:
         """Shard and generation of all record files, and all segments."""
@@ -252,12 +221,12 @@ class Ledger:
             record_files = {key for name in names if (key := self._paths.parse_record_name(name))}
             previous = segments
 
-    def _read_segment(self, path: Path, record_files: set[tuple[int, int]]) -> None:
+    def _read_segment(self, path: Path, record_files: set[tuple[int, int]], sizes: FileSizes) -> None:
         segment = self._segments.setdefault(path, len(self._segments))
-        self._loaded.add(path)
         try:
             table = read_segment(path)
         except DamagedError as error:
+            self._loaded.add(path)
             self.damaged[path] = str(error)
             if not self._read_only:
                 quarantine(self._paths, path, str(error))
@@ -270,15 +239,16 @@ class Ledger:
                 position
                 for position in np.flatnonzero(generations == generation).tolist()
                 # A record file takes precedence.
-                if numbers.location[shards[position]] != _RECORD_FILE
+                if numbers.location[shards[position]] != RECORD_FILE
                 or (shards[position], generation) not in record_files
             ]
-            self._add_rows(numbers, generation, segment, table.take(pa.array(positions, pa.int64())))
+            self._add_rows(numbers, generation, segment, table.take(pa.array(positions, pa.int64())), sizes)
+        self._loaded.add(path)
 
-    def _add_rows(self, numbers: _Generation, generation: int, segment: int, table: pa.Table) -> None:
+    def _add_rows(self, numbers: Generation, generation: int, segment: int, table: pa.Table, sizes: FileSizes) -> None:
         # As lists, because pyarrow's conversion to numpy imports pandas: a second, and 50 MB.
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        valid, sizes = np.ones(len(columns["shard"]), bool), FileSizes(self._paths)
+        valid = np.ones(len(columns["shard"]), bool)
         for column, name in (("data_bytes", self._paths.data_name), ("failures_bytes", self._paths.failures_name)):
             for position, (shard, expected) in enumerate(zip(columns["shard"], columns[column], strict=True)):
                 if expected < 0 or (size := sizes.get(name(shard, generation), expected)) == expected:

@@ -90,14 +90,24 @@ def valid_record(paths: RunPaths, shard: int, generation: int = 0) -> Record | N
 
 
 def find_record(paths: RunPaths, shard: int, generation: int) -> tuple[bytes, Path] | None:
-    """The bytes of a record, unchecked, and the file that holds them: the record file or a segment."""
+    """The bytes of a record, unchecked, and the file that holds them: the record file or a segment.
+
+    Without a record file, this lists the segments and searches each of them.
+    """
+    # A segment is durable before its record files are removed, so searching the segments second misses no record.
+    if (data := read_record_file(paths, shard, generation)) is not None:
+        return data, paths.record(shard, generation)
+    return find_in_segments(paths, shard, generation)
+
+
+def read_record_file(paths: RunPaths, shard: int, generation: int) -> bytes | None:
+    """The bytes of a record file, unchecked; None if it does not exist. Raises StorageError."""
     path = paths.record(shard, generation)
     with storage_errors(path):
         try:
-            return path.read_bytes(), path
+            return path.read_bytes()
         except FileNotFoundError:
-            pass  # a segment is durable before its record files are removed, so reading it second misses no record
-    return find_in_segments(paths, shard, generation)
+            return None
 
 
 def check_record(paths: RunPaths, data: bytes, shard: int, generation: int) -> Record:

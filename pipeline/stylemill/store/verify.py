@@ -90,7 +90,7 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
             failed = _RecordCheck(paths, report, run, pair_ids, record).check(failed, deep)
     totals = ledger.totals()
     report.shards, report.rows_ok, report.rows_failed = totals.shards, totals.rows_ok, totals.rows_failed
-    missing = {shard: ledger.first_missing(shard) for shard in ledger.open_shards(paths.shards)}
+    missing = ledger.missing_generations()
     not_started = [shard for shard, number in missing.items() if paths.record(shard, number) not in ledger.damaged]
     if not_started:
         report.add(f"{_listed('shard', not_started)} not committed yet; the same run command resumes")
