@@ -82,6 +82,9 @@ class RecordingListener:
     def progress(self, progress: Progress) -> None:
         self.on_progress(progress)
 
+    def committed_record(self, attempt: Attempt) -> Record | None:
+        return None
+
     def committed(self, record: Record) -> None:
         self.committed_shards.append(record.shard)
 

@@ -179,6 +179,56 @@ def test_after_an_error_of_the_listener_workers_write_checkpoints(run_workers: A
     assert "checkpoint 1" in (tmp_path / "out" / "events").read_text()
 
 
+@pytest.mark.parametrize("event", ["committed", "committed_record"])
+def test_an_error_in_the_driver_s_part_of_a_commit_costs_an_attempt_of_its_shard_only(
+    run_workers: Any, event: str
+) -> None:
+    class FailsOnce(RecordingListener):
+        failed = False
+
+        def fail(self, name: str, shard: int) -> None:
+            if (name, shard, self.failed) == (event, 1, False):
+                self.failed = True
+                raise StorageError("the store does not answer")
+
+        def committed_record(self, attempt: Attempt) -> Record | None:
+            self.fail("committed_record", attempt.shard)
+            return super().committed_record(attempt)
+
+        def committed(self, record: Record) -> None:
+            self.fail("committed", record.shard)
+            super().committed(record)
+
+    open_shards, listener = run_workers(StubWorker, listener=FailsOnce())
+    assert open_shards == {}
+    assert sorted(listener.committed_shards) == [0, 1, 2]
+    assert listener.warnings == ["shard 1: the store does not answer; it is tried again"]
+
+
+def test_a_shut_down_does_not_wait_for_a_shard_whose_commit_failed(
+    local_ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CommitsWhenAskedToStop(StubWorker):
+        def run_attempt(self, attempt: Attempt) -> Record | None:
+            if attempt.shard == 1:
+                self._stopping.wait(60)
+            return super().run_attempt(attempt)
+
+    class StopsAfterTheFirst(RecordingListener):
+        def committed(self, record: Record) -> None:
+            if record.shard == 1:
+                raise StorageError("the store does not answer")
+            super().committed(record)
+            stopping.set()
+
+    monkeypatch.setattr(actors, "Worker", CommitsWhenAskedToStop)
+    run, stopping = make_run(tmp_path, 2, 1, cluster={"workers": 1}), threading.Event()
+    started = time.monotonic()
+    open_shards = run_on_ray(run, [1, 0], {}, StopsAfterTheFirst(), stopping, TIMEOUTS)
+    assert open_shards == {1: "the store does not answer"}
+    assert time.monotonic() - started < TIMEOUTS.shutdown
+
+
 def test_after_an_input_error_of_a_shard_the_other_workers_write_checkpoints(run_workers: Any, tmp_path: Path) -> None:
     class NullStyle(StopsWhenAsked):
         def run_attempt(self, attempt: Attempt) -> Record | None:

@@ -17,6 +17,7 @@ import fake_engine
 from demo_job import EndedProcess, ForkedCommands, check_same, until
 from store_shards import files, in_child
 from stylemill.errors import StorageError
+from stylemill.store.verify import verify
 from stylemill.testing.failpoints import ACTIONS, POINTS, failpoint, parse_rules
 
 
@@ -164,6 +165,33 @@ def test_no_row_is_lost_if_the_disk_fails(
     run, options = tmp_path / "run", ("--set", "retries=0")
     failed = commands.run(run, job, *options, faults=failpoint_environment(tmp_path / "failpoints", rule))
     check_kept_and_resumed(job, whole, commands, run, failed, message, options)
+
+
+def test_a_run_goes_on_if_its_numerics_cannot_be_written_at_first(
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
+    rule = "mid-write:raise:error=EIO:folder=run:hit=2"  # the first file there is job.json
+    constants = {"stylemill.execution.listener:LONGEST_PAUSE": 0.0}
+    faults = failpoint_environment(tmp_path / "failpoints", rule)
+    ended = commands.run(tmp_path / "run", job, faults=faults, constants=constants)
+    assert ended.exit_code == 3, ended.output
+    assert "numerics.json: Input/output error" in ended.output
+    check_same(tmp_path / "run", whole)
+
+
+def test_a_failed_compaction_is_tried_again_after_a_later_commit(
+    job: Path, whole: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
+    rule = "mid-write:raise:error=ENOSPC:folder=records:hit=3"  # after the records of two shards
+    constants = {"stylemill.execution.listener:RECORDS_PER_SEGMENT": 2}
+    run, faults = tmp_path / "run", failpoint_environment(tmp_path / "failpoints", rule)
+    ended = commands.run(run, job, faults=faults, constants=constants)
+    assert ended.exit_code == 3, ended.output
+    assert "the records were not compacted, which is tried again later" in ended.output
+    assert [path.name[:7] for path in (run / "records").iterdir()] == ["compact"]
+    assert ended.steps == commands.run(tmp_path / "undisturbed", job).steps
+    assert verify(run).problems == []
+    assert files(run / "data") == files(whole / "data")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from demo_job import EVERY_STEPS, EndedProcess, ForkedCommands, lasting, until, 
 from s3_store import BUCKET, ObjectStore, Proxy, every_nth, running_proxy, serving_s3, use_environment
 from store_shards import files
 from stylemill.report.status import status
+from stylemill.store.object_store import requests
 from stylemill.store.paths import RunPaths
 from stylemill.store.verify import verify
 
@@ -143,6 +144,32 @@ def test_another_machine_resumes_from_the_store(
     assert resumed.steps[:1] == resumes
     repeated = [step for step in killed.steps if step in resumed.steps]
     assert len(repeated) <= EVERY_STEPS
+    check_same(runs, whole)
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET"])
+def test_the_driver_repeats_an_attempt_whose_record_it_cannot_publish_or_read(
+    runs: Runs, whole: Path, method: str
+) -> None:
+    """The store refuses more requests for the record of shard 1 than one attempt makes. No step is sampled again."""
+    published, refused = [], []
+
+    def rule(request_method: str, path: str) -> int | None:
+        if "records/00001.json" not in path:
+            return None
+        if request_method == method and (published or method == "PUT") and len(refused) < requests.TRIES:
+            refused.append(path)
+            return 503
+        if request_method == "PUT":
+            published.append(path)
+        return None
+
+    with running_proxy(runs.store, rule) as proxy:
+        ended = runs.run("first", proxy=proxy, constants=SHORT_TIMES | {"stylemill.execution.local:LONGEST_PAUSE": 0.0})
+    assert ended.exit_code == 3, ended.output
+    assert len(refused) == requests.TRIES
+    assert "warning: shard 1, attempt 1 of 4: s3://runs/" in ended.output
+    assert len(set(ended.steps)) == len(ended.steps)
     check_same(runs, whole)
 
 

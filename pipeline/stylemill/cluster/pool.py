@@ -18,14 +18,13 @@ from stylemill.cluster.worker import LoadedModel, WorkerLocation
 from stylemill.errors import ClusterError, TransientError
 from stylemill.execution.attempt import Attempt, Listener, Run
 from stylemill.store.checkpoints import newest_step
-from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
 
 REPLY_TIMEOUT = 0.25  # seconds; `stopping` is checked that often
 
 
 class Pool:
-    """Ray actors that process `shards`. The ledger says which shards are committed, `Assignments` who processes which.
+    """Ray actors that process `shards`. The listener says which are committed, `Assignments` who processes which.
 
     `local` says that Ray runs on this machine only for this run, so its resources cannot grow.
     """
@@ -56,7 +55,6 @@ class Pool:
             checkpoint_step=self._checkpoint_step,
             checkpoint_every=run.job.checkpoint.every_steps,
         )
-        self._ledger = Ledger(run.paths)
         self._machines, self._machines_read_at = machine_resources(), time.monotonic()
         self._resources = worker_resources(self._settings, self._machines)
         self._actors = Actors(run, self._resources)
@@ -156,15 +154,14 @@ class Pool:
             attempt = self._assignments.with_bisection(self._run.new_attempt(shard, self._occurrences))
             self._assignments.assign(number, attempt)
             try:
-                record = self._ledger.read(shard, attempt.generation)
+                record = self._listener.committed_record(attempt)
             except TransientError as error:
                 self._failures.attempt_failed(attempt, str(error))
                 continue
             if record is None:
                 self._actors.call(workers[number], "run_probe" if attempt.probe else "run_attempt", attempt)
             else:  # an earlier worker committed the shard and died before it replied
-                self._assignments.committed(attempt)
-                self._listener.committed(record)
+                self._attempt_committed(attempt, record)
 
     def _poll_progress(self) -> None:
         now = time.monotonic()
@@ -229,9 +226,19 @@ class Pool:
         if record is None:
             self._assignments.stopped(attempt)
             return
-        self._assignments.committed(attempt)
         self._failures.shard_committed()
-        self._listener.committed(record)
+        self._attempt_committed(attempt, record)
+
+    def _attempt_committed(self, attempt: Attempt, record: Record) -> None:
+        try:
+            self._listener.committed(record)
+        except TransientError as error:
+            self._failures.attempt_failed(attempt, str(error))
+            return
+        except Exception:
+            self._assignments.committed(attempt)  # the shut-down does not wait for it
+            raise
+        self._assignments.committed(attempt)
 
     def _worker_placed(self, worker: WorkerHandle, location: WorkerLocation) -> None:
         if location.version != stylemill.__version__:

@@ -90,8 +90,18 @@ class Listener(Protocol):
     def progress(self, progress: Progress) -> None:
         """A shard progressed."""
 
+    def committed_record(self, attempt: Attempt) -> Record | None:
+        """The record of the attempt's shard, if an earlier attempt committed it. Asked before each attempt.
+
+        Raises StorageError: the attempt failed.
+        """
+
     def committed(self, record: Record) -> None:
-        """A shard was committed. May raise to stop the run: workers then write checkpoints and leave."""
+        """A worker committed a shard.
+
+        Raises a TransientError if the driver's part of the commit failed: then the attempt failed. Any other error
+        stops the run: workers then write checkpoints and leave.
+        """
 
     def warn(self, message: str) -> None:
         """Something failed that the run survives."""

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from stylemill.errors import DamagedError, IncompleteError
-from stylemill.execution.attempt import Progress, Run
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from stylemill.errors import DamagedError, IncompleteError, StorageError
+from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.execution.progress import ProgressBar
-from stylemill.store.atomic import publish_bytes
+from stylemill.store.atomic import publish_bytes, sync_published
 from stylemill.store.commit import confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
+from stylemill.store.segments import RECORDS_PER_SEGMENT
+
+LONGEST_PAUSE = 30.0  # seconds before another try to write numerics.json
 
 
 class RunListener:
@@ -30,6 +35,7 @@ class RunListener:
         self._stops_when_too_many_fail = stops_when_too_many_fail
         self._numerics = _read_json(run.paths.numerics)  # of the first worker of the run; empty: not known yet
         self._warned: set[str] = set()
+        self._compact_at = RECORDS_PER_SEGMENT  # record files
         totals = ledger.totals()
         self.bar = ProgressBar(
             run.manifest.num_output_rows, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet
@@ -43,27 +49,56 @@ class RunListener:
 
     def record_numerics(self, numerics: dict[str, Any]) -> None:
         if not self._numerics:
-            data = json.dumps(numerics, indent=1).encode()
-            publish_bytes(self.run.paths, self.run.paths.numerics, data, uuid4().hex[:12])
+            self._publish_numerics(numerics)
             self._numerics = numerics
         changed = [key for key in numerics if numerics[key] != self._numerics.get(key)]
         if changed:
             listed = ", ".join(f"{key} {self._numerics.get(key)} -> {numerics[key]}" for key in changed)
             self.warn(f"this run began with other numerics ({listed}); images from here on may differ in low bits")
 
+    def _publish_numerics(self, numerics: dict[str, Any]) -> None:
+        """Write numerics.json, with as many tries as a shard has: no shard may be committed without its micro-batch."""
+        data, path = json.dumps(numerics, indent=1).encode(), self.run.paths.numerics
+
+        def publish() -> None:
+            if not publish_bytes(self.run.paths, path, data, uuid4().hex[:12]):
+                sync_published(path)  # an earlier try published it
+
+        Retrying(
+            retry=retry_if_exception_type(StorageError),
+            stop=stop_after_attempt(1 + self.run.job.retries),
+            wait=wait_exponential(max=LONGEST_PAUSE),
+            after=lambda state: self.warn(f"{state.outcome and state.outcome.exception()}"),
+            reraise=True,
+        )(publish)
+
     def progress(self, progress: Progress) -> None:
         self.bar.moved(progress)
 
+    def committed_record(self, attempt: Attempt) -> Record | None:
+        return self.ledger.read(attempt.shard, attempt.generation)
+
     def committed(self, record: Record) -> None:
         record = confirm(self.run.paths, record)
-        self.ledger.read(record.shard, record.generation)
-        compact(self.run.paths, self.ledger)
+        if self.ledger.read(record.shard, record.generation) is None:
+            raise StorageError(f"shard {record.shard}: its record was damaged or removed as soon as it was published")
+        self._compact()
         self._warn_of_smaller_micro_batch(record)
         self.committed_shards += 1
         totals = self.ledger.totals()
         self.bar.committed(record.shard, totals.rows_ok + totals.rows_failed, totals.rows_failed)
         if self._stops_when_too_many_fail and (reason := self.too_many_failed()):
             raise IncompleteError(reason)
+
+    def _compact(self) -> None:
+        """Compact the records. The shards are committed all the same if that fails, so it is only tried again later."""
+        try:
+            if compact(self.run.paths, self.ledger, self._compact_at):
+                self._compact_at = RECORDS_PER_SEGMENT
+        except (StorageError, DamagedError) as error:
+            self.warn(f"the records were not compacted, which is tried again later: {error}")
+            # Not after each commit: a try reads all record files, and may have written another segment.
+            self._compact_at = len(self.ledger.record_files) + RECORDS_PER_SEGMENT // 16
 
     def too_many_failed(self) -> str | None:
         """A message when more than max_failed_fraction of the rows seen so far failed, else None."""

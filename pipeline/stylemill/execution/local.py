@@ -21,7 +21,6 @@ from stylemill.errors import TransientError
 from stylemill.execution.attempt import Listener, Run
 from stylemill.execution.shard import process_shard
 from stylemill.execution.worker_engine import load_engine, numerics
-from stylemill.store.records import Record
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
@@ -40,12 +39,9 @@ def run_inline(
         if stopping.is_set():
             break
         try:
-            record = _with_retries(run, shard, occurrences, engine, listener, stopping)
+            _with_retries(run, shard, occurrences, engine, listener, stopping)
         except TransientError as error:
             reasons[shard] = str(error)
-        else:
-            if record:
-                listener.committed(record)
     return reasons
 
 
@@ -56,8 +52,8 @@ def _with_retries(
     engine: Engine,
     listener: Listener,
     stopping: threading.Event,
-) -> Record | None:
-    """Make attempts at a shard until one succeeds; None when asked to stop. Raises the last TransientError."""
+) -> None:
+    """Make attempts at a shard until it is committed, or until asked to stop. Raises the last TransientError."""
     attempts = 1 + run.job.retries
 
     def warn(state: RetryCallState) -> None:
@@ -73,10 +69,14 @@ def _with_retries(
         reraise=True,
     )
 
-    def attempt() -> Record | None:
+    def attempt() -> None:
         if stopping.is_set():  # during the pause
-            return None
+            return
         new = run.new_attempt(shard, occurrences)
-        return process_shard(run, new, engine, nullcontext(), listener.progress, stopping.is_set)
+        record = listener.committed_record(new)
+        if record is None:
+            record = process_shard(run, new, engine, nullcontext(), listener.progress, stopping.is_set)
+        if record is not None:
+            listener.committed(record)
 
-    return retrying(attempt)
+    retrying(attempt)
