@@ -154,7 +154,6 @@ class Driver:
 
     def _on_ray(self, environment: dict[str, str]) -> tuple[int, Callable[[], int | None]]:
         variables = os.environ | environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        variables["RAY_worker_niceness"] = "0"  # the default is 15, with which no worker gets ready on a busy machine
         command = [sys.executable, str(Path(__file__).with_name("chaos_ray.py")), *self._arguments()]
         with self.log.open("ab") as log:
             process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)

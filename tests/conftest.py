@@ -15,8 +15,6 @@ import pytest
 # Read by torch when it is imported, here and in the processes that tests start. The engine sets its own number of
 # threads. With small tensors, more threads than one mostly wait for each other on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Read by Ray when it starts. By default its workers have niceness 15, with which they get no CPU on a busy machine.
-os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")

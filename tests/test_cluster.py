@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ray_runs import TIMEOUTS, RecordingListener, WorkerWithoutModel, data_files, local_ray, make_run
 from stylemill import __version__, errors
@@ -36,6 +37,10 @@ def local_ray_session() -> Iterator[None]:
     """One local Ray for all tests below. Runs use it and do not stop it."""
     with local_ray(sys.modules[__name__]):
         yield
+
+
+def test_workers_of_a_local_ray_get_as_much_of_a_busy_machine_as_the_driver(local_ray_session: None) -> None:
+    assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == os.nice(0)
 
 
 class StubWorker(WorkerWithoutModel):

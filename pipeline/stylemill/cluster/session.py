@@ -10,7 +10,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a w
 
 import ray
 
+from stylemill.cluster.authentication import probe_server, use_token
 from stylemill.config.job import ClusterSettings
 from stylemill.errors import ClusterError
 
@@ -56,6 +56,8 @@ def _local_ray(cluster: ClusterSettings) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="stylemill-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     if not os.access(os.path.expanduser("~"), os.W_OK):  # as in many containers: Ray would write its token there
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's default is 15: beside other work on the machine, its workers would hardly get a CPU.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         with _keep_sigterm_handler():
             ray.init(
@@ -94,10 +96,7 @@ def _join(address: str, timeout: float) -> None:
                 "'ray start --head', set the address to host:port, or leave it out"
             ) from error
         reason = f"Ray exited with code {error.code}" if isinstance(error, SystemExit) else _one_line(error)
-        raise ClusterError(
-            f"cluster.address {address}: cannot join this Ray cluster: {reason}; if it asks for a token, set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        ) from error
+        raise ClusterError(f"cluster.address {address}: cannot join this Ray cluster: {reason}") from error
 
 
 def _known_address(address: str) -> str | None:
@@ -133,32 +132,16 @@ def _check_address(address: str, given: str, timeout: float) -> None:
         raise ClusterError(f"cluster.address {given}: no answer from {host}:{port} ({reason}); {advice}") from error
     if os.environ.get("RAY_USE_TLS", "0") == "1":
         return  # the check below would need Ray's certificates
-    try:
-        is_grpc = _speaks_grpc(host, port, timeout)
-    except TimeoutError as error:
-        raise ClusterError(f"cluster.address {given}: no answer from {host}:{port} (timed out); {advice}") from error
-    if not is_grpc:
+    status = probe_server(address, timeout)
+    if status == "DEADLINE_EXCEEDED":
+        raise ClusterError(f"cluster.address {given}: no answer from {host}:{port} (timed out); {advice}")
+    if status == "UNAVAILABLE":
         raise ClusterError(
             f"cluster.address {given}: the server at {host}:{port} is not Ray; a head node listens at 6379 "
             "(host:port) and at 10001 (ray://host:port); 8265 is its dashboard"
         )
-
-
-def _speaks_grpc(host: str, port: int, timeout: float) -> bool:
-    """Whether an open port belongs to a gRPC server. Raises TimeoutError if it sends nothing for `timeout` seconds."""
-    import grpc
-
-    answer: Future[bool] = Future()
-
-    def observe(state: Any) -> None:
-        if state in (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE) and not answer.done():
-            answer.set_result(state is grpc.ChannelConnectivity.READY)
-
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    # Ray's own channels use no proxy either.
-    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        channel.subscribe(observe, try_to_connect=True)
-        return answer.result(timeout)
+    if status == "UNAUTHENTICATED":
+        use_token(address, given, timeout)
 
 
 @contextmanager
