@@ -68,3 +68,20 @@ def _rows(result: stylemill.execution.driver.RunResult) -> dict[str, dict[str, o
     assert result.exit_code == 0
     table = pa.concat_tables(pq.read_table(path) for path in sorted(result.summary.paths.data_folder.iterdir()))
     return {row["pair_id"]: row for row in table.drop_columns("image").to_pylist()}
+
+
+def test_the_largest_seeds_are_sampled_and_recorded(manifest: Path, tmp_path: Path):
+    """The seed of a row starts again from 0 beyond its largest value. That of the job may not go beyond it."""
+    largest = 2**63 - 1
+    table = pq.read_table(manifest)
+    table = table.set_column(table.column_names.index("seed"), "seed", [pa.array([None, largest, None], pa.int64())])
+    pq.write_table(table, manifest)
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"manifest: pairs.parquet\nmodel: {write_demo_model(tmp_path / 'demo')}\noutput: run\nimages_per_pair: 2\n"
+        f"sampling: {{steps: 1, seed: {largest - 1}}}\nimage: {{size: 64}}\n"
+    )
+    result = stylemill.run(job, inline=True, quiet=True)
+    assert result.exit_code == 0
+    seeds = [row["seed"] for row in _rows(result).values()]
+    assert seeds == [largest - 1, largest, largest, 0, largest - 1, largest]

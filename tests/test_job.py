@@ -134,6 +134,10 @@ def test_flags_override_keys_of_the_file_and_leave_its_others(load):
         ("name: no", "name: expected text (in quotes, where YAML would read another type), not False"),
         ("preset: nope", "preset 'nope' is not one of: style-transfer, "),
         ("preset: [nope]", "preset ['nope'] is not one of: style-transfer, "),
+        (
+            f"sampling: {{seed: {2**63 - 1}}}\nimages_per_pair: 2",
+            "sampling.seed 9223372036854775807 with images_per_pair 2 gives an image a seed beyond 2^63 - 1; the larg",
+        ),
         ("retries: -1", "retries: expected greater than or equal to 0, not -1"),
         ("max_failed_fraction: 1.5", "max_failed_fraction: expected less than or equal to 1, not 1.5"),
         (

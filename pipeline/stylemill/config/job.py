@@ -112,6 +112,16 @@ class Job(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _check_seeds(self) -> Job:
+        limit = 2**63 - self.images_per_pair
+        if self.sampling.seed > limit:
+            raise ValueError(
+                f"sampling.seed {self.sampling.seed} with images_per_pair {self.images_per_pair} gives an image a seed"
+                f" beyond 2^63 - 1; the largest sampling.seed is {limit}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_controlnet(self) -> Job:
         if self.model.controlnet and self.sampling.method == "optimization":
             raise ValueError("model.controlnet acts while denoising, and sampling.method optimization does not denoise")
