@@ -64,6 +64,16 @@ def test_a_failed_shard_is_retried_after_a_pause_and_given_up_after_its_last_att
     assert assignments.open_shards() == {7: "2 attempts failed, the last one: disk full again"}
 
 
+def test_an_attempt_knows_whether_it_is_the_last_one() -> None:
+    clock = Clock()
+    assignments = Assignments([7], 2, clock)
+    first = take(assignments, clock)
+    assignments.failed(first, "asked to stop", charged=False)
+    second = take(assignments, clock)
+    assignments.failed(second, "disk full")
+    assert [first.last, second.last, take(assignments, clock).last] == [False, False, True]
+
+
 def test_a_worker_death_is_not_charged_to_a_shard_that_was_only_read() -> None:
     clock = Clock()
     assignments = Assignments(range(10), 1, clock)
@@ -110,7 +120,7 @@ def take(assignments: Assignments, clock: Clock) -> Attempt:
     clock.now += 60
     choice = assignments.choose([1])
     assert choice
-    attempt = assignments.with_bisection(Attempt(choice[1], f"attempt at {clock.now}", {}))
+    attempt = assignments.with_history(Attempt(choice[1], f"attempt at {clock.now}", {}))
     assignments.assign(1, attempt)
     return attempt
 

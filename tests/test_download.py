@@ -1,7 +1,7 @@
 """Images by URL, from real servers on loopback: which are read, which are refused, and which are retried, for how long.
 
 A refused URL or a 404 fails the row (ImageError). A server that is slow, busy or drops connections fails the attempt
-(DownloadError), never the row.
+(DownloadError), and the row only if it is the last attempt.
 """
 
 from __future__ import annotations
@@ -29,16 +29,25 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from demo_job import stylemill
 from stylemill import s3
 from stylemill.cli import main
 from stylemill.config.inputs import InputSettings
+from stylemill.config.job import Job
 from stylemill.errors import DownloadError, ImageError, TransientError
+from stylemill.execution import local
+from stylemill.execution.attempt import Run
+from stylemill.execution.input_reader import InputReader
+from stylemill.execution.inputs import read_pairs
+from stylemill.execution.rows import OutputRow
 from stylemill.images import addresses, download
 from stylemill.images.addresses import address_problem
 from stylemill.images.download import fetch
 from stylemill.images.masks import load_labels
 from stylemill.images.messages import display_name
 from stylemill.images.read import load_image
+from stylemill.manifest import open_manifest
+from stylemill.store.paths import RunPaths
 
 LOOPBACK = InputSettings(allow_private_addresses=True, timeout=20, retries=2)  # loopback is a private address
 BRIEF = LOOPBACK.model_copy(update={"timeout": 0.15, "retries": 0})
@@ -60,7 +69,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, answers: dict[str, Answer]) -> None:
+    def __init__(self, answers: dict[str, Answer], port: int = 0) -> None:
         self.requested: list[str] = []
         self.stopping = threading.Event()
         lock = threading.Lock()
@@ -80,7 +89,7 @@ class Server(ThreadingHTTPServer):
             def log_message(self, *_: object) -> None:
                 pass
 
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", port), Handler)
 
     @property
     def url(self) -> str:
@@ -88,8 +97,8 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(**answers: Answer) -> Iterator[Server]:
-    server = Server({f"/{name}": answer for name, answer in answers.items()})
+def serving(port: int = 0, **answers: Answer) -> Iterator[Server]:
+    server = Server({f"/{name}": answer for name, answer in answers.items()}, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -611,29 +620,136 @@ def test_https_requires_a_trusted_certificate_of_the_host(certificate: Path, mon
 # --- a whole run ------------------------------------------------------------------------------------------------------
 
 
-def test_an_outage_leaves_the_run_incomplete_and_the_next_start_completes_it(tmp_path: Path, folder: Path) -> None:
-    """404 is a recorded failure; 503 is not, however often the server answers it."""
-    up = threading.Event()
+def write_job(folder: Path, model: Path, **columns: list[str | None]) -> Path:
+    """A job file for these columns of URLs, in one shard."""
+    pq.write_table(pa.table(columns), folder / "p.parquet")
+    job = folder / "job.yaml"
+    job.write_text(
+        f"manifest: p.parquet\noutput: run\nmodel: {model}\nsampling: {{steps: 1}}\nimage: {{size: 64}}\n"
+        "shards: {pairs_per_shard: 4}\ncluster: {micro_batch: 2, workers: 1}\nretries: 1\nmax_failed_fraction: 1\n"
+        "inputs: {remote_only: true, allow_private_addresses: true, retries: 0}\n"
+    )
+    return job
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def in_this_process(*arguments: object) -> int:
+    return main([*map(str, arguments), "--inline"])
+
+
+def on_ray(*arguments: object) -> int:
+    code, output = stylemill(*arguments)
+    print(output)
+    return code
+
+
+@pytest.mark.parametrize("command", [in_this_process, pytest.param(on_ray, marks=pytest.mark.slow)])
+def test_rows_of_a_server_that_is_gone_fail_in_the_last_attempt_and_the_others_are_committed(
+    command: Callable[..., int], tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "LONGEST_PAUSE", 0.0)
+    gone, answers = closed_port(), {"image": status(200, PNG), "other": status(200, png(1))}
+    with serving(image=answers["image"]) as server:
+        here, there = f"{server.url}/image", f"http://127.0.0.1:{gone}"
+        columns = {
+            "content": [here, f"{there}/image", here, here],
+            "style": [here, here, f"{there}/other", here],
+            "content_mask": [None, None, None, f"{there}/image"],
+            "style_mask": [None, None, None, here],
+        }
+        job, run = write_job(tmp_path, folder, **columns), tmp_path / "run"
+        assert command("run", job) == 3
+        failures = pq.read_table(run / "failures" / "00000.parquet").to_pylist()
+        assert [(row["row"], row["stage"], row["error"]) for row in failures] == [
+            (row, "read", "DownloadError") for row in (1, 2, 3)
+        ]
+        assert all("retry-failed" in row["message"] for row in failures)
+        assert pq.read_table(run / "data")["row"].to_pylist() == [0]
+        with serving(gone, **answers):
+            assert command("retry-failed", run) == 0
+            assert command("run", job, "--output", tmp_path / "undisturbed") == 0
+    retried, undisturbed = (
+        pq.read_table(tmp_path / name / "data").sort_by("row").select(["row", "image"])
+        for name in ("run", "undisturbed")
+    )
+    assert retried.equals(undisturbed)
+
+
+def test_an_outage_that_ends_before_the_last_attempt_fails_no_row(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """404 is a recorded failure at once."""
+    monkeypatch.setattr(local, "LONGEST_PAUSE", 0.0)
     busy, good = status(503), status(200, PNG)
-    with serving(style=lambda *request: (good if up.is_set() else busy)(*request), content=good) as server:
-        content = [f"{server.url}/content", f"{server.url}/gone"]
-        pq.write_table(pa.table({"content": content, "style": [f"{server.url}/style"] * 2}), tmp_path / "p.parquet")
-        job = tmp_path / "job.yaml"
-        job.write_text(
-            f"manifest: p.parquet\noutput: run\nmodel: {folder}\nsampling: {{steps: 1}}\nimage: {{size: 64}}\n"
-            "shards: {pairs_per_shard: 2}\ncluster: {micro_batch: 2}\nretries: 0\n"
-            "inputs: {remote_only: true, allow_private_addresses: true, retries: 1}\n"
-        )
-        assert main(["run", str(job), "--inline"]) == 1
-        assert not list((tmp_path / "run" / "records").iterdir())
-        assert not list((tmp_path / "run" / "failures").iterdir())
-        up.set()
+    with serving(style=after(1, busy, good), content=good) as server:
+        content: list[str | None] = [f"{server.url}/content", f"{server.url}/gone"]
+        job = write_job(tmp_path, folder, content=content, style=[f"{server.url}/style"] * 2)
         assert main(["run", str(job), "--inline"]) == 3
         (failure,) = pq.read_table(tmp_path / "run" / "failures" / "00000.parquet").to_pylist()
         assert "/gone: the server answers 404" in failure["message"]
         (row,) = pq.read_table(tmp_path / "run" / "data").to_pylist()
         assert (row["content"], row["content_sha256"]) == (content[0], hashlib.sha256(PNG).hexdigest())
-        assert server.requested.count("/content") == 1  # the second start and the contact sheet read it from the cache
+        assert (
+            server.requested.count("/content") == 1
+        )  # the second attempt and the contact sheet read it from the cache
+
+
+def read_all(reader: InputReader, urls: list[str]) -> list[str]:
+    """The messages of the failures; empty for what was read."""
+    reasons = [reader.read(url, lambda inputs, url=url: fetch(url, inputs))[1] for url in urls]  # type: ignore[misc]
+    return [reason.message if reason else "" for reason in reasons]
+
+
+def test_in_a_last_attempt_a_busy_server_is_asked_once_for_each_further_image_until_it_answers() -> None:
+    with serving(busy=status(503), good=status(200, PNG)) as server:
+        busy, good = f"{server.url}/busy", f"{server.url}/good"
+        messages = read_all(InputReader(LOOPBACK, last_attempt=True), [busy, f"{busy}?2", good, f"{busy}?3"])
+        assert [bool(message) for message in messages] == [True, True, False, True]
+        tries = 1 + LOOPBACK.retries
+        assert server.requested == ["/busy"] * tries + ["/busy?2", "/good"] + ["/busy?3"] * tries
+
+
+def test_in_a_last_attempt_a_server_that_timed_out_is_not_asked_again() -> None:
+    with serving(silent=silent, good=status(200, PNG)) as slow, serving(good=status(200, PNG)) as other:
+        urls = [f"{slow.url}/silent", f"{slow.url}/good", f"{other.url}/good"]
+        messages = read_all(InputReader(BRIEF, last_attempt=True), urls)
+        assert "took longer than inputs.timeout; `stylemill retry-failed` tries it again" in messages[0]
+        assert "not requested after a timeout of its server" in messages[1]
+        assert messages[2] == ""
+        assert slow.requested == ["/silent"]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_control_image_of_a_server_that_is_gone_fails_its_row_in_the_last_attempt(last: bool, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(PNG)
+    controls = [f"http://127.0.0.1:{closed_port()}/edges.png", "image.png"]
+    pq.write_table(
+        pa.table({"content": ["image.png"] * 2, "style": ["image.png"] * 2, "control": controls}),
+        tmp_path / "p.parquet",
+    )
+    values = {
+        "name": "controls",
+        "manifest": str(tmp_path / "p.parquet"),
+        "output": str(tmp_path / "run"),
+        "model": {"name": "model", "controlnet": "controlnet"},
+        "preset": "guided-transfer",
+        "image": {"size": 64},
+        "inputs": LOOPBACK.model_dump() | {"retries": 0},
+    }
+    run = Run(Job.parse(values), RunPaths(tmp_path / "run", 1), open_manifest(values["manifest"]), "f" * 64, 2, "model")
+    rows = [OutputRow(row) for row in run.manifest.output_rows(0, 2)]
+    if not last:
+        with pytest.raises(DownloadError):
+            read_pairs(run, rows, 8, last)
+        return
+    pairs, read = read_pairs(run, rows, 8, last)
+    assert [row.failure and row.failure.error for row in read] == ["DownloadError", None]
+    assert [pair.controls[0].pixels is None for pair in pairs] == [True, False]
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@
     ├── TransientError             a retry can succeed; no row is recorded as a failure
     │   ├── StorageError           reading or writing the run folder failed (disk full, I/O error)
     │   ├── DeviceMemoryError      the free device memory is too small even for a micro-batch of one pair
-    │   └── DownloadError          the server of an input image does not answer, is busy, or breaks connections
+    │   └── DownloadError          the server of an input image does not answer, is busy, or breaks connections; in the
+    │                              last attempt at a shard the rows of the image are recorded as failed
     ├── DamagedError               a file of the run folder is truncated or was edited; it is quarantined and made again
     ├── LockedError                another live process works on this run folder
     └── IncompleteError            the run stopped before every row was committed

@@ -112,11 +112,18 @@ class Assignments:
             return None
         return furthest, shard
 
-    def with_bisection(self, attempt: Attempt) -> Attempt:
-        """The attempt with the known poison pairs of its shard and, during a bisection, the next probe."""
+    def with_history(self, attempt: Attempt) -> Attempt:
+        """The attempt with what follows from earlier ones at its shard.
+
+        That is whether it is the last one, the known poison pairs and, during a bisection, the next probe.
+        """
         bisection = self._bisections.get(attempt.shard)
-        poison_pairs = self._poison_pairs.get(attempt.shard, {})
-        return replace(attempt, poison_pairs=dict(poison_pairs), probe=bisection.probe if bisection else None)
+        return replace(
+            attempt,
+            last=self._failures[attempt.shard] + 1 >= self._max_attempts,
+            poison_pairs=dict(self._poison_pairs.get(attempt.shard, {})),
+            probe=bisection.probe if bisection else None,
+        )
 
     def assign(self, worker: int, attempt: Attempt) -> None:
         if attempt.shard in self._retry_at:

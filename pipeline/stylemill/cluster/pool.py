@@ -151,7 +151,7 @@ class Pool:
         num_loading = sum(self._failures.may_load(worker) for worker in workers.values())
         while choice := self._assignments.choose(available, num_loading):
             number, shard = choice
-            attempt = self._assignments.with_bisection(self._run.new_attempt(shard, self._occurrences))
+            attempt = self._assignments.with_history(self._run.new_attempt(shard, self._occurrences))
             self._assignments.assign(number, attempt)
             try:
                 record = self._listener.committed_record(attempt)

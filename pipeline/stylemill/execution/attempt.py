@@ -44,7 +44,8 @@ class Attempt:
 
     `occurrences` maps the manifest rows of the shard that repeat earlier ones to their occurrence (2, 3, …).
     `poison_pairs` maps the places in the shard of pairs that kill every worker to the stage at which they do. They are
-    left out. With a `probe` nothing is written.
+    left out. With a `probe` nothing is written. After the `last` attempt at a shard, the job's `retries` allow no other
+    one in this run: a failed download fails its rows.
     """
 
     shard: int
@@ -53,6 +54,7 @@ class Attempt:
     generation: int = 0
     poison_pairs: dict[int, str] = field(default_factory=dict)
     probe: Probe | None = None
+    last: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from stylemill.config.inputs import Fit
 from stylemill.engine.inputs import Pair
-from stylemill.errors import RowError
 from stylemill.execution.attempt import Run
+from stylemill.execution.input_reader import InputReader
 from stylemill.execution.rows import FailureReason, OutputRow
 from stylemill.images.input_image import InputImage, LabelImage
 from stylemill.images.masks import load_labels
@@ -51,17 +51,21 @@ Source = TypeVar("Source", ImageSource, MaskSource)
 Result = TypeVar("Result")
 
 
-def read_pairs(run: Run, rows: list[OutputRow], grid: int) -> tuple[list[Pair], list[OutputRow]]:
+def read_pairs(
+    run: Run, rows: list[OutputRow], grid: int, last_attempt: bool = False
+) -> tuple[list[Pair], list[OutputRow]]:
     """Read, decode and fit each unique input of a shard once. A bad input fails the rows that use it, and no others.
 
     Sides of images are multiples of `grid` pixels. Inputs that only rows with a known failure use are not read.
-    Returns the pairs, and the rows with the digests of their inputs and the failures of reading.
+    Returns the pairs, and the rows with the digests of their inputs and the failures of reading. Raises as
+    `InputReader.read` does.
     """
     keeps_size = run.job.image.fit == "keep"
-    images = _read_images(run, rows, grid)
-    masks = _read_masks(run, rows, images)
+    reader = InputReader(run.job.inputs, last_attempt)
+    images = _read_images(run, reader, rows, grid)
+    masks = _read_masks(run, reader, rows, images)
     sizes = [_pair_size(run, row.source, images) for row in rows]
-    controls = _read_controls(run, rows, sizes)
+    controls = _read_controls(run, reader, rows, sizes)
     pairs, read_rows = [], []
     for row, size in zip(rows, sizes, strict=True):
         source = row.source
@@ -129,13 +133,13 @@ def _pair_size(run: Run, row: Row, images: Mapping[str, Read]) -> Size:
     return (contents and contents[0]) or run.job.image.width_height
 
 
-def _read_images(run: Run, rows: list[OutputRow], grid: int) -> dict[str, Read]:
+def _read_images(run: Run, reader: InputReader, rows: list[OutputRow], grid: int) -> dict[str, Read]:
     """Content and style images by name."""
     image_settings = run.job.image
 
     def read(source: ImageSource) -> Read:
         failpoint("read-image", name=source.ref.key)
-        return _load(run, source, image_settings.fit, grid)
+        return _load(run, reader, source, image_settings.fit, grid)
 
     def unread(source: ImageSource) -> InputImage:
         return InputImage(source.name, None, None if image_settings.fit == "keep" else source.size)
@@ -151,7 +155,9 @@ def _read_images(run: Run, rows: list[OutputRow], grid: int) -> dict[str, Read]:
     return known | _read_each(wanted, read)
 
 
-def _read_masks(run: Run, rows: list[OutputRow], images: Mapping[str, Read]) -> dict[str, ReadMask]:
+def _read_masks(
+    run: Run, reader: InputReader, rows: list[OutputRow], images: Mapping[str, Read]
+) -> dict[str, ReadMask]:
     """Masks by name. A mask whose image could not be read is not read either."""
 
     def read(mask: MaskSource) -> ReadMask:
@@ -161,13 +167,13 @@ def _read_masks(run: Run, rows: list[OutputRow], images: Mapping[str, Read]) -> 
             if unreadable or image.size is None:
                 return LabelImage(mask.name, None), None
             size, source_size = image.size, image.source_size
-        try:
-            labels = load_labels(
-                mask.path, None, run.manifest.base, size, run.job.image.fit, source_size, run.job.inputs
-            )
-        except RowError as error:
-            return LabelImage(mask.name, None), FailureReason.of(error)
-        return LabelImage(mask.name, labels), None
+        labels, reason = reader.read(
+            mask.path,
+            lambda inputs: load_labels(
+                mask.path, None, run.manifest.base, size, run.job.image.fit, source_size, inputs
+            ),
+        )
+        return LabelImage(mask.name, labels), reason
 
     every = {mask.name: mask for row in rows for mask in _masks(run, row.source)}
     wanted = [mask for row in rows if not row.failure for mask in _masks(run, row.source)]
@@ -175,7 +181,7 @@ def _read_masks(run: Run, rows: list[OutputRow], images: Mapping[str, Read]) -> 
     return unread | _read_each(wanted, read)
 
 
-def _read_controls(run: Run, rows: list[OutputRow], sizes: list[Size]) -> dict[str, Read]:
+def _read_controls(run: Run, reader: InputReader, rows: list[OutputRow], sizes: list[Size]) -> dict[str, Read]:
     """Control images by name, fitted as the contents are."""
     fit = "crop" if run.job.image.fit == "keep" else run.job.image.fit  # the size to keep is the content's
     sources_of = [_controls(run, row.source, size) for row, size in zip(rows, sizes, strict=True)]
@@ -183,19 +189,18 @@ def _read_controls(run: Run, rows: list[OutputRow], sizes: list[Size]) -> dict[s
     unread: dict[str, Read] = {
         source.name: (InputImage(source.name, None, source.size), None) for sources in sources_of for source in sources
     }
-    return unread | _read_each(wanted, lambda source: _load(run, source, fit, 1))
+    return unread | _read_each(wanted, lambda source: _load(run, reader, source, fit, 1))
 
 
-def _load(run: Run, source: ImageSource, fit: Fit, grid: int) -> Read:
+def _load(run: Run, reader: InputReader, source: ImageSource, fit: Fit, grid: int) -> Read:
     ref = source.ref
-    try:
-        image = load_image(
-            ref.path, ref.data, run.manifest.base, source.size, fit, grid, run.job.inputs, name=source.name
-        )
-    except RowError as error:
-        expected_size = None if fit == "keep" else source.size
-        return InputImage(source.name, None, expected_size), FailureReason.of(error)
-    return image, None
+    image, reason = reader.read(
+        ref.path if ref.data is None else None,
+        lambda inputs: load_image(
+            ref.path, ref.data, run.manifest.base, source.size, fit, grid, inputs, name=source.name
+        ),
+    )
+    return image or InputImage(source.name, None, None if fit == "keep" else source.size), reason
 
 
 def _read_each(sources: Iterable[Source], read: Callable[[Source], Result]) -> dict[str, Result]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tenacity import (
@@ -72,7 +73,8 @@ def _with_retries(
     def attempt() -> None:
         if stopping.is_set():  # during the pause
             return
-        new = run.new_attempt(shard, occurrences)
+        last = retrying.statistics["attempt_number"] == attempts
+        new = replace(run.new_attempt(shard, occurrences), last=last)
         record = listener.committed_record(new)
         if record is None:
             record = process_shard(run, new, engine, nullcontext(), listener.progress, stopping.is_set)

@@ -130,7 +130,7 @@ class _Stages:
             if restored := self._checkpoints and self._checkpoints.restore():
                 self._state, self._rows = restored
             else:
-                self._pairs, self._rows = read_pairs(run, rows, self._engine.model.grid)
+                self._pairs, self._rows = read_pairs(run, rows, self._engine.model.grid, attempt.last)
                 _warn_of_long_prompts(self._engine, self._rows)
         failpoint("after-read", shard=attempt.shard)
 
