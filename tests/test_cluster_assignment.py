@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stylemill.cluster.assignment import Assignments
 from stylemill.cluster.capacity import WorkerResources, worker_capacity, worker_resources
@@ -217,9 +219,30 @@ def test_a_worker_reserves_a_gpu_if_the_cluster_has_one() -> None:
         (ClusterSettings(), [CPU_NODE], 10**9, 5),  # limited by memory
         (ClusterSettings(), [CPU_NODE], 10**11, 1),
         (ClusterSettings(workers=3), [CPU_NODE], 10**11, 3),
+        (ClusterSettings(gpus_per_worker=0.1), [GPU_NODE], 0, 40),  # in floats, 1.0 // 0.1 is 9
+        (ClusterSettings(gpus_per_worker=0.2), [{"GPU": 1.0}], 0, 5),
+        (ClusterSettings(gpus_per_worker=0.4), [GPU_NODE], 0, 8),  # two on each GPU: none is on two of them
     ],
 )
 def test_the_number_of_workers_follows_the_capacity_of_the_cluster(
     cluster: ClusterSettings, machines: list[dict[str, float]], resident: int, workers: int
 ) -> None:
     assert worker_capacity(cluster, worker_resources(cluster, machines), machines, resident) == workers
+
+
+@given(st.integers(1, 10_000), st.integers(0, 16))
+def test_as_many_workers_share_each_gpu_as_ray_places_there(units: int, gpus: int) -> None:
+    """Ray places a worker where its amount, in units of 1/10000, is free on a single GPU."""
+    free, placed = [10_000] * gpus, 0
+    while any(left >= units for left in free):
+        free[next(gpu for gpu, left in enumerate(free) if left >= units)] -= units
+        placed += 1
+        if placed > 1000:  # enough; a unit each would take 160,000
+            return
+    resources = WorkerResources(cpus=0, gpus=units / 10_000)
+    assert resources.number_on({"CPU": 8.0, "GPU": float(gpus)}) == placed
+
+
+@given(st.integers(1, 64), st.integers(0, 256))
+def test_a_worker_fits_where_its_cpus_are(threads: int, cpus: int) -> None:
+    assert WorkerResources(cpus=threads, gpus=0).number_on({"CPU": float(cpus)}) == cpus // threads

@@ -107,7 +107,12 @@ def test_flags_override_keys_of_the_file_and_leave_its_others(load):
         ("image: {size: 1}", f"image.size: expected {SIZE}, not 1"),
         ("cluster: {workers: many}", "cluster.workers: expected a number of workers, 1 or more, or auto, not 'many'"),
         ("cluster: {workers: 0}", "cluster.workers: expected a number of workers, 1 or more, or auto, not 0"),
-        ("cluster: {gpus_per_worker: -1}", "cluster.gpus_per_worker: expected a number of GPUs, 0 or more, or auto"),
+        (
+            "cluster: {gpus_per_worker: -1}",
+            "cluster.gpus_per_worker: expected a whole number of GPUs, a part of one in steps",
+        ),
+        ("cluster: {gpus_per_worker: 1.5}", "cluster.gpus_per_worker: expected a whole number of GPUs, a part of one"),
+        ("cluster: {gpus_per_worker: 0.00001}", "cluster.gpus_per_worker: expected a whole number of GPUs, a part of"),
         ("cluster: {micro_batch: 1.5}", "cluster.micro_batch: expected a number of pairs in one UNet call"),
         ("shards: {pairs_per_shard: []}", "shards.pairs_per_shard: expected a number of pairs, 1 or more, or auto"),
         # values

@@ -9,6 +9,7 @@ from stylemill.config.job import ClusterSettings
 
 Resources = Mapping[str, float]  # of a machine, under Ray's names: CPU, GPU, memory (bytes)
 SAMPLING_MEMORY = 2  # memory of a CPU worker while it samples, as a multiple of its memory after loading the model
+UNITS = 10_000  # Ray counts CPUs and GPUs in units of 1/10000; in floats, 1.0 // 0.1 is 9
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,15 @@ class WorkerResources:
         parts = [f"{amount:g} {name}" for amount, name in ((self.gpus, "GPU"), (self.cpus, "CPU")) if amount]
         return " and ".join(parts) or "nothing"
 
-    def fit_on(self, machine: Resources) -> bool:
-        return machine.get("CPU", 0) >= self.cpus and machine.get("GPU", 0) >= self.gpus
+    def number_on(self, machine: Resources) -> int:
+        """How many workers fit on a machine on which nothing else runs. A part of a GPU is always of a single GPU."""
+        numbers = []
+        if cpus := _units(self.cpus):
+            numbers.append(_units(machine.get("CPU", 0)) // cpus)
+        if gpus := _units(self.gpus):
+            available = _units(machine.get("GPU", 0))
+            numbers.append(available // gpus if gpus >= UNITS else available // UNITS * (UNITS // gpus))
+        return min(numbers)
 
 
 def worker_resources(cluster: ClusterSettings, machines: Sequence[Resources]) -> WorkerResources:
@@ -47,11 +55,15 @@ def worker_capacity(
     """
     if cluster.workers != "auto":
         return cluster.workers
-    name, amount = ("GPU", resources.gpus) if resources.gpus else ("CPU", resources.cpus)
     workers = 0
     for machine in machines:
-        fitting = machine.get(name, 0) // amount
+        fitting = resources.number_on(machine)
         if resident_bytes and not resources.gpus:
-            fitting = min(fitting, machine.get("memory", 0) // (SAMPLING_MEMORY * resident_bytes))
-        workers += int(fitting)
+            fitting = min(fitting, int(machine.get("memory", 0)) // (SAMPLING_MEMORY * resident_bytes))
+        workers += fitting
     return max(workers, 1)
+
+
+def _units(amount: float) -> int:
+    """CPUs or GPUs in Ray's units, rounded as Ray rounds them."""
+    return int(amount * UNITS + 0.5)

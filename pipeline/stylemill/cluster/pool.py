@@ -64,7 +64,7 @@ class Pool:
         self._first_model: LoadedModel | None = None  # of the first worker that was ready
         given = self._settings.micro_batch
         self._micro_batch = listener.micro_batch or (given if isinstance(given, int) else None)
-        if local and not any(self._resources.fit_on(machine) for machine in self._machines):
+        if local and not any(self._resources.number_on(machine) for machine in self._machines):
             raise self._placement_error()
 
     def run(self) -> dict[int, str]:

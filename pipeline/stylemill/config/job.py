@@ -44,7 +44,8 @@ class ClusterSettings(StrictModel):
     address: str | None = None  # of a Ray cluster; None: Ray starts and stops with the run, on this machine
     workers: Annotated[Count | Auto, Field(description="a number of workers, 1 or more, or auto")] = "auto"
     gpus_per_worker: Annotated[
-        Annotated[float, Field(ge=0)] | Auto, Field(description="a number of GPUs, 0 or more, or auto")
+        Annotated[float, Field(ge=0)] | Auto,
+        Field(description="a whole number of GPUs, a part of one in steps of 0.0001, or auto"),
     ] = "auto"
     threads: Count = 1  # CPU threads of one worker
     micro_batch: Annotated[
@@ -55,6 +56,13 @@ class ClusterSettings(StrictModel):
     # step before it where that is longer. stage_timeout: in any other stage, and in the first step.
     step_timeout: Annotated[float, Field(gt=0)] = 600.0
     stage_timeout: Annotated[float, Field(gt=0)] = 3600.0
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _check_gpus(cls, value: float | Auto) -> float | Auto:
+        if isinstance(value, float) and not (value.is_integer() if value >= 1 else value == round(value, 4)):
+            raise ValueError("Ray would refuse it")
+        return value
 
 
 class Job(StrictModel):
