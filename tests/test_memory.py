@@ -16,6 +16,7 @@ import stylemill
 from ray_runs import make_run
 from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Pair
+from stylemill.engine.memory import translate_out_of_memory
 from stylemill.errors import DeviceMemoryError
 from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.execution.shard import process_shard
@@ -98,16 +99,43 @@ def test_if_one_pair_alone_does_not_fit_the_error_gives_advice(folder: Path) -> 
         sample(engine)
 
 
-def test_other_errors_are_not_treated_as_out_of_memory(folder: Path) -> None:
+NO_KERNEL = "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."
+
+
+@pytest.mark.parametrize("message", ["CUDA error: an illegal memory access was encountered", NO_KERNEL])
+def test_other_errors_are_not_treated_as_out_of_memory(folder: Path, message: str) -> None:
     engine = load(folder, 4)
 
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(message)
 
     engine.model.unet.forward = broken
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(RuntimeError, match=message):
         sample(engine)
     assert engine.micro_batch == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("Allocation on device 0 would exceed allowed memory."),
+        MemoryError(),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("std::bad_alloc"),
+        None,  # torch's own, on the CPU
+    ],
+)
+def test_failed_allocations_are_out_of_memory(error: Exception | None) -> None:
+    def work() -> torch.Tensor:
+        if error:
+            raise error
+        return torch.empty(10**15)
+
+    with pytest.raises(DeviceMemoryError, match="out of memory"):
+        translate_out_of_memory(work)
 
 
 def test_a_halved_micro_batch_is_recorded_and_warned_about_and_a_shard_that_never_fits_stays_open(

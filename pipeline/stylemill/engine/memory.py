@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from stylemill.errors import DeviceMemoryError
 
 T = TypeVar("T")
+
+# Texts of RuntimeErrors of torch: the CUDA runtime and driver (a torch.AcceleratorError), its CPU allocator, C++'s new,
+# and the libraries of CUDA that allocate workspaces of their own (…_STATUS_ALLOC_FAILED, …_DEVICE_ALLOCATION_FAILED).
+# CUDNN_STATUS_NOT_SUPPORTED is not one: it says that a kernel is missing, at every size of a batch.
+_ALLOCATION_FAILED = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|ALLOC(ATION)?_FAILED"
+)
 
 
 def translate_out_of_memory(work: Callable[[], T]) -> T:
@@ -36,4 +43,5 @@ def translate_out_of_memory(work: Callable[[], T]) -> T:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or _ALLOCATION_FAILED.search(str(error)) is not None
