@@ -62,7 +62,7 @@ def test_it_has_the_layers_of_stable_diffusion_1(demo):
 def test_its_vae_reconstructs_photos_with_their_colours(demo):
     quality, shifts = [], []
     for photo in read([QUICKSTART / "content"], 256):
-        [reconstructed] = demo.model.decode_image(demo.model.encode_image(photo.pixels)[None])
+        reconstructed = demo.model.decode_image(demo.model.encode_image(photo.pixels))
         error = (reconstructed.astype(np.float64) - photo.pixels) / 255
         quality.append(-10 * np.log10(np.mean(error**2)))
         shifts.append(np.abs(error.mean((0, 1))).max())

@@ -84,12 +84,111 @@ def test_changes_by_a_failed_step_are_undone(folder: Path) -> None:
     assert torch.equal(second.losses, again.losses)
 
 
-def test_decoding_is_repeated_with_half_the_micro_batch(folder: Path) -> None:
+# --- decoding, encoding, refinement -----------------------------------------------------------------------------------
+
+
+def limit_side(module: Any, name: str, side: int) -> list[int]:
+    """Let a method fail like CUDA out of memory for tensors with a longer side than `side`; returns that of its calls.
+
+    The limit comes after the method's own work, when its results are in memory beside its arguments.
+    """
+    real, sides = getattr(module, name), []
+
+    def limited(z: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sides.append(max(z.shape[-2:]))
+        result = real(z, *rest, **options)
+        if sides[-1] > side:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 10 MiB free.")
+        return result
+
+    setattr(module, name, limited)
+    return sides
+
+
+LARGE = (64, 320)  # pixels; 8 × 40 latents, and a tile of the untrained VAE has 32
+
+
+def large_pairs(count: int) -> list[Pair]:
+    return [replace(pair, size=LARGE, content=None) for pair in pairs(count)]
+
+
+def test_an_image_that_does_not_fit_as_a_whole_is_decoded_in_tiles_and_so_are_all_later_ones(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = load(folder, 4)
+    *_, state = engine.sample(large_pairs(3), SETTINGS)
+    whole = engine.decode(state)
+    assert engine.numerics["decoding"] == "whole images"
+    sides = limit_side(engine.model.vae.decoder, "forward", 32)
+    tiled = engine.decode(state)
+    assert (sides[0], max(sides[1:])) == (40, 32), "a whole image is tried once"
+    assert (engine.micro_batch, engine.numerics["decoding"]) == (4, "tiles"), "the UNet's micro-batch has not changed"
+    for one, other in zip(whole, tiled, strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.shape == other.shape == (320, 64, 3)
+        assert not np.array_equal(one, other)
+    assert caplog.text.count("from now on images are decoded in tiles") == 1
+    again = load(folder, 4)
+    again.decoder.in_tiles = True
+    assert all(map(np.array_equal, again.decode(state), tiled)), "whatever was decoded before"
+    small = sample(engine, 1)[1]
+    assert all(map(np.array_equal, small, sample(load(folder, 4), 1)[1])), (
+        "an image that fits into a tile is decoded whole"
+    )
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_images_are_decoded_one_at_a_time_and_memory_for_a_single_one_is_enough(
+    folder: Path, window: int | None
+) -> None:
     engine = load(folder, 4)
     sizes = limit_memory(engine.model.vae, "decode", 1)
-    _, images = sample(engine, 3)
-    assert (sizes, engine.micro_batch) == ([3, 2, 1, 1, 1], 1)
-    assert all(image is not None for image in images)
+    settings = SETTINGS.model_copy(update={"window": window, "content_weight": 0.0})
+    *_, state = engine.sample(large_pairs(2), settings)
+    assert all(image is not None for image in engine.decode(state))
+    assert (sizes, engine.micro_batch) == ([1, 1], 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "tiling", "message"),
+    [
+        (LARGE, 31, "none", r"decoding an image in tiles \(.*2.00 GiB\); take a smaller image.size, or end"),
+        ((64, 64), 0, "none", r"decoding an image \(.*2.00 GiB\); take a smaller image.size, or end"),
+        (
+            LARGE,
+            32,
+            "y",
+            r"decoding an image \(.*sampling.tiling: none \(an image with tiling y cannot be decoded in t",
+        ),
+    ],
+    ids=["a tile does not fit", "smaller than a tile", "seamless"],
+)
+def test_an_image_that_cannot_be_decoded_in_the_memory_fails_with_advice(
+    folder: Path, size: tuple[int, int], limit: int, tiling: str, message: str
+) -> None:
+    engine = load(folder, 4)
+    settings = SETTINGS.model_copy(update={"tiling": tiling})
+    *_, state = engine.sample([replace(large_pairs(1)[0], size=size)], settings)
+    limit_side(engine.model.vae.decoder, "forward", limit)
+    with pytest.raises(DeviceMemoryError, match=message):
+        engine.decode(state)
+    assert (engine.micro_batch, engine.numerics["decoding"]) == (4, "whole images")
+
+
+def test_out_of_memory_in_encoding_or_refinement_says_so_and_leaves_the_micro_batch(folder: Path) -> None:
+    engine = load(folder, 4)
+    *_, state = engine.sample(pairs(2), SETTINGS.model_copy(update={"refine_decoder_steps": 1}))
+    limit_side(engine.model.vae.decoder, "forward", 0)
+    with pytest.raises(DeviceMemoryError, match=r"out of memory refining the VAE's decoder on a style .*style_size"):
+        engine.decode(state)
+    limit_side(engine.model.vae.encoder, "forward", 0)
+    with pytest.raises(DeviceMemoryError, match=r"out of memory encoding the images .*image.style_size"):
+        sample(engine)
+    assert engine.micro_batch == 4
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_if_one_pair_alone_does_not_fit_the_error_gives_advice(folder: Path) -> None:

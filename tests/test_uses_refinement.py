@@ -161,19 +161,11 @@ def test_the_original_decoder_is_restored_after_an_error(
     assert same(engine.decode(state), images)  # from the engine's RecentDecoders
 
 
-# --- micro-batches -------------------------------------------------------------------------------------------------
+# --- pairs ------------------------------------------------------------------------------------------------------------
 
 
 def test_each_pair_of_a_shard_equals_the_pair_alone(engine: Engine, images: list[Any]) -> None:
     assert same(images, [engine.decode(last(engine, [pair]), Cache())[0] for pair in SHARD])
-
-
-def test_a_batch_has_one_style_and_changes_only_the_rounding(
-    engine: Engine, state: SampleState, images: list[Any]
-) -> None:
-    for actual, expected in zip(Engine(engine.model, micro_batch=3).decode(state), images, strict=True):
-        assert actual is not None
-        assert np.abs(actual.astype(int) - expected).max() <= 1
 
 
 def test_an_unreadable_style_fails_its_pairs_and_no_decoder_is_refined_on_it(engine: Engine, images: list[Any]) -> None:

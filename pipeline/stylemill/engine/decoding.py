@@ -3,73 +3,95 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
-from itertools import groupby
 
-import torch
+from torch import Tensor
 
-from stylemill.engine.batching import Batch, micro_batches
+from stylemill.config.sampling import Tiling
+from stylemill.engine.memory import translate_out_of_memory
 from stylemill.engine.state import SampleState, ShardInputs
 from stylemill.engine.unet.decoder_refinement import DecoderCache, refined_decoder
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.tiling import circular_padding
+from stylemill.errors import DeviceMemoryError
 from stylemill.images.input_image import Pixels
 
 REFINEMENT_FAILED = (
     "refining the VAE's decoder on the pair's first style gave NaN or Inf weights; lower sampling.refine_decoder_lr"
 )
+_log = logging.getLogger(__name__)
+
+
+class ImageDecoder:
+    """Decodes latents by the VAE, one image at a time, so that an image does not depend on others of its shard.
+
+    `in_tiles` becomes True for good when a whole image does not fit into the memory: from then on images larger than
+    the VAE's tile are decoded in tiles that overlap.
+    """
+
+    def __init__(self, model: DiffusionModel) -> None:
+        self.model = model
+        self.in_tiles = False
+
+    def decode(self, latents: Tensor, tiling: Tiling) -> Pixels:
+        """Latents (C, h, w) -> image (H, W, 3) uint8. Raises DeviceMemoryError.
+
+        An image that tiles (`tiling`) is never decoded in tiles: its opposite edges would no longer fit together.
+        """
+        splits = tiling == "none" and self.model.has_several_tiles(latents)
+        advice = "take a smaller image.size"
+        if tiling != "none":
+            advice += f" or sampling.tiling: none (an image with tiling {tiling} cannot be decoded in tiles)"
+        if not (self.in_tiles and splits):
+            try:
+                return self._decode(latents, False, advice)
+            except DeviceMemoryError:
+                if not splits:
+                    raise
+        image = self._decode(latents, True, advice)
+        if not self.in_tiles:
+            _log.warning("out of memory: from now on images are decoded in tiles")
+            self.in_tiles = True
+        return image
+
+    def _decode(self, latents: Tensor, in_tiles: bool, advice: str) -> Pixels:
+        decode = partial(self.model.decode_image, latents, in_tiles)
+        return translate_out_of_memory(decode, f"decoding an image{' in tiles' * in_tiles}", advice)
 
 
 def decode_shard(
-    model: DiffusionModel,
-    state: SampleState,
-    micro_batch: int,
-    numerics: Mapping[str, str | int],
-    decoders: DecoderCache,
+    decoder: ImageDecoder, state: SampleState, numerics: Mapping[str, str | int], decoders: DecoderCache
 ) -> list[Pixels | None]:
     """The image of each pair, (H, W, 3) uint8; None where the pair failed.
 
-    A pair whose style cannot be used to refine the decoder is excluded in `state`.
+    A pair whose style cannot be used to refine the decoder is excluded in `state`. Raises DeviceMemoryError.
     """
     images: dict[int, Pixels] = {}
-    failures = state.failures
-    for style, batches in _batches_by_style(state.inputs, micro_batch):
-        pairs = [pair for batch in batches for pair in batch]
-        if all(pair in failures for pair in pairs):  # for example, because the style could not be read
-            continue
+    inputs, model = state.inputs, decoder.model
+    for style, pairs in _pairs_by_style(state).items():
         with (
-            _decoder_for(model, state.inputs, style, numerics, decoders) as finite,
-            circular_padding(state.inputs.tiling, model.vae.decoder),
+            _decoder_for(model, inputs, style, numerics, decoders) as finite,
+            circular_padding(inputs.tiling, model.vae.decoder),
         ):
             if not finite:
-                state.excluded |= {pair: REFINEMENT_FAILED for pair in pairs if pair not in failures}
+                state.excluded |= dict.fromkeys(pairs, REFINEMENT_FAILED)
                 continue
-            for batch in batches:
-                decoded = model.decode_image(torch.stack([state.latents_of[pair] for pair in batch]))
-                images |= zip(batch, decoded, strict=True)
-    return [None if pair in failures else images.get(pair) for pair in range(len(state.latents_of))]
+            for pair in pairs:
+                images[pair] = decoder.decode(state.latents_of[pair], inputs.tiling)
+    return [images.get(pair) for pair in range(len(state.latents_of))]
 
 
-def _batches_by_style(inputs: ShardInputs, size: int) -> Iterator[tuple[int | None, list[Batch]]]:
-    """Each style that a decoder is refined on and the micro-batches that it decodes; None and all without refinement.
-
-    The first style of a pair counts. As in sampling, micro-batches follow from the manifest rows alone.
-    """
-    kinds = inputs.kinds()
-    if not inputs.refine_steps:
-        yield None, micro_batches(kinds, size)
-        return
-
-    def first_style(batch: Batch) -> int:
-        return inputs.pairs[batch[0]].styles[0]
-
-    by_style = [
-        None if kind is None else (pair.styles[0], kind) for pair, kind in zip(inputs.pairs, kinds, strict=True)
-    ]
-    for style, batches in groupby(sorted(micro_batches(by_style, size), key=first_style), first_style):
-        yield style, list(batches)
+def _pairs_by_style(state: SampleState) -> dict[int | None, list[int]]:
+    """The pairs that did not fail, by the style that their decoder is refined on: their first; None: no refinement."""
+    failures, pairs_of = state.failures, dict[int | None, list[int]]()
+    for number, pair in enumerate(state.inputs.pairs):
+        if number not in failures:
+            pairs_of.setdefault(pair.styles[0] if state.inputs.refine_steps else None, []).append(number)
+    return pairs_of
 
 
 @contextmanager

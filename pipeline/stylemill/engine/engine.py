@@ -22,7 +22,7 @@ from stylemill.config.model import ControlNet, DType, Lora
 from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import self_attention_layers
 from stylemill.engine.batching import blocks, cpu_micro_batch, micro_batches
-from stylemill.engine.decoding import decode_shard
+from stylemill.engine.decoding import ImageDecoder, decode_shard
 from stylemill.engine.initial_state import create_initial_state
 from stylemill.engine.inputs import Pair
 from stylemill.engine.memory import translate_out_of_memory
@@ -75,7 +75,8 @@ class Engine:
         self.feature_budget_mb = feature_budget_mb
         self.layers = select_layers(self_attention_layers(model.unet), layers)
         self.passes: Counter[str] = Counter()
-        self.decoders = RecentDecoders()
+        self.decoder = ImageDecoder(model)
+        self.refined_decoders = RecentDecoders()
 
     @classmethod
     def load(
@@ -135,6 +136,7 @@ class Engine:
             "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "threads": self.threads,
             "micro_batch": self.micro_batch,
+            "decoding": "tiles" if self.decoder.in_tiles else "whole images",
             "feature_budget_mb": self.feature_budget_mb,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
@@ -156,14 +158,15 @@ class Engine:
         checkpoint, sampling continues after `state.step` and `pairs` is not used. `excluded` has the numbers of pairs
         that must not be sampled, each with its reason. A pair that cannot be sampled is in `state.failures`; the
         results of the others are the same as if it could.
-        If the device runs out of memory, the micro-batch is halved for good and the step is repeated. Raises
-        DeviceMemoryError if the micro-batch is 1, and what `create_initial_state` raises.
+        If a step runs out of memory, the micro-batch is halved for good and the step is repeated. Raises
+        DeviceMemoryError if the micro-batch is 1 or an image cannot be encoded, and what `create_initial_state` raises.
         """
         noise = noise or Noise(settings.seed)
         with self._repeatable():
             if state is None:
                 create = partial(create_initial_state, self.model, pairs, settings, noise, self.layers)
-                state = translate_out_of_memory(create)
+                advice = "take a smaller image.size or image.style_size"
+                state = translate_out_of_memory(create, "encoding the images of a shard, one at a time", advice)
             if excluded:
                 state.exclude(excluded)
             state.to(self.model.device)
@@ -183,16 +186,13 @@ class Engine:
 
         With `refine_decoder_steps`, the VAE's decoder is first refined on the pair's first style, or taken from
         `decoders`. Without that cache, the engine keeps the last few refined decoders itself.
+        If an image does not fit into the memory, it is decoded in tiles, and so are all later ones. Raises
+        DeviceMemoryError if a tile does not fit, if the image is not larger than a tile, or if it has `tiling`.
         """
-        cache = self.decoders if decoders is None else decoders
-
-        def decode() -> list[Pixels | None]:
-            # The micro-batch fits images of a window's size; an image sampled in windows is larger.
-            size = self.micro_batch if state.inputs.window is None else 1
-            return decode_shard(self.model, state, size, self.numerics, cache)
-
+        cache = self.refined_decoders if decoders is None else decoders
         with self._repeatable():
-            return self._retry_with_smaller_batches(decode)
+            decode = partial(decode_shard, self.decoder, state, self.numerics, cache)
+            return translate_out_of_memory(decode, "decoding a shard", "take a smaller image.size")
 
     def gradient(
         self, pairs: Sequence[Pair], settings: Sampling, latents: Tensor, step: int, noise: Noise | None = None

@@ -21,10 +21,15 @@ _ALLOCATION_FAILED = re.compile(
 )
 
 
-def translate_out_of_memory(work: Callable[[], T]) -> T:
+def translate_out_of_memory(
+    work: Callable[[], T],
+    where: str = "with one pair in a UNet call",
+    advice: str = "take a smaller image.size or sampling.window, lower cluster.feature_budget_mb",
+) -> T:
     """Call `work` and return its result.
 
-    Raises DeviceMemoryError if it runs out of memory, after all that it allocated is released.
+    Raises DeviceMemoryError, which says `where` and gives `advice`, if it runs out of memory, after all that it
+    allocated is released.
     """
     try:
         return work()
@@ -37,8 +42,7 @@ def translate_out_of_memory(work: Callable[[], T]) -> T:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise DeviceMemoryError(
-        f"out of memory with one pair in a UNet call ({reason.rstrip('.')}); take a smaller image.size or "
-        "sampling.window, lower cluster.feature_budget_mb, or end other processes that use this device"
+        f"out of memory {where} ({reason.rstrip('.')}); {advice}, or end other processes that use this device"
     )
 
 

@@ -93,6 +93,7 @@ class _Stages:
         self._checkpoints: ShardCheckpoints | None = None
         self._state: SampleState | None = None
         self._images: list[Pixels | None] = []
+        self._numerics: dict[str, str | int] = {}  # with which the images were made
         self._timer = StageTimer()
         pairs = len(probe.places) if probe else len(run.rows_of(attempt.shard))
         self._report = ProgressReporter(run.job, attempt, pairs, send)
@@ -163,6 +164,7 @@ class _Stages:
         failpoint("before-decode", shard=self._attempt.shard)
         with self._timer.measure("decode"):
             self._images = self._engine.decode(self._state, RunDecoders(self._run.paths, self._attempt.id))
+        self._numerics = numerics(self._engine)  # while the device is held: another shard may change them
 
     def _encode(self) -> None:
         assert self._state is not None
@@ -186,7 +188,7 @@ class _Stages:
             stop_row=row_range.stop,
             attempt=attempt.id,
             generation=attempt.generation,
-            numerics=numerics(self._engine),
+            numerics=self._numerics,
             timings=self._timer.seconds,
         )
         return commit(run.paths, draft, data, failures)

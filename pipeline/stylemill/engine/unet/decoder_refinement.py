@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from stylemill.engine.memory import translate_out_of_memory
 from stylemill.engine.unet.model import DiffusionModel
 
 Weights = dict[str, npt.NDArray[Any]]  # tensors by name
@@ -56,14 +58,18 @@ def refined_decoder(
     """Let the VAE decode with a decoder refined on one image, until the block ends; yields whether it is finite.
 
     `latent` (C, h, w) is the encoded image, `image` its pixels (H, W, 3) uint8. The decoder comes from `cache` if that
-    has it under `key`. It is refined and used in float32, whatever the model's precision.
+    has it under `key`. It is refined and used in float32, whatever the model's precision. Raises DeviceMemoryError.
     """
     with copied_decoder(model.vae, model.latent_dtype):
         weights = cache.get(key)
         if weights is None:
             pixels = (image.to(model.device).to(model.latent_dtype) / 127.5 - 1).permute(2, 0, 1)[None]
             unscaled = latent[None] / model.vae.config.scaling_factor
-            weights = fine_tune_decoder(model.vae, unscaled, pixels, steps, learning_rate)
+            weights = translate_out_of_memory(
+                partial(fine_tune_decoder, model.vae, unscaled, pixels, steps, learning_rate),
+                "refining the VAE's decoder on a style",
+                "take a smaller image.style_size or sampling.refine_decoder_steps: 0",
+            )
             cache.put(key, weights)
         model.vae.decoder.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
         yield all(parameter.isfinite().all() for parameter in model.vae.decoder.parameters())

@@ -116,13 +116,19 @@ class DiffusionModel:
         mean: Tensor = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist.mean
         return mean[0].to(self.latent_dtype) * float(self.vae.config.scaling_factor)
 
+    def has_several_tiles(self, latents: Tensor) -> bool:
+        """Whether latents (…, h, w) are larger than the tiles in which the VAE can decode them."""
+        return max(latents.shape[-2:]) > int(self.vae.tile_latent_min_size)
+
     @torch.no_grad()
-    def decode_image(self, latents: Tensor) -> list[Pixels]:
-        """Latents (B, C, h, w) -> B images (H, W, 3) uint8."""
+    def decode_image(self, latents: Tensor, in_tiles: bool = False) -> Pixels:
+        """Latents (C, h, w) -> image (H, W, 3) uint8; `in_tiles` takes less memory, and changes the image a little."""
         dtype = self.vae.decoder.conv_in.weight.dtype  # a refined decoder's differs from the model's
-        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype)).sample
+        decode = self.vae.tiled_decode if in_tiles else self.vae.decode
+        image = decode((latents[None] / self.vae.config.scaling_factor).to(dtype)).sample[0]
         image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return list(image.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        pixels: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+        return pixels
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Text, control: Control | None = None) -> Tensor:
         """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).
