@@ -86,7 +86,7 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     import torch
 
     from stylemill.engine.noise import identity
-    from stylemill.engine.state import PairInputs, SampleState, ShardInputs
+    from stylemill.engine.state import PairFailure, PairInputs, SampleState, ShardInputs
 
     images = {image.name: image for pair in pairs for image in pair.images}
     indices = {name: index for index, name in enumerate(images)}
@@ -111,7 +111,7 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     ]
     tensors = [latents(image.pixels) for image in images.values()]
     unreadable = {
-        index: "an image of this pair could not be read, or it was not asked for"
+        index: PairFailure("sample", "an image of this pair could not be read, or it was not asked for")
         for index, pair in enumerate(pairs)
         if pair.placeholder or any(image.pixels is None for image in pair.images)
     }

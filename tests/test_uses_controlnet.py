@@ -115,7 +115,7 @@ def test_a_pair_without_its_control_image_fails_and_no_other(engine: Engine) -> 
     settings = Sampling(steps=2)
     pairs = [PAIR, replace(PAIR, controls=()), replace(PAIR, controls=(InputImage("?", None),)), PAIR]
     state, expected = last(engine, pairs, settings), last(engine, [PAIR] * 4, settings)
-    assert state.failures == {
+    assert {pair: failure.message for pair, failure in state.failures.items()} == {
         1: "model.controlnet needs 1 control image (column 'control', one for each), and this pair has none",
         2: "a control image of this pair could not be read",
     }

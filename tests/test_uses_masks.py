@@ -129,7 +129,7 @@ def test_a_label_that_no_style_has_fails_its_pair_and_no_other(engine: Engine) -
     expected = last(engine, [SPLIT, PADDED, PLAIN], settings)
     state = last(engine, [SPLIT, MISSING_LABEL, PLAIN], settings)
     assert list(state.failures) == [1]
-    assert "label 9 of content_mask is in none of this pair's style masks" in state.failures[1]
+    assert "label 9 of content_mask is in none of this pair's style masks" in state.failures[1].message
     assert torch.equal(state.latents_of[0], expected.latents_of[0])
     assert torch.equal(state.latents_of[2], expected.latents_of[2])
     assert all(latents.isfinite().all() for latents in state.latents_of)
@@ -141,7 +141,7 @@ def test_a_label_that_is_lost_on_a_coarse_grid_fails_with_that_reason(engine: En
     pair = Pair(
         (STYLE,), SIZE, content_mask=labels([[1, COLOUR_LABEL + 0xFF]]), style_masks=(LabelImage("thin", thin),)
     )
-    reason = last(engine, [pair], Sampling(steps=1)).failures[0]
+    reason = last(engine, [pair], Sampling(steps=1)).failures[0].message
     assert "label #0000ff" in reason
     assert "lost when the masks are resized to 4×4" in reason
 
@@ -157,7 +157,7 @@ def test_a_label_that_is_lost_on_a_coarse_grid_fails_with_that_reason(engine: En
 def test_incomplete_masks_fail_their_pair(engine: Engine, pair: Pair, reason: str) -> None:
     state = last(engine, [pair, PLAIN], Sampling(steps=1))
     assert list(state.failures) == [0]
-    assert reason in state.failures[0]
+    assert reason in state.failures[0].message
 
 
 @pytest.mark.parametrize("method", ["guided", "optimization", "kv_injection"])

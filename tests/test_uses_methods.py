@@ -167,7 +167,7 @@ def test_a_pair_without_the_content_to_start_from_fails_and_no_other(engine: Eng
     (*_, expected), _ = sample_to_end(engine, [FULL, MANY], settings)
     (*_, latents), state = sample_to_end(engine, [FULL, BARE, MANY], settings)
     assert list(state.failures) == [1]
-    assert "content" in state.failures[1]
+    assert "content" in state.failures[1].message
     assert torch.equal(latents[[0, 2]], expected)
 
 

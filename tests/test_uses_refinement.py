@@ -180,7 +180,7 @@ def test_a_refined_decoder_with_nan_fails_its_pairs(engine: Engine) -> None:
     state = last(engine, settings=REFINED.model_copy(update={"refine_decoder_lr": 1e36}))
     assert engine.decode(state, Cache()) == [None] * 4
     assert sorted(state.failures) == [0, 1, 2, 3]
-    assert "refine_decoder_lr" in state.failures[0]
+    assert "refine_decoder_lr" in state.failures[0].message
 
 
 def test_tiling_changes_the_image_and_not_the_refinement(engine: Engine, state: SampleState) -> None:

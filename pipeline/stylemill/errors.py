@@ -9,7 +9,9 @@
     │   └── ClusterError           Ray cannot be reached, or has no resources for a worker
     ├── RowError                   one row failed: it is recorded as a failure, and the other rows of its shard go on
     │   ├── ImageError             an input image cannot be read, decoded or fitted
-    │   ├── SamplingError          the latents of the row became NaN or infinite
+    │   ├── EncodingError          the VAE or a text encoder gave NaN or Inf for an input of the row
+    │   ├── SamplingError          the latents of the row became NaN or Inf, or it cannot be sampled as the job says
+    │   ├── DecodingError          the VAE's decoder gave NaN or Inf for the row
     │   └── PoisonPairError        every worker that sampled the row died, also when it sampled the row alone
     ├── TransientError             a retry can succeed; no row is recorded as a failure
     │   ├── StorageError           reading or writing the run folder failed (disk full, I/O error)
@@ -55,7 +57,10 @@ class ClusterError(InputError):
 
 
 class RowError(StylemillError):
-    """A row that failed. `stage`, one of read | sample | decode | encode, is where; it is recorded with the failure."""
+    """A row that failed. `stage`, recorded with the failure, is where: read | encode | sample | decode.
+
+    encode: of images and texts, by the VAE and the text encoders, before sampling. decode: of latents, by the VAE.
+    """
 
     stage = "read"
 
@@ -64,8 +69,16 @@ class ImageError(RowError):
     pass
 
 
+class EncodingError(RowError):
+    stage = "encode"
+
+
 class SamplingError(RowError):
     stage = "sample"
+
+
+class DecodingError(RowError):
+    stage = "decode"
 
 
 class PoisonPairError(RowError):

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 
+import torch
 from torch import Tensor
 
 from stylemill.config.sampling import Tiling
 from stylemill.engine.memory import translate_out_of_memory
-from stylemill.engine.state import SampleState, ShardInputs
+from stylemill.engine.state import PairFailure, SampleState, ShardInputs
 from stylemill.engine.unet.decoder_refinement import DecoderCache, refined_decoder
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.tiling import circular_padding
@@ -37,8 +38,8 @@ class ImageDecoder:
         self.model = model
         self.in_tiles = False
 
-    def decode(self, latents: Tensor, tiling: Tiling) -> Pixels:
-        """Latents (C, h, w) -> image (H, W, 3) uint8. Raises DeviceMemoryError.
+    def decode(self, latents: Tensor, tiling: Tiling) -> Pixels | None:
+        """Latents (C, h, w) -> image (H, W, 3) uint8; None if the decoder gives NaN or Inf. Raises DeviceMemoryError.
 
         An image that tiles (`tiling`) is never decoded in tiles: its opposite edges would no longer fit together.
         """
@@ -58,7 +59,7 @@ class ImageDecoder:
             self.in_tiles = True
         return image
 
-    def _decode(self, latents: Tensor, in_tiles: bool, advice: str) -> Pixels:
+    def _decode(self, latents: Tensor, in_tiles: bool, advice: str) -> Pixels | None:
         decode = partial(self.model.decode_image, latents, in_tiles)
         return translate_out_of_memory(decode, f"decoding an image{' in tiles' * in_tiles}", advice)
 
@@ -68,9 +69,9 @@ def decode_shard(
 ) -> list[Pixels | None]:
     """The image of each pair, (H, W, 3) uint8; None where the pair failed.
 
-    A pair whose style cannot be used to refine the decoder is excluded in `state`. Raises DeviceMemoryError.
+    A pair whose decoder, or image, has NaN or Inf is excluded in `state`. Raises DeviceMemoryError.
     """
-    images: dict[int, Pixels] = {}
+    images: dict[int, Pixels | None] = {}
     inputs, model = state.inputs, decoder.model
     for style, pairs in _pairs_by_style(state).items():
         with (
@@ -78,11 +79,21 @@ def decode_shard(
             circular_padding(inputs.tiling, model.vae.decoder),
         ):
             if not finite:
-                state.excluded |= dict.fromkeys(pairs, REFINEMENT_FAILED)
+                state.excluded |= dict.fromkeys(pairs, PairFailure("decode", REFINEMENT_FAILED))
                 continue
             for pair in pairs:
                 images[pair] = decoder.decode(state.latents_of[pair], inputs.tiling)
+                if images[pair] is None:
+                    state.excluded[pair] = PairFailure("decode", _not_finite(model, refined=style is not None))
     return [images.get(pair) for pair in range(len(state.latents_of))]
+
+
+def _not_finite(model: DiffusionModel, refined: bool) -> str:
+    if refined:
+        return "the VAE's decoder, refined on the pair's first style, gave NaN or Inf; lower sampling.refine_decoder_lr"
+    if model.vae.dtype == torch.float16:
+        return "the VAE's decoder gave NaN or Inf in float16; set model.dtype to bfloat16 or float32"
+    return "the VAE's decoder gave NaN or Inf; lower sampling.learning_rate, or check the weights of the VAE"
 
 
 def _pairs_by_style(state: SampleState) -> dict[int | None, list[int]]:

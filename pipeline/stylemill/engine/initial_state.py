@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from stylemill.engine.inputs import Pair
 from stylemill.engine.masks import masks_on_grids, masks_problem, missing_label, resize_labels, unique_masks
 from stylemill.engine.noise import Noise, identity
 from stylemill.engine.schedulers import Scheduler
-from stylemill.engine.state import PairInputs, SampleState, ShardInputs
+from stylemill.engine.state import PairFailure, PairInputs, SampleState, ShardInputs
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.windows import windows_problem
 from stylemill.errors import ModelError
@@ -26,7 +27,8 @@ def create_initial_state(
 ) -> SampleState:
     """Encode each unique image and text once and draw the initial latents.
 
-    A pair that cannot be sampled is excluded, with its reason. `layers` decide the grids on which each label of a
+    A pair that cannot be sampled is excluded, with its reason, also if an image or a text of it is encoded to NaN or
+    Inf. `layers` decide the grids on which each label of a
     content mask must be in a style mask. Raises ModelError for sizes off the model's grid, and ValueError for pairs
     that are inconsistent in themselves or with each other.
     """
@@ -34,17 +36,19 @@ def create_initial_state(
     for pair in pairs:
         _check_pair(model, pair)
     inputs = _shard_inputs(model, pairs, settings)
-    excluded = {
-        number: reason
-        for number, (pair, pair_inputs) in enumerate(zip(pairs, inputs.pairs, strict=True))
-        if (
-            reason := _pair_problem(pair, settings)
+    inputs, images, texts = _without_overflows(inputs)
+    excluded: dict[int, PairFailure] = {}
+    for number, (pair, pair_inputs) in enumerate(zip(pairs, inputs.pairs, strict=True)):
+        if reason := (
+            _pair_problem(pair, settings)
             or masks_problem(pair)
             or windows_problem(pair_inputs, settings)
             or controls_problem(pair, model.controlnets)
             or missing_label(inputs, pair_inputs, layers)
-        )
-    }
+        ):
+            excluded[number] = PairFailure("sample", reason)
+        elif reason := _encoding_problem(model, pair, pair_inputs, images, texts):
+            excluded[number] = PairFailure("encode", reason)
     scheduler = Scheduler(model.scheduler, settings)
     latents = [
         torch.zeros(inputs.pairs[number].shape, dtype=model.latent_dtype)
@@ -114,6 +118,38 @@ def _shard_inputs(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampli
         refine_steps=settings.refine_decoder_steps,
         refine_rate=settings.refine_decoder_lr,
     )
+
+
+def _without_overflows(inputs: ShardInputs) -> tuple[ShardInputs, set[int], set[int]]:
+    """The inputs with zeros for images and texts that were encoded to NaN or Inf, and the numbers of these."""
+    images = {number for number, image in enumerate(inputs.images) if not image.isfinite().all()}
+    texts = {number for number, text in enumerate(inputs.texts) if not text.is_finite()}
+    inputs = replace(
+        inputs,
+        images=[torch.zeros_like(one) if number in images else one for number, one in enumerate(inputs.images)],
+        texts=[one.zeros_like() if number in texts else one for number, one in enumerate(inputs.texts)],
+    )
+    return inputs, images, texts
+
+
+def _encoding_problem(
+    model: DiffusionModel, pair: Pair, inputs: PairInputs, bad_images: set[int], bad_texts: set[int]
+) -> str | None:
+    """Which image or text of a pair was encoded to NaN or Inf, and what to do; None if none was."""
+    numbers = inputs.styles if inputs.content is None else (inputs.content, *inputs.styles)
+    for number, image in zip(numbers, pair.images, strict=True):
+        if number in bad_images:
+            return f"{image.name}: the VAE's encoder gave {_not_finite(model.vae.dtype)}"
+    for number, text in ((0, ""), (inputs.prompt, pair.prompt), (inputs.negative, pair.negative_prompt)):
+        if number in bad_texts:
+            return f"prompt {text!r}: the text encoder gave {_not_finite(model.text_encoders[0].dtype)}"
+    return None
+
+
+def _not_finite(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "NaN or Inf in float16; set model.dtype to bfloat16 or float32"
+    return "NaN or Inf; check the weights of the model"
 
 
 def _unique_images(pairs: Sequence[Pair]) -> tuple[dict[str, InputImage], dict[str, tuple[int, int]]]:

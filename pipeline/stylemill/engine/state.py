@@ -17,6 +17,10 @@ from stylemill.engine.batching import PairKind, uses_content
 from stylemill.engine.unet.text import Text
 
 Arrays = dict[str, npt.NDArray[Any]]
+_LOST = (
+    "latents became NaN or Inf in step {step}; lower learning_rate or content_weight, or set model.dtype to bfloat16 or"
+    " float32 if it is float16"
+)
 
 
 @lru_cache(maxsize=1024)
@@ -84,6 +88,14 @@ class ShardInputs:
         return PairKind(pair.shape, styles, pair.uses_content, bool(pair.masks))
 
 
+@dataclass(frozen=True)
+class PairFailure:
+    """Why a pair has no image: the stage at which it failed (encode | sample | decode), and the message."""
+
+    stage: str
+    message: str
+
+
 @dataclass
 class SampleState:
     """The pairs of a shard after `step` steps; all are at the same timestep.
@@ -96,7 +108,7 @@ class SampleState:
     inputs: ShardInputs
     latents_of: list[Tensor]
     lost_at: Tensor  # (P,)
-    excluded: dict[int, str]
+    excluded: dict[int, PairFailure]
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
     history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, for multistep schedulers
@@ -118,14 +130,10 @@ class SampleState:
         return torch.stack(self.latents_of)
 
     @property
-    def failures(self) -> dict[int, str]:
+    def failures(self) -> dict[int, PairFailure]:
         """Pair number -> why it has no image, in this attempt and every other."""
-        lost = {
-            pair: f"latents became NaN or Inf in step {step}; lower learning_rate or content_weight"
-            for pair, step in enumerate(self.lost_at.tolist())
-            if step >= 0
-        }
-        return lost | self.excluded
+        lost = {pair: step for pair, step in enumerate(self.lost_at.tolist()) if step >= 0}
+        return {pair: PairFailure("sample", _LOST.format(step=step)) for pair, step in lost.items()} | self.excluded
 
     def copy(self) -> SampleState:
         """A copy that a step can change while this state stays the same."""
@@ -154,7 +162,7 @@ class SampleState:
         used = {image for pair in kept for image in (pair.content, *pair.styles)}
         images = [one if number in used else torch.zeros_like(one) for number, one in enumerate(self.inputs.images)]
         self.inputs = replace(self.inputs, images=images)
-        self.excluded = {**reasons, **self.excluded}
+        self.excluded = {pair: PairFailure("sample", reason) for pair, reason in reasons.items()} | self.excluded
 
     def export_inputs(self) -> tuple[Arrays, dict[str, Any]]:
         """The inputs as arrays and JSON values, saved once a shard."""
@@ -185,9 +193,9 @@ class SampleState:
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
         arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
         arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
-        excluded = {str(pair): reason for pair, reason in self.excluded.items()}
+        excluded = {str(pair): vars(failure) for pair, failure in self.excluded.items()}
         counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
-        return arrays, {"step": self.step, **counts, "unreadable": excluded}
+        return arrays, {"step": self.step, **counts, "excluded": excluded}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
@@ -210,7 +218,7 @@ class SampleState:
             ),
             latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
             lost_at=torch.from_numpy(arrays["lost_at"]),
-            excluded={int(pair): reason for pair, reason in facts["unreadable"].items()},
+            excluded={int(pair): PairFailure(**failure) for pair, failure in facts["excluded"].items()},
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
             history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import nan
 from typing import TYPE_CHECKING, Any
 
-from stylemill.errors import PoisonPairError, RowError, SamplingError
+from stylemill.errors import DecodingError, EncodingError, PoisonPairError, RowError, SamplingError
 from stylemill.execution.attempt import Attempt, Run
 from stylemill.images.encode import encode_image
 from stylemill.images.input_image import Pixels
@@ -16,6 +16,9 @@ from stylemill.store.retries import GenerationRows, generation_rows
 if TYPE_CHECKING:
     from stylemill.engine import SampleState
 
+_ERRORS: dict[str, type[RowError]] = {
+    error.stage: error for error in (EncodingError, SamplingError, DecodingError)
+}  # what a pair's failure in the engine is recorded as, by its stage
 _POISON_PAIR = (
     "every worker that processed this pair died, also when it processed the pair alone; look at its images, and try it "
     "in a run of its own"
@@ -90,14 +93,17 @@ def row_numbers(rows: list[OutputRow]) -> list[int]:
     return [row.source.output_row for row in rows if not row.failure]
 
 
-def with_results_of_sampling(rows: list[OutputRow], state: SampleState) -> list[OutputRow]:
-    """The rows with their losses and the failures of sampling; a failure that is known already is kept."""
-    failures, losses = state.failures, state.losses.tolist()
+def with_results_of_engine(rows: list[OutputRow], state: SampleState) -> list[OutputRow]:
+    """The rows with their losses and their failures in the engine; a failure that is known already is kept."""
+    losses = state.losses.tolist()
+    failures = {
+        place: FailureReason.of(_ERRORS[failure.stage](failure.message)) for place, failure in state.failures.items()
+    }
     return [
         replace(
             row,
             losses=tuple(losses[place]),
-            failure=row.failure or (FailureReason.of(SamplingError(failures[place])) if place in failures else None),
+            failure=row.failure or failures.get(place),
         )
         for place, row in enumerate(rows)
     ]

@@ -1,4 +1,4 @@
-"""One shard, from its rows to its record: read → sample → decode → encode → write → commit.
+"""One shard, from its rows to its record: read → encode → sample → decode → write → commit.
 
 The same stages run in a Ray actor and in the driver's process, and this module knows neither. At whatever point the
 process is killed: what is committed is valid, and the next attempt goes on from the newest checkpoint.
@@ -22,7 +22,7 @@ from stylemill.execution.rows import (
     rows_of_attempt,
     with_encoded_image,
     with_poison_pairs_failed,
-    with_results_of_sampling,
+    with_results_of_engine,
 )
 from stylemill.execution.stages import ProgressReporter, StageTimer
 from stylemill.execution.worker_engine import numerics
@@ -113,7 +113,7 @@ class _Stages:
             if self._last_step < self._steps:
                 return True
             self._decode()
-        self._encode()
+        self._make_image_files()
         return True
 
     def _read(self) -> None:
@@ -166,11 +166,11 @@ class _Stages:
             self._images = self._engine.decode(self._state, RunDecoders(self._run.paths, self._attempt.id))
         self._numerics = numerics(self._engine)  # while the device is held: another shard may change them
 
-    def _encode(self) -> None:
+    def _make_image_files(self) -> None:
         assert self._state is not None
         self._report("write", self._state)
         with self._timer.measure("write"):
-            rows = with_results_of_sampling(self._rows, self._state)
+            rows = with_results_of_engine(self._rows, self._state)
             self._rows = [
                 with_encoded_image(self._run, row, image) for row, image in zip(rows, self._images, strict=True)
             ]

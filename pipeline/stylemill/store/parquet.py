@@ -31,7 +31,7 @@ FAILURE_SCHEMA = pa.schema([pa.field(name, pa.int64() if name == "row" else pa.s
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed row: the stage (read | sample | decode | encode), the error class and the message."""
+    """A failed row: the stage (read | encode | sample | decode), the error class and the message."""
 
     row: int
     pair_id: str

@@ -111,7 +111,10 @@ class DiffusionModel:
 
     @torch.no_grad()
     def encode_image(self, pixels: Pixels) -> Tensor:
-        """(H, W, 3) uint8 -> clean latent (C, h, w): posterior mean × scaling factor of the image in [−1, 1]."""
+        """(H, W, 3) uint8 -> clean latent (C, h, w): posterior mean × scaling factor of the image in [−1, 1].
+
+        NaN or Inf where the VAE overflows.
+        """
         image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
         mean: Tensor = self.vae.encode(image.to(self.device, self.vae.dtype)).latent_dist.mean
         return mean[0].to(self.latent_dtype) * float(self.vae.config.scaling_factor)
@@ -121,14 +124,18 @@ class DiffusionModel:
         return max(latents.shape[-2:]) > int(self.vae.tile_latent_min_size)
 
     @torch.no_grad()
-    def decode_image(self, latents: Tensor, in_tiles: bool = False) -> Pixels:
-        """Latents (C, h, w) -> image (H, W, 3) uint8; `in_tiles` takes less memory, and changes the image a little."""
+    def decode_image(self, latents: Tensor, in_tiles: bool = False) -> Pixels | None:
+        """Latents (C, h, w) -> image (H, W, 3) uint8; None if the decoder gives NaN or Inf.
+
+        `in_tiles` takes less memory, and changes the image a little.
+        """
         dtype = self.vae.decoder.conv_in.weight.dtype  # a refined decoder's differs from the model's
         decode = self.vae.tiled_decode if in_tiles else self.vae.decode
         image = decode((latents[None] / self.vae.config.scaling_factor).to(dtype)).sample[0]
+        finite = image.isfinite().all()  # in uint8, NaN would be black
         image = (image.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         pixels: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
-        return pixels
+        return pixels if finite else None
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Text, control: Control | None = None) -> Tensor:
         """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).

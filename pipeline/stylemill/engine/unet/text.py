@@ -32,5 +32,13 @@ class Text:
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
         return Text(self.hidden.expand(count, -1, -1), pooled)
 
+    def is_finite(self) -> bool:
+        """Whether the text has neither NaN nor Inf."""
+        return all(bool(part.isfinite().all()) for part in (self.hidden, self.pooled) if part is not None)
+
+    def zeros_like(self) -> Text:
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Text(torch.zeros_like(self.hidden), pooled)
+
     def to(self, target: torch.device | torch.dtype) -> Text:
         return Text(self.hidden.to(target), None if self.pooled is None else self.pooled.to(target))
