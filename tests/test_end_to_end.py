@@ -5,7 +5,6 @@ Every run is compared with an undisturbed run of the demo job (tests/demo_job.py
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -90,7 +89,8 @@ def test_the_data_folder_is_a_dataset_with_all_carried_columns(
     assert re.fullmatch("sha256:[0-9a-f]{64}", stars)
     assert [row["content"] for row in rows] == ["face.png", "street.png", None, "face.png", "street.png", "face.png"]
     assert [row["style"] for row in rows[1:4]] == [["waves.png"], ["waves.png", stars], [stars, "waves.png"]]
-    assert [json.loads(row["settings"])["content_weight"] for row in rows] == [0.25, 0.0, 0.25, 0.5, 0.25, 0.25]
+    assert [row["content_weight"] for row in rows] == [0.25, 0.0, 0.25, 0.5, 0.25, 0.25]
+    assert [row["prompt"] for row in rows] == [None, None, "a red boat", None, "a hill", None]
 
 
 def test_the_python_functions_do_what_the_commands_do(

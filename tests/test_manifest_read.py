@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from stylemill.errors import InputError, ManifestError
 from stylemill.manifest import KNOWN_COLUMNS, OUTPUT_COLUMNS, ImageRef, Manifest, open_manifest
 from stylemill.manifest.row import parse_row
+from stylemill.store.parquet import output_schema
 
 PAGE = Path(__file__).parents[1] / "manifests" / "README.md"
 HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -347,6 +348,13 @@ def test_the_documented_columns_are_those_of_the_code() -> None:
         (column.name, column.types, "yes" if column.required else "no", column.meaning)
         for column in KNOWN_COLUMNS.values()
     ]
-    listed = re.search(r"^Output columns: (.+?)\.$", page, flags=re.MULTILINE | re.DOTALL)
-    assert listed is not None
-    assert tuple(re.findall(r"`(\w+)`", listed[1])) == OUTPUT_COLUMNS
+    output = re.findall(r"^\| `(\w+)` \| ([^|]+) \| [^|]*\|$", page, flags=re.MULTILINE)
+    one, several = (output_schema(pa.schema([]), lists, "") for lists in (False, True))
+    assert tuple(name for name, _ in output) == OUTPUT_COLUMNS == tuple(one.names)
+    shown = {
+        pa.list_(pa.field("element", pa.string())): "a list of them",
+        one.field("image").type: "struct `{bytes, path}`",
+    }
+    for (name, types), *fields in zip(output, one, several, strict=True):
+        kinds = dict.fromkeys(shown.get(field.type, str(field.type)) for field in fields)
+        assert types == ", or ".join(kinds), name

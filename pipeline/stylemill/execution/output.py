@@ -49,9 +49,13 @@ def output_table(run: Run, rows: list[OutputRow]) -> pa.Table:
             "image": {"bytes": row.image, "path": f"{row.source.pair_id}.{run.job.shards.image_format}"},
             "content": row.source.content.reference if row.source.content else None,
             "style": _one_or_list(run, [style.reference for style in row.source.styles]),
+            "base": str(run.manifest.base) if row.source.has_relative_paths else None,
             "width": row.size[0],
             "height": row.size[1],
             "seed": _seed(run.job, row.source),
+            "prompt": row.source.prompt,
+            "negative_prompt": row.source.negative_prompt,
+            "content_weight": _content_weight(run.job, row.source),
             "settings": json.dumps(_settings(run.job, row.source), sort_keys=True),
             **_losses(row),
             "content_sha256": row.content_sha256,
@@ -72,6 +76,10 @@ def _seed(job: Job, source: Row) -> int:
     return job.sampling.seed + source.image_number if source.seed is None else source.seed
 
 
+def _content_weight(job: Job, source: Row) -> float:
+    return job.sampling.content_weight if source.content_weight is None else source.content_weight
+
+
 def _losses(row: OutputRow) -> dict[str, float | None]:
     first, last = row.losses
     return {
@@ -86,12 +94,10 @@ def _one_or_list(run: Run, values: list[str]) -> Any:
 
 
 def _settings(job: Job, source: Row) -> dict[str, Any]:
-    settings = job.sampling.model_dump() | {"fit": job.image.fit}
+    """The settings of a row that have no column of their own."""
+    settings = job.sampling.model_dump(exclude={"content_weight"}) | {"fit": job.image.fit}
     if job.image.style_size is not None:
         settings["style_size"] = list(job.image.style_width_height)
-    for name in ("content_weight", "prompt", "negative_prompt"):
-        if (value := getattr(source, name)) is not None:
-            settings[name] = value
     if source.content_mask is not None:
         settings |= {"content_mask": source.content_mask, "style_mask": list(source.style_masks)}
     if job.model.controlnet:

@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import types as pt
 
+from stylemill.config.paths import is_url
 from stylemill.config.sampling import Sampling
 
 
@@ -34,6 +36,11 @@ class ImageRef:
     def reference(self) -> str:
         """The name of this image in the output: the path as in the manifest, or else `sha256:<hex>` of the bytes."""
         return self.path or self.key
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether this is a file at a path relative to the manifest's folder."""
+        return self.data is None and not is_url(self.path or "") and not Path(self.path or "").is_absolute()
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,10 @@ class Row:
             yield "style_mask", ImageRef(mask)
         for control in self.controls:
             yield "control", control
+
+    @property
+    def has_relative_paths(self) -> bool:
+        return any(image.is_relative for _, image in self.images())
 
 
 @dataclass(frozen=True)
@@ -176,9 +187,13 @@ OUTPUT_COLUMNS = (
     "image",
     "content",
     "style",
+    "base",
     "width",
     "height",
     "seed",
+    "prompt",
+    "negative_prompt",
+    "content_weight",
     "settings",
     "ad_loss_first",
     "ad_loss_last",
