@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stylemill.config.job import Job
 from stylemill.errors import JobError, ManifestError, ModelError, OutputError
@@ -20,7 +18,8 @@ from stylemill.models.attention_layers import attention_layers
 from stylemill.planning.cost import count_cost
 from stylemill.planning.fingerprint import fingerprint_differences, fingerprint_sha256
 from stylemill.planning.model_shape import ModelShape, read_shape
-from stylemill.planning.plan import Plan, choose_pairs_per_shard, plan
+from stylemill.planning.plan import Plan, plan
+from stylemill.store.run_file import RunFile
 
 # The configuration of Stable Diffusion 1.5's UNet, as far as it matters here.
 SD15 = {
@@ -125,40 +124,22 @@ def test_a_job_file_is_planned_with_overrides(job, tmp_path):
 
 
 def test_an_automatic_shard_size_is_kept_from_the_first_start(job):
-    one = plan(_with(job, shards={"pairs_per_shard": "auto"}))
-    assert one.pairs_per_shard == 4  # six shards of a 2 × 2 tile: at least four for one worker
-    wide = _with(job, shards={"pairs_per_shard": "auto"}, cluster={"workers": 6})
-    assert plan(wide).pairs_per_shard == 1
-    again = plan(wide, pairs_per_shard=one.pairs_per_shard)
-    assert again.fingerprint == one.fingerprint
-    assert plan(job, pairs_per_shard=3).pairs_per_shard == 8  # a number in the job is kept
-
-
-@pytest.mark.parametrize(
-    ("rows", "group", "workers", "expected"),
-    [
-        (100_000, 0, 4, 256),
-        (100_000, 64, 4, 256),  # whole row groups
-        (100_000, 100, 4, 200),
-        (100_000, 512, 4, 256),  # half of a row group
-        (100_000, 100_000, 4, 256),  # a single row group is not a tile
-        (100_000, 1009, 4, 256),  # a prime number of rows
-        (2000, 256, 4, 128),
-        (36, 0, 2, 4),
-        (3, 0, 8, 1),
-        (1, 0, 1, 1),
-    ],
-)
-def test_automatic_shards_consist_of_whole_row_groups_or_even_parts(rows, group, workers, expected):
-    starts = [*range(0, rows, group or rows), rows]
-    assert choose_pairs_per_shard(starts, workers) == expected
-
-
-@given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 64))
-def test_automatic_shards_are_at_least_four_for_each_worker(rows, group, workers):
-    size = choose_pairs_per_shard([*range(0, rows, max(group, rows // 1000)), rows], workers)
-    assert 1 <= size <= 256
-    assert -(-rows // size) >= min(rows, 4 * workers)
+    auto = _with(job, shards={"pairs_per_shard": "auto"})
+    first = plan(auto)
+    assert "chosen for 1 worker, as the fastest by estimate\n" in first.describe()
+    wide = _with(auto, cluster={"workers": 6})
+    assert plan(wide).pairs_per_shard != first.pairs_per_shard
+    Path(job.output).mkdir()
+    (Path(job.output) / "job.json").write_bytes(
+        RunFile(
+            first.fingerprint, first.fingerprint_sha256, first.rows, first.shards, first.pairs_per_shard, {}, {}
+        ).to_bytes()
+    )
+    again = plan(wide)
+    assert again.fingerprint == first.fingerprint
+    assert "that of the run in this folder\n" in again.describe()
+    assert "set by the job\n" in plan(job).describe()
+    assert plan(job).pairs_per_shard == 8
 
 
 def test_fingerprint_contains_what_determines_images(job, model):

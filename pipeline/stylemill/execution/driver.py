@@ -81,7 +81,7 @@ def run(
     """
     job = job if isinstance(job, Job) else Job.load(job, overrides)
     existing = RunFile.find(job.output)
-    planned = plan(job, pairs_per_shard=existing.pairs_per_shard if existing else None)
+    planned = plan(job)
     return execute(planned, existing, open_generations, inline, quiet)
 
 

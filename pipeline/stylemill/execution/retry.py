@@ -63,5 +63,5 @@ def _continue(
     for key, value in (overrides or {}).items():
         set_dotted(values, key, value)
     job = Job.parse(values, str(paths.job), frozenset(overrides or {}))
-    planned = plan(job, pairs_per_shard=run_file.pairs_per_shard)
+    planned = plan(job)
     return execute(planned, run_file, select, inline, quiet)

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stylemill.config.job import Job
+from stylemill.config.sampling import Sampling
 from stylemill.engine.batching import PairKind, blocks, cpu_micro_batch, micro_batches, uses_content, window_corners
 from stylemill.manifest import Row
 from stylemill.planning.model_shape import PIXELS_PER_LATENT, ModelShape
 
+Size = tuple[int, int]  # width and height in pixels
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -63,28 +66,55 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
 
     Without `shape`, every shard counts as one block.
     """
-    sampling = job.sampling
-    optimizes, injects = sampling.method == "optimization", sampling.method == "kv_injection"
-    copies = 2 if sampling.guidance_scale > 1 else 1
-    denoise_passes = 0 if optimizes else (sampling.steps - sampling.first_step) * copies
-    iterations = 0 if injects else sampling.iterations
-    feature_steps = sampling.guided_steps if injects or iterations else 0
     counter = _ShardCounter(job, shape)
     for rows in shards:
         counter.add(rows)
+    passes = sampling_passes(job.sampling)
     return Cost(
         contents=len(counter.contents),
         styles=len(counter.styles),
-        denoise=counter.pairs * counter.windows * denoise_passes,
-        gradient=counter.pairs * counter.windows * iterations * feature_steps,
-        shared_features=counter.shared * feature_steps,
-        unshared_features=counter.unshared * feature_steps,
+        denoise=counter.pairs * counter.windows * passes.denoise,
+        gradient=counter.pairs * counter.windows * passes.gradient,
+        shared_features=counter.shared * passes.features,
+        unshared_features=counter.unshared * passes.features,
         blocks=counter.most_blocks,
         memory=_memory(job, shape, counter) if shape else None,
     )
 
 
-Size = tuple[int, int]  # width and height in pixels
+class SamplingPasses(NamedTuple):
+    """UNet passes in all steps: of a pair (of each of its windows), and of an image whose features are read."""
+
+    denoise: int
+    gradient: int
+    features: int
+
+
+def sampling_passes(sampling: Sampling) -> SamplingPasses:
+    """The passes of a job's sampling."""
+    optimizes, injects = sampling.method == "optimization", sampling.method == "kv_injection"
+    copies = 2 if sampling.guidance_scale > 1 else 1
+    iterations = 0 if injects else sampling.iterations
+    feature_steps = sampling.guided_steps if injects or iterations else 0
+    return SamplingPasses(
+        denoise=0 if optimizes else (sampling.steps - sampling.first_step) * copies,
+        gradient=iterations * feature_steps,
+        features=feature_steps,
+    )
+
+
+def count_windows(job: Job, shape: ModelShape | None) -> int:
+    """The number of windows that a pair is sampled in."""
+    return len(window_corners(_latent_size(job.image.width_height, shape), job.sampling))
+
+
+def feature_images(row: Row, job: Job) -> list[tuple[str, Size]]:
+    """Key and size of each image whose features a pair needs: its styles, and its content if its loss counts."""
+    images = [(style.key, job.image.style_width_height) for style in row.styles]
+    weight = job.sampling.content_weight if row.content_weight is None else row.content_weight
+    if row.content and uses_content(True, weight):
+        images.append((row.content.key, job.image.width_height))
+    return images
 
 
 class _ShardCounter:
@@ -100,8 +130,8 @@ class _ShardCounter:
         self.most_feature_bytes = 0  # of a block
         self.contents: set[int] = set()  # hashes of image keys: the keys themselves could take much memory
         self.styles: set[int] = set()
-        self.windows = len(window_corners(_latent_size(job.image.width_height, shape), job.sampling))
-        self._content_weight = job.sampling.content_weight
+        self.windows = count_windows(job, shape)
+        self._job = job
         self._size, self._style_size = job.image.width_height, job.image.style_width_height
         self._micro_batch = assumed_micro_batch(job)
         self._budget = job.cluster.feature_budget_mb * 2**20
@@ -119,22 +149,19 @@ class _ShardCounter:
         pairs = 0
         for row in rows:
             pairs += 1
-            weight = self._content_weight if row.content_weight is None else row.content_weight
-            has_content = uses_content(row.content is not None, weight)
-            images = set()
-            for style in row.styles:
-                self.styles.add(hash(style.key))
-                images.add(numbers.setdefault((style.key, self._style_size), len(numbers)))
+            self.styles.update(hash(style.key) for style in row.styles)
             if row.content:
                 self.contents.add(hash(row.content.key))
-                if has_content:
-                    images.add(numbers.setdefault((row.content.key, self._size), len(numbers)))
+            needed = feature_images(row, self._job)
             kind = PairKind(
-                self._size, (self._style_size,) * len(row.styles), has_content, row.content_mask is not None
+                self._size,
+                (self._style_size,) * len(row.styles),
+                len(needed) > len(row.styles),
+                row.content_mask is not None,
             )
-            self.unshared += len(row.styles) + has_content
+            self.unshared += len(needed)
             kinds += [kind] * self.windows  # the sampler treats each window as a pair
-            images_of += [images] * self.windows
+            images_of += [{numbers.setdefault(image, len(numbers)) for image in needed}] * self.windows
         feature_bytes = [self._feature_bytes[size] for _, size in numbers]
         shard_blocks = blocks(micro_batches(kinds, self._micro_batch), images_of, feature_bytes, self._budget)
         self.pairs += pairs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,12 @@ from stylemill.manifest import Manifest, open_manifest
 from stylemill.models.resolve import ResolvedModel
 from stylemill.planning.cost import Cost, count_cost
 from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fingerprint_sha256
-from stylemill.planning.model_shape import check_against_model, read_shape
+from stylemill.planning.model_shape import ModelShape, check_against_model, read_shape
 from stylemill.planning.models import count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
+from stylemill.planning.shard_size import choose_pairs_per_shard, expected_workers
+from stylemill.plural import count
 from stylemill.store.paths import RunPaths
-from stylemill.store.run_file import refuse_foreign_files
-
-MAX_PAIRS_PER_SHARD = 256  # a tile of 16 × 16
-SHARDS_PER_WORKER = 4  # at least, so that few workers are idle while the last shards of a run are sampled
+from stylemill.store.run_file import RunFile, refuse_foreign_files
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Plan:
     fingerprint: Fingerprint
     occurrences: dict[int, int]
     controlnets: tuple[ResolvedModel, ...] = ()
+    size_reason: str = ""  # where `pairs_per_shard` comes from, as `describe` says it
 
     @property
     def rows(self) -> int:
@@ -72,7 +70,7 @@ class Plan:
         cost, job = self.cost(), self.job
         width, height = job.image.width_height
         last = len(self.rows_of(self.shards - 1))
-        shard_size = f"{self.pairs_per_shard:,} pairs" + (
+        shard_size = count(self.pairs_per_shard, "pair") + (
             f", the last of {last}" if last < self.pairs_per_shard else ""
         )
         lines = [
@@ -82,11 +80,12 @@ class Plan:
             *(("controlnet", controlnet.label) for controlnet in self.controlnets),
             (
                 "sampling",
-                f"{job.sampling.method}, {job.sampling.steps} steps, {width}×{height} pixels{_size_note(job)}",
+                f"{job.sampling.method}, {count(job.sampling.steps, 'step')}, {width}×{height} pixels{_size_note(job)}",
             ),
             ("rows", f"{self.rows:,}"),
-            ("unique images", f"{cost.contents:,} contents, {cost.styles:,} styles"),
+            ("unique images", f"{count(cost.contents, 'content')}, {count(cost.styles, 'style')}"),
             ("shards", f"{self.shards:,} of {shard_size}"),
+            ("  size", self.size_reason),
             ("blocks a step", f"{cost.blocks} at most" if cost.blocks > 1 else "1: the features of a shard fit"),
             ("UNet passes", f"{cost.with_sharing:,} with sharing, {cost.without_sharing:,} without"),
             ("  denoise", f"{cost.denoise:,}"),
@@ -98,12 +97,12 @@ class Plan:
         return "\n".join(f"{name:<15} {value}" for name, value in lines)
 
 
-def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_per_shard: int | None = None) -> Plan:
-    """Plan a job, or a YAML job file with `overrides` of dotted keys. Reads the manifest once, writes nothing.
+def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None) -> Plan:
+    """Plan a job, or a YAML job file with `overrides` of dotted keys. Reads the manifest once or twice, writes nothing.
 
-    `pairs_per_shard` is the value of an existing run. It replaces 'auto' in the job, because 'auto' follows from the
-    number of workers, which may change between starts, while shards may not. Raises JobError, ManifestError, ModelError
-    or OutputError when the user must change something.
+    A run that is in the output folder keeps its number of pairs in a shard, where the job has 'auto': 'auto' depends on
+    the number of workers, which may change between starts, while shards may not. Raises JobError, ManifestError,
+    ModelError or OutputError when the user must change something.
     """
     if not isinstance(job, Job):
         job = Job.load(job, overrides)
@@ -111,14 +110,12 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         raise TypeError("`overrides` can be given with a job file only, not with a Job")
     manifest = open_manifest(job.manifest).with_images_per_pair(job.images_per_pair)
     job, model = pin_model(job)
-    if model.folder:
-        check_against_model(job, read_shape(model.folder, model.checkpoint))
+    shape = read_shape(model.folder, model.checkpoint) if model.folder else None
+    if shape:
+        check_against_model(job, shape)
     job, controlnets = pin_controlnets(job, model, manifest)
     job, loras = pin_loras(job)
-    size = job.shards.pairs_per_shard
-    if size == "auto":
-        group_starts = [start * manifest.images_per_pair for start in manifest.group_starts]
-        size = pairs_per_shard or choose_pairs_per_shard(group_starts, _worker_count(job))
+    size, reason = _pairs_per_shard(job, manifest, shape)
     planned = Plan(
         job=job,
         manifest=manifest,
@@ -127,30 +124,20 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None, pairs_p
         fingerprint=compute_fingerprint(job, model, manifest.sha256(), size, controlnets, loras),
         occurrences=manifest.repeated_rows(),
         controlnets=tuple(controlnets),
+        size_reason=reason,
     )
     refuse_foreign_files(RunPaths(Path(job.output), planned.shards))  # also rejects URLs that are not supported
     return planned
 
 
-def choose_pairs_per_shard(group_starts: Sequence[int], workers: int) -> int:
-    """Choose the number of pairs in a shard: as many as possible up to 256, with at least four shards for each worker.
-
-    `group_starts` is the first output row of each row group of the manifest, then the number of output rows. `manifest
-    build` writes each tile as a row group, so a shard of whole groups, or of an even part of one, has few distinct
-    images. A manifest with one row group gets a square number of pairs.
-    """
-    rows, shards = group_starts[-1], SHARDS_PER_WORKER * workers
-    most = max(1, min(MAX_PAIRS_PER_SHARD, (rows - 1) // (shards - 1)))  # ceil(rows / most) >= shards
-    group = group_starts[1] if len(group_starts) > 2 else 0
-    if 0 < group <= most:
-        return most // group * group
-    parts = [size for size in range(most, most // 2, -1) if group and group % size == 0]
-    return parts[0] if parts else max(side * side for side in range(1, 17) if side * side <= most)
-
-
-def _worker_count(job: Job) -> int:
-    workers = job.cluster.workers
-    return workers if isinstance(workers, int) else max(1, (os.cpu_count() or 1) // job.cluster.threads)
+def _pairs_per_shard(job: Job, manifest: Manifest, shape: ModelShape | None) -> tuple[int, str]:
+    """The number of pairs in a shard, and where it comes from."""
+    if job.shards.pairs_per_shard != "auto":
+        return job.shards.pairs_per_shard, "set by the job"
+    if existing := RunFile.find(job.output):
+        return existing.pairs_per_shard, "that of the run in this folder"
+    workers = count(expected_workers(job), "worker")
+    return choose_pairs_per_shard(job, manifest, shape), f"chosen for {workers}, as the fastest by estimate"
 
 
 def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
@@ -162,7 +149,10 @@ def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
         ("  weights", _format_bytes(memory.weights)),
         ("  features", _format_bytes(memory.features)),
         ("  latents", _format_bytes(memory.state)),
-        ("  activations", f"{_format_bytes(memory.activations)} a pair, {memory.micro_batch} pairs in a micro-batch"),
+        (
+            "  activations",
+            f"{_format_bytes(memory.activations)} a pair, {count(memory.micro_batch, 'pair')} in a micro-batch",
+        ),
     ]
 
 
