@@ -22,7 +22,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 RUN mkdir -p pipeline/stylemill \
  && touch pipeline/stylemill/__init__.py \
- && pip install --no-cache-dir -c constraints.txt ".[s3,gcs]"
+ && pip install --no-cache-dir -c constraints.txt ".[s3]"
 COPY pipeline pipeline
 RUN pip install --no-cache-dir --no-deps --force-reinstall .
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
+from stylemill.config.paths import EMBEDDED
 from stylemill.errors import ModelError
 from stylemill.models.architecture import explain_unsupported_layout
 from stylemill.models.file_sets import MODEL, ModelFileSet
@@ -89,5 +90,6 @@ def _raise_model_error(name: str, revision: str | None, error: Exception, file_s
         message = (
             f"{label}: no folder of this name, the hub cannot be reached ({type(error).__name__}: {reason}), and its "
             "local cache does not have the model; go online once without HF_HUB_OFFLINE, or name a local folder"
+            + (f", or {EMBEDDED!r}, the embedded model" if file_set is MODEL else "")
         )
     raise ModelError(message) from error

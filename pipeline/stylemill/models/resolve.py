@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from stylemill.config.paths import EMBEDDED
 from stylemill.errors import ModelError
-from stylemill.models.file_sets import MODEL, ModelFileSet
+from stylemill.models.file_sets import CONTROLNET, MODEL, ModelFileSet
 from stylemill.models.folder import check_folder, file_digest, model_paths
 from stylemill.models.hub import download, find_cached, find_commit
 
@@ -64,8 +65,7 @@ def resolve_model(name: str, revision: str | None = None, file_set: ModelFileSet
         digests = {path: file_digest(folder / path) for path in model_paths(folder, file_set)}
         return ResolvedModel(name, folder, None, digests)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        embedded = f", or {EMBEDDED!r}, the embedded model" if file_set is MODEL else ""
-        raise ModelError(f"{file_set.name} {name!r}: no such folder; name a folder or a hub id{embedded}")
+        raise ModelError(f"{file_set.name} {name!r}: no such folder; {_what_to_name(folder, file_set)}")
     commit = find_commit(name, revision, file_set)
     return ResolvedModel(name, find_cached(name, commit, file_set), commit, {})
 
@@ -80,6 +80,22 @@ def fetch_model_folder(name: str, revision: str | None = None, file_set: ModelFi
         check_folder(folder, file_set)
         return folder
     return find_cached(name, revision, file_set) or download(name, revision, file_set)
+
+
+def _what_to_name(absent: Path, file_set: ModelFileSet) -> str:
+    """What to do about a folder that is absent, with the command that writes an untrained model there."""
+    command = f"stylemill demo-model {shlex.quote(str(absent))}"
+    if file_set is MODEL:
+        return (
+            f"name a folder or a hub id, or {EMBEDDED!r}, the embedded model. To try it without a real model, "
+            f"'{command}' writes an untrained one there, or '{command} --sdxl' one of SDXL's shape"
+        )
+    if file_set is CONTROLNET:
+        return (
+            f"name a folder or a hub id. To try it without a real one, '{command} --controlnet' writes an untrained "
+            "ControlNet there, for the models that demo-model writes"
+        )
+    return "name a folder or a hub id"
 
 
 def _local_folder(name: str, file_set: ModelFileSet) -> Path:
