@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from demo_job import ABSENT, STEPS, EndedProcess, ForkedCommands, Moment, stylemill
+from demo_job import ABSENT, STEPS, EndedProcess, ForkedCommands, Moment, stylemill, until
 from store_shards import files
 from stylemill.report.status import status
 from stylemill.store.commit import clean
@@ -307,6 +309,28 @@ def test_repair_of_an_undamaged_run_changes_nothing(retried: Path, commands: For
     ended = commands.run(run, "repair")
     assert (ended.exit_code, ended.steps) == (0, [])
     assert files(run) == files(retried)
+
+
+def test_repair_is_refused_while_a_run_works_in_the_folder_and_changes_nothing(
+    job: Path, failed: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = commands.start(run, job, at=Moment(("end", None), 0, signal.SIGSTOP))
+    try:
+        until(lambda: _state(first.process.pid) == "T")
+        before = files(run)
+        refused = commands.run(run, "repair")
+        assert refused.exit_code == 1
+        assert f"another run works in this folder: pid {first.process.pid}" in refused.output
+        assert files(run) == before
+    finally:
+        os.kill(first.process.pid, signal.SIGCONT)
+    assert first.ended().exit_code == 3
+    check_same_output(run, failed)
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.mark.slow

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from store_shards import ROWS, attempt, files, retry_attempt, run_folder, table
+from store_shards import ROWS, attempt, files, in_child, retry_attempt, run_folder, table
 from stylemill.errors import OutputError
 from stylemill.store.atomic import digest
+from stylemill.store.checkpoints import save_inputs
 from stylemill.store.commit import clean, commit
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
+from stylemill.store.lock import RunLock
 from stylemill.store.parquet import write_shard
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
+from stylemill.store.retries import begin_retry, end_retry
 from stylemill.store.segments import list_segments
 from stylemill.store.verify import verify
 
@@ -176,6 +182,79 @@ def test_an_interrupted_run_has_no_stray_files(tmp_path: Path) -> None:
     run_folder(tmp_path, shards=2)
     attempt(paths, "killed", 1)
     assert verify(paths.output).problems == ["shard 1 is not committed yet; the same run command resumes"]
+
+
+def finish(paths: RunPaths) -> None:
+    """The end of a run: the last shard is committed, the records are compacted, unfinished files are removed."""
+    commit(paths, *attempt(paths, "a1", 1, failed=[5]))
+    ledger = Ledger(paths)
+    ledger.refresh()
+    compact(paths, ledger, min_records=1)
+    clean(paths, ledger)
+
+
+def retry(paths: RunPaths) -> None:
+    """A whole retry of the failed row of shard 1."""
+    begin_retry(paths, {1: 1})
+    commit(paths, *retry_attempt(paths, [5], shard=1))
+    end_retry(paths)
+    clean(paths)
+
+
+def unfinished(folder: Path) -> RunPaths:
+    """A run in which one of two shards is committed; the other has a checkpoint, and files without a record."""
+    paths = finished(folder)
+    paths.record(1).unlink()
+    run_folder(folder, shards=2)
+    save_inputs(paths, 1, "a1", {}, {})
+    attempt(paths, "a1 before", 1)
+    return paths
+
+
+@pytest.mark.parametrize(("start", "work"), [(unfinished, finish), (finished, retry)])
+def test_nothing_is_wrong_whatever_a_run_commits_while_its_folder_is_verified(
+    tmp_path: Path, start: Callable[[Path], RunPaths], work: Callable[[RunPaths], None]
+) -> None:
+    """The run works between two accesses of `verify` to the folder: all of its work, in each of these moments in turn.
+
+    Each moment is one of a child process, since an audit hook cannot be removed.
+    """
+    before = start(tmp_path / "before")
+    for moment in range(500):
+        paths = replace(before, output=shutil.copytree(before.output, tmp_path / str(moment)))
+
+        def verify_and_work(paths: RunPaths = paths, moment: int = moment) -> None:
+            left = [moment]
+
+            def access(event: str, arguments: tuple[object, ...]) -> None:
+                if event in ("open", "os.listdir", "os.scandir") and str(paths.output) in str(arguments[0]):
+                    left[0] -= 1
+                    if left[0] == -1:
+                        work(paths)
+
+            sys.addaudithook(access)
+            report, ended = verify(paths.output), left[0] >= 0
+            assert not report.damaged
+            assert report.problems in ([], ["shard 1 is not committed yet; the same run command resumes"])
+            assert ended or verify(paths.output).ok
+            os._exit(2 if ended else 0)
+
+        exit_code = in_child(verify_and_work)
+        assert exit_code in (0, 2)
+        if exit_code == 2:  # `verify` ended before that moment
+            assert moment > 15
+            return
+    raise AssertionError("verify never ended")
+
+
+def test_unfinished_files_of_a_run_that_still_works_are_no_problem(tmp_path: Path) -> None:
+    paths = finished(tmp_path)
+    run_folder(tmp_path, shards=2)
+    save_inputs(paths, 1, "late", {}, {})
+    attempt(paths, "late", 1)
+    with RunLock(paths):
+        assert verify(paths.output).problems == []
+    assert len(verify(paths.output).problems) == 2, "once it has ended, they were left by a killed process"
 
 
 def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path: Path) -> None:

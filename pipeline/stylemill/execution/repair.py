@@ -14,10 +14,10 @@ from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
-from stylemill.store.recover import files_without_record, recover_records, shard_of
+from stylemill.store.recover import files_without_record, list_output_files, recover_records, shard_of
 from stylemill.store.retries import begin_retry, end_retry, pending_retry, read_retry
 from stylemill.store.run_file import RunFile
-from stylemill.store.verify import VerifyReport, verify
+from stylemill.store.verify import VerifyReport, verify, verify_run
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,20 @@ def repair(
     """Move what `verify` finds to quarantine, and make again what is then missing.
 
     A shard whose files are valid gets its record back without sampling. A retry that was begun is finished too. `deep`
-    also decodes every image. Raises what `verify` and `run` raise, and LockedError while a run works in the folder.
+    also decodes every image. Raises what `verify` and `run` raise, and LockedError if a run works in the folder.
     """
     run_file, paths = RunFile.open(output)
-    before = verify(output, deep)
-    recovered, result, after = 0, None, before
-    if not before.ok or read_retry(paths):  # a repair that was killed may have left only a retry to do
-        with RunLock(paths):
-            ledger, recovered = _quarantine_damaged(paths, run_file, before)
-        if ledger.open_shards(paths.shards) or pending_retry(paths, ledger):
-            result = resume(output, overrides, inline=inline, quiet=quiet)
-        after = verify(output, deep)
-    return RepairResult(before, recovered, result, after)
+    recovered, result = 0, None
+    # No run may commit between the report and what is done about it.
+    with RunLock(paths):
+        before = verify_run(run_file, paths, deep, is_alone=lambda: True)
+        if before.ok and not read_retry(paths):  # a repair that was killed may have left only a retry to do
+            return RepairResult(before, recovered, result, after=before)
+        ledger, recovered = _quarantine_damaged(paths, run_file, before)
+        incomplete = ledger.missing_generations() or pending_retry(paths, ledger)
+    if incomplete:
+        result = resume(output, overrides, inline=inline, quiet=quiet)
+    return RepairResult(before, recovered, result, after=verify(output, deep))
 
 
 def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport) -> tuple[Ledger, int]:
@@ -80,7 +82,8 @@ def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport)
     if paths.retry in damaged:
         quarantine(paths, paths.retry, damaged.pop(paths.retry))
     wanted = read_retry(paths)
-    suspects = [*damaged, *ledger_before.damaged, *(path for path, _, _ in files_without_record(paths, ledger_before))]
+    unrecorded = files_without_record(paths, ledger_before, list_output_files(paths))
+    suspects = [*damaged, *ledger_before.damaged, *(path for path, _, _ in unrecorded)]
     for shard, generation in filter(None, (shard_of(paths, path) for path in suspects)):
         if generation:
             wanted[shard] = max(wanted.get(shard, 0), generation)
@@ -91,7 +94,7 @@ def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport)
     ledger.refresh()
     recovered = recover_records(paths, run_file, ledger)
     compact(paths, ledger)
-    if not pending_retry(paths, ledger) and not ledger.open_shards(paths.shards):
+    if not pending_retry(paths, ledger) and not ledger.missing_generations():
         end_retry(paths)
         clean(paths, ledger)
     return ledger, recovered

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
@@ -29,7 +29,7 @@ def recover_records(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
     """
     count = 0
     candidates: dict[tuple[int, int], list[Path]] = defaultdict(list)
-    for path, *key in files_without_record(paths, ledger):
+    for path, *key in files_without_record(paths, ledger, list_output_files(paths)):
         candidates[key[0], key[1]].append(path)
     for (shard, generation), files in sorted(candidates.items()):
         with file_lock(paths.commit_lock(shard)):
@@ -40,12 +40,16 @@ def recover_records(paths: RunPaths, run: RunFile, ledger: Ledger) -> int:
     return count
 
 
-def files_without_record(paths: RunPaths, ledger: Ledger) -> Iterator[tuple[Path, int, int]]:
+def list_output_files(paths: RunPaths) -> list[Path]:
+    """The files in data/ and failures/."""
+    return [folder / name for folder in (paths.data_folder, paths.failures_folder) for name in list_names(folder)]
+
+
+def files_without_record(paths: RunPaths, ledger: Ledger, files: Iterable[Path]) -> Iterator[tuple[Path, int, int]]:
     """The data and failures files of generations that have no record, each with its shard and generation."""
-    for folder in (paths.data_folder, paths.failures_folder):
-        for path in [folder / name for name in list_names(folder)]:
-            if (key := shard_of(paths, path)) and not ledger.has_record(*key):
-                yield path, *key
+    for path in files:
+        if (key := paths.parse_file_path(path)) and not ledger.has_record(*key):
+            yield path, *key
 
 
 def shard_of(paths: RunPaths, path: Path) -> tuple[int, int] | None:

@@ -93,7 +93,12 @@ def read_retry(paths: RunPaths) -> dict[int, int]:
 
 def pending_retry(paths: RunPaths, ledger: Ledger) -> dict[int, int]:
     """The shards of an unfinished retry that still have failed rows to retry, each with its next generation."""
-    if not (wanted := read_retry(paths)):
+    return left_to_retry(read_retry(paths), ledger)
+
+
+def left_to_retry(wanted: Mapping[int, int], ledger: Ledger) -> dict[int, int]:
+    """What is left of a retry that `read_retry` returned: the shards, each with its next generation."""
+    if not wanted:
         return {}
     failed = set(ledger.failed_shards())
     return {

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 from stylemill.errors import DamagedError, OutputError
 from stylemill.store.atomic import digest, storage_errors
 from stylemill.store.ledger import Ledger
-from stylemill.store.object_store.reads import local_copy
+from stylemill.store.lock import lock_holder
+from stylemill.store.object_store.reads import list_names, local_copy
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import FileEntry, Record, valid_record
-from stylemill.store.recover import files_without_record
-from stylemill.store.retries import pending_retry, read_failures
+from stylemill.store.recover import files_without_record, list_output_files
+from stylemill.store.retries import left_to_retry, read_failures, read_retry
 from stylemill.store.run_file import RunFile
 from stylemill.store.segments import find_in_segments, list_segments
 
@@ -62,17 +63,29 @@ class VerifyReport:
 
 
 def verify(output: str | Path, deep: bool = False) -> VerifyReport:
-    """Read a whole run folder and report what is wrong in it. Changes nothing.
+    """Read a whole run folder and report what is wrong in it. Changes nothing. A run may work in the folder meanwhile.
 
     `deep` also decodes every image. Raises OutputError if `output` is not a run folder, StorageError if it cannot be
     read.
     """
     run, paths = RunFile.open(output)
+    return verify_run(run, paths, deep, is_alone=lambda: lock_holder(paths) is None)
+
+
+def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[], bool]) -> VerifyReport:
+    """`verify` an opened run. `is_alone()` says whether no other process works in the folder."""
     if run.shards != -(-run.rows // run.pairs_per_shard):
         raise OutputError(
             f"{paths.job}: {run.rows} rows and {run.shards} shards do not belong together; the file was changed"
         )
     report = VerifyReport(paths.output)
+    # First the files, then the records, once: a file that a run publishes meanwhile is not listed, or has its record
+    # by then. The retry is read between them, because it is removed after its last record is published.
+    listed = list_output_files(paths)
+    record_files = [paths.records_folder / name for name in list_names(paths.records_folder)]
+    unfinished = [paths.checkpoints_folder, *([] if paths.on_bucket else [paths.tmp])]
+    left = [folder / name for folder in unfinished for name in list_names(folder)]
+    retry = read_retry(paths)
     ledger = Ledger(paths, read_only=True)
     ledger.refresh()
     for path, reason in sorted(ledger.damaged.items()):
@@ -95,15 +108,18 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
     if not_started:
         report.add(f"{_listed('shard', not_started)} not committed yet; the same run command resumes")
     # Files of a killed commit are expected, though they have no record: the next commit uses them.
-    in_progress = {*missing.items(), *pending_retry(paths, ledger).items()}
-    unrecorded = list(files_without_record(paths, ledger))
+    in_progress = {*missing.items(), *left_to_retry(retry, ledger).items()}
+    unrecorded = list(files_without_record(paths, ledger, listed))
     expected |= {path for path, shard, generation in unrecorded if (shard, generation) in in_progress}
     expected |= {paths.record(shard, generation) for shard, generation in in_progress}
     for problem, shards in pair_ids.repeated():
         report.add(problem, *(_data_file(paths, shard) for shard in shards), *(paths.record(shard) for shard in shards))
     _check_json_files(paths, report)
-    recoverable = {path for path, _, _ in unrecorded}  # `repair` checks whether they are valid
-    _report_strays(paths, report, expected, recoverable)
+    strays = {*listed, *record_files} - expected
+    _report_strays(paths, report, strays, strays - {path for path, _, _ in unrecorded})  # `repair` checks these
+    if report.shards == paths.shards and not paths.retry.exists() and is_alone():
+        # The process that made a file in these folders has ended, so the file stays if it still exists.
+        _report_strays(paths, report, {path for path in left if path.exists()}, set())
     return report
 
 
@@ -237,7 +253,10 @@ def _check_json_files(paths: RunPaths, report: VerifyReport) -> None:
     """Check numerics.json and retry.json."""
     for path in (paths.numerics, paths.retry):
         with storage_errors(path):
-            data = path.read_bytes() if path.exists() else b"{}"
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                data = b"{}"
         try:
             valid = isinstance(json.loads(data), dict)
         except (ValueError, RecursionError):
@@ -246,18 +265,13 @@ def _check_json_files(paths: RunPaths, report: VerifyReport) -> None:
             report.add(f"{path.name}: is truncated or damaged", path)
 
 
-def _report_strays(paths: RunPaths, report: VerifyReport, expected: set[Path], recoverable: set[Path]) -> None:
-    """Report the files that do not belong to the run, or to a run that is finished."""
-    finished = report.shards == paths.shards and not paths.retry.exists()
-    unfinished = [paths.checkpoints_folder, *([] if paths.on_bucket else [paths.tmp])] if finished else []
-    for folder in (paths.data_folder, paths.failures_folder, paths.records_folder, *unfinished):
-        with storage_errors(folder):
-            existing = set(folder.iterdir()) if folder.exists() else set()
-        strays = sorted(existing - expected)
-        if strays:
-            names = _join([path.name for path in strays])
-            problem = f"{paths.relative(folder)}/ has {len(strays)} files that are not the run's: {names}"
-            report.add(problem, *(path for path in strays if path not in recoverable and folder not in unfinished))
+def _report_strays(paths: RunPaths, report: VerifyReport, strays: set[Path], damaged: set[Path]) -> None:
+    """Report files that do not belong to the run. Those in `damaged` go to quarantine."""
+    for folder, files in groupby(sorted(strays), lambda path: path.parent):
+        found = list(files)
+        names = _join([path.name for path in found])
+        problem = f"{paths.relative(folder)}/ has {len(found)} files that are not the run's: {names}"
+        report.add(problem, *(path for path in found if path in damaged))
 
 
 def _listed(noun: str, numbers: list[int]) -> str:

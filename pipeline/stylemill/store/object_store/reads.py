@@ -37,7 +37,10 @@ def list_names(folder: Path) -> list[str]:
     with storage_errors(folder):
         if isinstance(folder, BucketPath):
             return [path.name for path in folder.iterdir()]
-        return [entry.name for entry in os.scandir(folder)] if folder.exists() else []
+        try:
+            return [entry.name for entry in os.scandir(folder)]
+        except FileNotFoundError:
+            return []
 
 
 class FileSizes:
