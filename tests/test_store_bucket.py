@@ -223,7 +223,7 @@ def test_files_that_a_late_worker_uploads_never_count(store: ObjectStore, paths:
     assert confirm(paths, late) == first, "a driver cannot confirm it either"
     assert [record.attempt for record in read_ledger(paths).records()] == ["a0", "a1"]
     (problem,) = verify(paths.output).problems
-    assert problem.startswith("data/ has 1 files that are not the run's")
+    assert problem.startswith("data/ has 1 file that is not the run's")
     clean(paths)
     assert verify(paths.output, deep=True).problems == []
     assert len(store.objects(f"{run_key(paths)}/data")) == 2
@@ -472,7 +472,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "other size": (lambda store, paths, record: store.put(data_key(paths, record), b"short"), "has 5 bytes, not"),
     "extra file": (
         lambda store, paths, record: store.put(data_key(paths, record).replace("-of-", "-0f-"), b"extra"),
-        "data/ has 1 files that are not the run's",
+        "data/ has 1 file that is not the run's",
     ),
     "edited record": (
         lambda store, paths, record: flip_bit(store, key(paths, "records/00001.json")),
@@ -492,7 +492,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "leftover checkpoint": (
         lambda store, paths, record: store.put(key(paths, "checkpoints/00001/x"), b""),
-        "checkpoints/ has 1 files",
+        "checkpoints/ has 1 file that",
     ),
 }
 

@@ -17,6 +17,8 @@ import pytest
 
 from store_shards import ROWS, attempt, files, in_child, retry_attempt, run_folder, table
 from stylemill.errors import OutputError
+from stylemill.execution.repair import repair
+from stylemill.report.status import status
 from stylemill.store.atomic import digest
 from stylemill.store.checkpoints import save_inputs
 from stylemill.store.commit import clean, commit
@@ -44,7 +46,7 @@ def test_a_finished_run_has_no_problems(tmp_path: Path) -> None:
     report = verify(str(paths.output), deep=True)
     assert report.ok
     assert (report.shards, report.rows_ok, report.rows_failed) == (2, 7, 1)
-    assert "2 shards, 7 images, 1 recorded failures" in report.describe()
+    assert "2 shards, 7 images, 1 recorded failure" in report.describe()
 
 
 def forge(paths: RunPaths, shard: int, **changes: object) -> None:
@@ -85,9 +87,9 @@ PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
     (lambda paths: flip_bit(paths.record(1)), "records/00001.json: the record"),
     (lambda paths: paths.data(1).unlink(), "data/train-00001-of-00002.parquet is missing"),
     (lambda paths: paths.record(1).unlink(), "shard 1 is not committed yet"),
-    (lambda paths: (paths.data_folder / "extra.parquet").touch(), "data/ has 1 files that are not the run's"),
-    (lambda paths: (paths.records_folder / "00002.json").touch(), "records/ has 1 files that are not the run's"),
-    (lambda paths: (paths.tmp.mkdir(), (paths.tmp / "left").touch()), "tmp/ has 1 files that are not the run's"),
+    (lambda paths: (paths.data_folder / "extra.parquet").touch(), "data/ has 1 file that is not the run's"),
+    (lambda paths: (paths.records_folder / "00002.json").touch(), "records/ has 1 file that is not the run's"),
+    (lambda paths: (paths.tmp.mkdir(), (paths.tmp / "left").touch()), "tmp/ has 1 file that is not the run's"),
     (lambda paths: forge(paths, 0, fingerprint="0" * 64), "belongs to another job"),
     (lambda paths: forge(paths, 0, stop_row=3), r"is for rows \[0, 3\); job.json says \[0, 4\)"),
     (lambda paths: forge(paths, 1, failures=None, rows_failed=0), "row 5 is missing"),
@@ -153,7 +155,7 @@ LATER: list[tuple[Callable[[RunPaths], object], str]] = [
     (lambda paths: flip_bit(paths.data(0, 1)), "-r1.parquet: has other bytes"),
     (lambda paths: flip_bit(paths.failures(0, 1)), "failures/00000-r1.parquet: has other bytes"),
     (lambda paths: flip_bit(paths.record(0, 1)), r"records/00000\.r1\.json: the record"),
-    (lambda paths: paths.record(0, 1).unlink(), "data/ has 1 files that are not the run's: train-00000-of-00002-r1"),
+    (lambda paths: paths.record(0, 1).unlink(), "data/ has 1 file that is not the run's: train-00000-of-00002-r1"),
     (lambda paths: forge_later(paths, fingerprint="0" * 64), r"00000\.r1\.json: belongs to another job"),
     (lambda paths: forge_later(paths, failed_by_class={"Other": 1}), "counts of error classes"),
     (lambda paths: (paths.records_folder / "00000.r7.json").write_text("{}"), r"00000\.r7\.json: the record"),
@@ -174,6 +176,38 @@ def test_problems_of_generations_and_segments_are_reported(
     with pytest.raises(AssertionError, match=expected):
         raise AssertionError(verify(paths.output, deep=True).describe())
     assert files(paths.output) == before
+
+
+@pytest.mark.parametrize("damage", [damage for damage, _ in PROBLEMS], ids=[expected for _, expected in PROBLEMS])
+def test_the_last_line_names_the_command_that_mends_the_problems(
+    tmp_path: Path, damage: Callable[[RunPaths], object]
+) -> None:
+    paths = finished(tmp_path)
+    damage(paths)
+    report = verify(paths.output, deep=True)
+    if report.problems == ["shard 1 is not committed yet; the same run command resumes"]:
+        return
+    assert report.describe().splitlines()[-1].startswith(f"`stylemill repair {paths.output}` ")
+    assert report.describe().count("stylemill repair") == 1
+
+
+def test_one_thing_is_not_called_by_a_plural(tmp_path: Path) -> None:
+    paths = run_folder(tmp_path)
+    commit(paths, *attempt(paths, "a", failed=[0, 1, 2]))
+    clean(paths)
+    assert verify(paths.output).describe().endswith(": 1 shard, 1 image, 3 recorded failures")
+    (paths.data_folder / "extra.parquet").touch()
+    first, problem, _ = verify(paths.output).describe().splitlines()
+    assert first == f"{paths.output}: 1 problem; committed: 1 shard, 1 image, 3 recorded failures"
+    assert problem == "data/ has 1 file that is not the run's: extra.parquet"
+    repaired = repair(paths.output).describe().splitlines()
+    assert "1 file moved to quarantine, 0 records made again" in repaired
+    assert "1 of 4 images done, 3 failed, 0 open" in status(paths.output).describe()
+    run_folder(tmp_path)
+    save_inputs(paths, 0, "retry", {}, {})
+    begin_retry(paths, {0: 1})
+    assert "in 1 shard; `retry-failed` resumes it" in status(paths.output).describe()
+    assert "in flight 1 shard has checkpoints" in status(paths.output).describe()
 
 
 def test_an_interrupted_run_has_no_stray_files(tmp_path: Path) -> None:

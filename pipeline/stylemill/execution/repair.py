@@ -13,6 +13,7 @@ from stylemill.store.commit import clean
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
+from stylemill.store.messages import counted
 from stylemill.store.paths import RunPaths
 from stylemill.store.recover import files_without_record, list_output_files, recover_records, shard_of
 from stylemill.store.retries import begin_retry, end_retry, pending_retry, read_retry
@@ -39,8 +40,9 @@ class RepairResult:
     def describe(self) -> str:
         lines = []
         if not self.before.ok:
-            moved = f"{len(self.before.damaged)} files moved to quarantine, {self.recovered} records made again"
-            lines = [self.before.describe(), moved]
+            moved = counted(len(self.before.damaged), "file")
+            made_again = counted(self.recovered, "record")
+            lines = [self.before.describe(), f"{moved} moved to quarantine, {made_again} made again"]
         return "\n".join([*lines, *([self.run.describe()] if self.run else []), self.after.describe()])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from stylemill.report.summary import Summary, summarize
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import lock_holder
+from stylemill.store.messages import counted
 from stylemill.store.retries import pending_retry
 from stylemill.store.run_file import RunFile
 
@@ -30,12 +31,15 @@ class Status:
         if self.worked_on_by:
             state = f"running: {self.worked_on_by}"
         elif self.retrying:
-            state = f"stopped during a retry of failed rows in {self.retrying:,} shards; `retry-failed` resumes it"
+            state = (
+                f"stopped during a retry of failed rows in {counted(self.retrying, 'shard')}; `retry-failed` resumes it"
+            )
         elif self.finished:
             state = "finished"
         else:
             state = "stopped; the command that started it resumes it"
-        in_flight = f"\nin flight {len(self.in_flight)} shards have checkpoints" if self.in_flight else ""
+        have = "has checkpoints" if len(self.in_flight) == 1 else "have checkpoints"
+        in_flight = f"\nin flight {counted(len(self.in_flight), 'shard')} {have}" if self.in_flight else ""
         return f"{self.summary.paths.output}: {state}\n{self.summary.describe()}{in_flight}"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stylemill.errors import DamagedError
 from stylemill.store.ledger import Ledger
+from stylemill.store.messages import counted
 from stylemill.store.paths import RunPaths
 from stylemill.store.retries import failed_rows_before
 
@@ -31,7 +32,8 @@ class Summary:
 
     def describe(self) -> str:
         """The text that ends the output of `stylemill run` and of `stylemill status`."""
-        lines = [f"{self.rows_ok:,} of {self.rows:,} images done, {self.rows_failed:,} failed, {self.rows_open:,} open"]
+        done = f"{self.rows_ok:,} of {counted(self.rows, 'image')} done"
+        lines = [f"{done}, {self.rows_failed:,} failed, {self.rows_open:,} open"]
         for name, count in sorted(self.failed_by_class.items()):
             lines.append(f"  {count:,} × {name}")
             lines += [f"    {example}" for example in self.examples.get(name, [])]

@@ -29,6 +29,7 @@ from stylemill.store.atomic import (
 )
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import file_lock
+from stylemill.store.messages import counted
 from stylemill.store.object_store.uploads import remove_unreferenced, upload_files
 from stylemill.store.parquet import check_file, rewrite
 from stylemill.store.paths import RunPaths
@@ -133,7 +134,7 @@ def _check_rows(record: Record, expected: Collection[int], data_tmp: Path | None
     if sorted(rows) != sorted(expected):
         which = "the failed rows" if record.generation else "all rows"
         raise DamagedError(
-            f"shard {record.shard}: the {len(rows)} rows of attempt {record.attempt} are not {which} from "
+            f"shard {record.shard}: the {counted(len(rows), 'row')} of attempt {record.attempt} must be {which} from "
             f"{record.first_row} to {record.stop_row - 1}, once each; nothing was committed"
         )
 

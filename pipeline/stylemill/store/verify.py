@@ -19,6 +19,7 @@ from stylemill.errors import DamagedError, OutputError
 from stylemill.store.atomic import digest, storage_errors
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import lock_holder
+from stylemill.store.messages import counted
 from stylemill.store.object_store.reads import list_names, local_copy
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
@@ -41,6 +42,7 @@ class VerifyReport:
     output: Path
     problems: list[str] = field(default_factory=list)
     damaged: dict[Path, str] = field(default_factory=dict)
+    repairable: bool = False  # whether `repair` mends any of the problems
     shards: int = 0
     rows_ok: int = 0
     rows_failed: int = 0
@@ -50,13 +52,24 @@ class VerifyReport:
         return not self.problems
 
     def describe(self) -> str:
-        """What `stylemill verify` prints: one line, followed by one line per problem."""
-        counts = f"{self.shards:,} shards, {self.rows_ok:,} images, {self.rows_failed:,} recorded failures"
+        """What `stylemill verify` prints: one line; if something is wrong, a line per problem, and what mends it."""
+        committed = ", ".join(
+            [
+                counted(self.shards, "shard"),
+                counted(self.rows_ok, "image"),
+                counted(self.rows_failed, "recorded failure"),
+            ]
+        )
         if self.ok:
-            return f"{self.output}: every row is there once and every digest is right: {counts}"
-        return "\n".join([f"{self.output}: {len(self.problems)} problems; committed: {counts}", *self.problems])
+            return f"{self.output}: every row is there once and every digest is right: {committed}"
+        lines = [f"{self.output}: {counted(len(self.problems), 'problem')}; committed: {committed}", *self.problems]
+        if self.repairable:
+            lines.append(f"`stylemill repair {self.output}` moves damaged files to quarantine and makes them again")
+        return "\n".join(lines)
 
     def add(self, problem: str, *damaged: Path) -> None:
+        """Add a problem that `repair` mends."""
+        self.repairable = True
         self.problems.append(problem)
         for path in damaged:
             self.damaged.setdefault(path, problem)
@@ -75,9 +88,8 @@ def verify(output: str | Path, deep: bool = False) -> VerifyReport:
 def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[], bool]) -> VerifyReport:
     """`verify` an opened run. `is_alone()` says whether no other process works in the folder."""
     if run.shards != -(-run.rows // run.pairs_per_shard):
-        raise OutputError(
-            f"{paths.job}: {run.rows} rows and {run.shards} shards do not belong together; the file was changed"
-        )
+        counts = f"{counted(run.rows, 'row')} and {counted(run.shards, 'shard')}"
+        raise OutputError(f"{paths.job}: {counts} do not belong together; the file was changed")
     report = VerifyReport(paths.output)
     # First the files, then the records, once: a file that a run publishes meanwhile is not listed, or has its record
     # by then. The retry is read between them, because it is removed after its last record is published.
@@ -91,7 +103,7 @@ def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[],
     for path, reason in sorted(ledger.damaged.items()):
         # A data or failures file stays: it may be valid, and the segment wrong about its size.
         damaged = [path] if path.parent == paths.records_folder else []
-        report.add(f"{paths.relative(path)}: {reason}; run `stylemill repair`", *damaged)
+        report.add(f"{paths.relative(path)}: {reason}", *damaged)
     pair_ids = _PairIds(run.rows, run.pairs_per_shard)
     expected = {path for path in list_segments(paths) if path not in ledger.damaged} | set(ledger.damaged)
     for shard, generations in groupby(ledger.records(), lambda record: record.shard):
@@ -106,7 +118,7 @@ def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[],
     missing = ledger.missing_generations()
     not_started = [shard for shard, number in missing.items() if paths.record(shard, number) not in ledger.damaged]
     if not_started:
-        report.add(f"{_listed('shard', not_started)} not committed yet; the same run command resumes")
+        report.problems.append(f"{_listed('shard', not_started)} not committed yet; the same run command resumes")
     # Files of a killed commit are expected, though they have no record: the next commit uses them.
     in_progress = {*missing.items(), *left_to_retry(retry, ledger).items()}
     unrecorded = list(files_without_record(paths, ledger, listed))
@@ -198,7 +210,9 @@ class _RecordCheck:
                 self.report.add(str(error), path)
                 return None
             if len(ids) != entry.rows:
-                self.report.add(f"{entry.name}: has {len(ids)} rows, its record says {entry.rows}", record_path)
+                self.report.add(
+                    f"{entry.name}: has {counted(len(ids), 'row')}, its record says {entry.rows}", record_path
+                )
                 return None
             for row, pair_id in zip(ids.rows, ids.pair_ids, strict=True):
                 if row in self.run.rows_of(self.record.shard):
@@ -270,7 +284,8 @@ def _report_strays(paths: RunPaths, report: VerifyReport, strays: set[Path], dam
     for folder, files in groupby(sorted(strays), lambda path: path.parent):
         found = list(files)
         names = _join([path.name for path in found])
-        problem = f"{paths.relative(folder)}/ has {len(found)} files that are not the run's: {names}"
+        which = f"{counted(len(found), 'file')} that {'is' if len(found) == 1 else 'are'} not the run's"
+        problem = f"{paths.relative(folder)}/ has {which}: {names}"
         report.add(problem, *(path for path in found if path in damaged))
 
 
