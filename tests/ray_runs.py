@@ -73,11 +73,15 @@ class RecordingListener:
         self.numerics: list[dict[str, str | int]] = []
         self.committed_shards: list[int] = []
         self.warnings: list[str] = []
+        self.phases: list[str] = []
         self.on_progress: Callable[[Progress], None] = lambda progress: None
 
     def record_numerics(self, numerics: dict[str, str | int]) -> None:
         assert not self.committed_shards
         self.numerics.append(numerics)
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
 
     def progress(self, progress: Progress) -> None:
         self.on_progress(progress)

@@ -671,20 +671,65 @@ def test_bad_images_fail_their_own_rows_and_no_others(run_command, here):
     assert images == {name: among_good[name] for name in images}
 
 
-def test_too_many_failures_stop_the_run(run_command, here):
-    write_manifest(here, style=["no0.png", "no1.png", "s0.png", "no2.png"])
-    command = ["run", "job.yaml", "--inline", "--failures-ok"]  # the option does not cover a run that stopped
+TOO_MANY = ["run", "job.yaml", "--inline", "--failures-ok"]  # the option does not cover a run that stopped
+
+
+@pytest.mark.parametrize("bad_row", [0, 5])
+def test_a_few_failures_in_the_shard_that_happens_to_be_first_stop_no_run(run_command, here, bad_row):
+    styles = ["s0.png"] * 6
+    styles[bad_row] = "no.png"
+    write_manifest(here, pair_id=None, content=["c0.png"] * 6, style=styles, seed=list(range(6)))
+    command = [*TOO_MANY, "--set", "max_failed_fraction=0.2", "--set", "shards.pairs_per_shard=1"]
     result = run_command(*command)
+    assert result.code == 0, result
+    assert "5 of 6 images done, 1 failed, 0 open" in result.out
+
+
+def test_a_run_stops_once_too_many_rows_have_failed_whatever_becomes_of_the_others(run_command, here):
+    write_manifest(
+        here, pair_id=None, content=["c0.png"] * 6, style=[*(f"no{row}.png" for row in range(4)), "s0.png", "s1.png"]
+    )
+    result = run_command(*TOO_MANY)
     assert result.code == 1, result
-    assert "0 of 4 images done, 2 failed, 2 open" in result.out
-    assert "too many failures: 2 of the 2 rows seen so far, more than the max_failed_fraction of 0.5" in result.out
-    assert str(here / "run" / "failures") in result.out
-    result = run_command(*command)  # commits the last shard; still too many failures
-    assert result.code == 1
-    assert "too many failures: 3 of the 4 rows" in result.out
-    assert run_command(*command).code == 1
-    assert run_command(*command[:-1], "--set", "max_failed_fraction=1").code == 3
-    assert run_command(*command, "--set", "max_failed_fraction=0.75").code == 0
+    assert "0 of 6 images done, 4 failed, 2 open" in result.out
+    assert (
+        "too many failures: 4 of the 4 rows seen so far, more than the max_failed_fraction of 0.5 allows" in result.out
+    )
+    assert f"{here / 'run' / 'failures'} has the reasons" in result.out
+
+    advice = f"then `stylemill retry-failed {here / 'run'}`, then start this command again for the other 2 rows"
+    assert advice in result.out
+    for row in range(4):
+        (here / f"no{row}.png").write_bytes(as_bytes(picture(row)))
+    for _ in range(2):
+        result = run_command("retry-failed", "run", "--inline")
+        assert (result.code, "4 of 6 images done, 0 failed, 2 open" in result.out) == (1, True), result
+        last = "2 rows in 1 shard are not sampled yet; `stylemill run` with the job file of this run goes on with them"
+        assert result.out.splitlines()[-1] == last
+    result = run_command(*TOO_MANY)
+    assert (result.code, "6 of 6 images done, 0 failed, 0 open" in result.out) == (0, True), result
+
+
+def test_a_run_stops_when_too_many_of_its_first_hundred_rows_failed(run_command, here):
+    write_manifest(
+        here, pair_id=None, content=["c0.png"] * 220, style=["no.png"] * 100 + ["s0.png"] * 120, seed=list(range(220))
+    )
+    result = run_command(*TOO_MANY, "--set", "shards.pairs_per_shard=50")
+    assert result.code == 1, result
+    assert "0 of 220 images done, 100 failed, 120 open" in result.out
+    assert "too many failures: 100 of the 100 rows seen so far" in result.out
+
+
+def test_a_finished_run_with_too_many_failures_fails_until_they_are_accepted(run_command, here):
+    write_manifest(here, style=["no0.png", "no1.png", "s0.png", "no2.png"])
+    for _ in range(2):
+        result = run_command(*TOO_MANY)
+        assert result.code == 1
+        assert "1 of 4 images done, 3 failed, 0 open" in result.out
+        assert "too many failures: 3 of the 4 rows" in result.out
+        assert "start this command again" not in result.out
+    assert run_command(*TOO_MANY[:-1], "--set", "max_failed_fraction=1").code == 3
+    assert run_command(*TOO_MANY, "--set", "max_failed_fraction=0.75").code == 0
     assert run_command("verify", "run").code == 0
 
 

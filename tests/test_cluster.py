@@ -82,6 +82,8 @@ def run_workers(
 def test_the_first_worker_sets_the_micro_batch_of_all(run_workers: Any, tmp_path: Path) -> None:
     open_shards, listener = run_workers(StubWorker, shards=4)
     assert open_shards == {}
+    phases = list(dict.fromkeys(listener.phases))
+    assert phases[1:] == ["waiting for a machine", "loading the model and calibrating", "sampling", "leaving Ray"]
     assert sorted(listener.committed_shards) == [0, 1, 2, 3]
     assert listener.numerics == [{"micro_batch": 7}]
     loads = [line for line in (tmp_path / "out" / "events").read_text().splitlines() if line.startswith("load")]

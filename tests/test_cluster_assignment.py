@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stylemill.cluster.assignment import Assignments
 from stylemill.cluster.capacity import WorkerResources, worker_capacity, worker_resources
 from stylemill.config.job import ClusterSettings
-from stylemill.execution.attempt import Attempt, Probe, Progress
+from stylemill.execution.attempt import STOPPED, Attempt, Probe, Progress
 
 
 class Clock:
@@ -110,7 +110,7 @@ def test_a_stopped_attempt_is_not_charged() -> None:
     assignments = Assignments([0], 1)
     assign_all(assignments, [1])
     assignments.stopped(assignments.attempts_of(1)[0])
-    assert assignments.open_shards() == {0: "stopped before it was finished"}
+    assert assignments.open_shards() == {0: STOPPED}
     assert assign_all(assignments, [1]) == {1: [0]}
 
 

@@ -69,6 +69,8 @@ def retried(
     absent.unlink()
     assert ended.exit_code == 0, ended.output
     assert ended.steps == [(1, step) for step in range(1, STEPS + 1)]
+    counts = [line.split()[0] for line in ended.output.splitlines() if " img in " in line]
+    assert (counts[0], counts[-1]) == ("0/1", "1/1"), "only the rows that are tried again count"
     return output
 
 

@@ -30,5 +30,9 @@ def run_on_ray(
     if not shards:
         return {}
     timeouts = timeouts or Timeouts()
+    address = run.job.cluster.address
+    listener.phase("starting Ray" if address is None else f"connecting to Ray at {address}")
     with ray_session(run.job.cluster, timeouts.connect) as local:
-        return Pool(run, shards, occurrences, listener, stopping, local, timeouts).run()
+        open_shards = Pool(run, shards, occurrences, listener, stopping, local, timeouts).run()
+        listener.phase("leaving Ray")
+        return open_shards

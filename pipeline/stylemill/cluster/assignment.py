@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from stylemill.cluster.bisect import Bisection
 from stylemill.cluster.timeouts import backoff
-from stylemill.execution.attempt import Attempt, Progress
+from stylemill.execution.attempt import STOPPED, Attempt, Progress
 
 DEATHS_BEFORE_BISECTION = 2  # worker deaths over one shard at the same step
 ATTEMPTS_PER_WORKER = 2  # one samples while the other reads its inputs or writes its images
@@ -162,7 +162,7 @@ class Assignments:
 
     def stopped(self, attempt: Attempt) -> None:
         """The worker ended the attempt because it was asked to stop."""
-        self._release(attempt, "stopped before it was finished", charged=False)
+        self._release(attempt, STOPPED, charged=False)
 
     def failed(self, attempt: Attempt, reason: str, charged: bool = True, fatal: bool = False) -> bool:
         """Record a failed attempt; returns whether the shard will be attempted again.
@@ -193,7 +193,7 @@ class Assignments:
         """Each shard that is not committed, with the reason."""
         assigned = (assignment.attempt.shard for assignment in self._assigned.values())
         shards = {*self._untried, *self._retry_at, *self._given_up, *assigned}
-        return {shard: self._reasons.get(shard, "stopped before it was started") for shard in sorted(shards)}
+        return {shard: self._reasons.get(shard, STOPPED) for shard in sorted(shards)}
 
     def _record_death(self, assignment: Assignment, reason: str) -> None:
         """A worker died while it processed this shard, or can no longer be trusted."""

@@ -17,6 +17,7 @@ from stylemill.cluster.timeouts import DriverClock, Timeouts
 from stylemill.cluster.worker import LoadedModel, WorkerLocation
 from stylemill.errors import ClusterError, TransientError
 from stylemill.execution.attempt import Attempt, Listener, Run
+from stylemill.execution.worker_engine import loading_phase
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.records import Record
 
@@ -45,6 +46,7 @@ class Pool:
         self._listener = listener
         self._warn_once = cache(listener.warn)  # each message is passed on once
         self._stopping = stopping
+        self._phase_of_placement = "starting a worker" if local else "waiting for a machine"
         self._timeouts = timeouts
         self._clock = DriverClock()
         self._assignments = Assignments(
@@ -73,6 +75,7 @@ class Pool:
             while self._assignments.num_open and not self._stopping.is_set():
                 self._resize()
                 self._load_models()
+                self._report_phase()
                 self._assign_shards()
                 self._poll_progress()
                 self._handle_replies()
@@ -144,6 +147,15 @@ class Pool:
             if self._failures.may_load(worker) and not worker.loading:
                 worker.loading, worker.loading_since = True, self._clock()
                 self._actors.call(worker, "load", self._micro_batch)
+
+    def _report_phase(self) -> None:
+        workers = self._actors.workers.values()
+        if any(worker.ready for worker in workers):
+            self._listener.phase("sampling")
+        elif any(worker.loading for worker in workers):
+            self._listener.phase(loading_phase(self._run, self._micro_batch))
+        else:
+            self._listener.phase(self._phase_of_placement)
 
     def _assign_shards(self) -> None:
         workers = self._actors.workers

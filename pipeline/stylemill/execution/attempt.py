@@ -75,7 +75,7 @@ class Progress:
     stage: str  # read | wait (for the device) | encode | sample | decode | write
     step: int
     steps: int
-    pairs: int
+    pairs: int  # that are sampled; before reading, all of the shard
     limit: float | None = None  # seconds until the next progress, or the worker hangs; None: no limit
 
 
@@ -88,6 +88,9 @@ class Listener(Protocol):
 
     def record_numerics(self, numerics: dict[str, str | int]) -> None:
         """The numerics of the first worker that is ready. Called once, before any attempt."""
+
+    def phase(self, text: str) -> None:
+        """What the run does now, while no shard is in flight."""
 
     def progress(self, progress: Progress) -> None:
         """A shard progressed."""
@@ -108,6 +111,8 @@ class Listener(Protocol):
     def warn(self, message: str) -> None:
         """Something failed that the run survives."""
 
+
+STOPPED = "stopped before it was finished"  # the reason of an open shard where nothing failed
 
 # Executes shards until each is committed or its attempts are used up, and returns why the open ones are open. The
 # arguments: the run, its shards, the occurrences of manifest rows, the listener, and the event that asks to stop.

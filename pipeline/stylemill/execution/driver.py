@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from stylemill.config.job import Job
 from stylemill.errors import IncompleteError, OutputError
-from stylemill.execution.attempt import Executor, Run
+from stylemill.execution.attempt import STOPPED, Executor, Run
 from stylemill.execution.interruption import interruptible
 from stylemill.execution.listener import RunListener
 from stylemill.planning.fingerprint import fingerprint_differences
@@ -30,7 +30,7 @@ from stylemill.store.recover import recover_records
 from stylemill.store.retries import end_retry, pending_retry
 from stylemill.store.run_file import RunFile, create_run_folder, installed_versions
 
-NOT_REACHED = "not reached"
+LEFT_TO_RUN = "left to `run`"  # the reason of a shard that a retry does not sample
 NAMED_SHARDS = 5  # open shards that the last lines on the terminal name
 
 # Chooses the shards to execute, and the generation that each gets.
@@ -63,10 +63,18 @@ class RunResult:
         lines = [self.summary.describe()]
         if self.stopped_because:
             lines.append(self.stopped_because)
-        elif self.open:
-            reasons = [f"  shard {shard}: {reason}" for shard, reason in self.open.items() if reason != NOT_REACHED]
-            count = f"{len(self.open):,} shards are" if len(self.open) > 1 else "1 shard is"
-            lines += [f"{count} open; the same command resumes", *reasons[:NAMED_SHARDS]]
+            return "\n".join(lines)
+        left = list(self.open.values()).count(LEFT_TO_RUN)
+        if own := len(self.open) - left:
+            count = f"{own:,} shards are" if own > 1 else "1 shard is"
+            lines.append(f"{count} open; the same command resumes")
+            failed = [(shard, why) for shard, why in self.open.items() if why not in (STOPPED, LEFT_TO_RUN)]
+            lines += [f"  shard {shard}: {why}" for shard, why in failed[:NAMED_SHARDS]]
+            if len(failed) > NAMED_SHARDS:
+                lines.append(f"  … and {len(failed) - NAMED_SHARDS:,} more")
+        if left:
+            rows = f"{self.summary.rows_open:,} rows in {left:,} shard{'s' if left > 1 else ''}"
+            lines.append(f"{rows} are not sampled yet; `stylemill run` with the job file of this run goes on with them")
         return "\n".join(lines)
 
 
@@ -115,7 +123,7 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             generations={shard: generation for shard, generation in wanted.items() if generation},
             newest=ledger.latest_generation,
         )
-        listener = RunListener(this, ledger, quiet, stops_when_too_many_fail=select is open_generations)
+        listener = RunListener(this, ledger, interruption.stopping, quiet, retry=select is not open_generations)
         reasons: dict[int, str] = {}
         stopped_because = None
         if wanted:
@@ -133,11 +141,12 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
             if not pending_retry(paths, ledger):
                 end_retry(paths)
-        lacking = [shard for shard, generation in wanted.items() if not ledger.has_record(shard, generation)]
+        lacking = {shard for shard, generation in wanted.items() if not ledger.has_record(shard, generation)}
+        reasons = dict.fromkeys(open_shards, LEFT_TO_RUN) | dict.fromkeys(wanted, STOPPED) | reasons
         clean(paths, ledger)
         return RunResult(
             summary=summarize(paths, ledger, planned.rows),
-            open={shard: reasons.get(shard, NOT_REACHED) for shard in sorted({*open_shards, *lacking})},
+            open={shard: reasons[shard] for shard in sorted({*open_shards, *lacking})},
             signal=interruption.signal,
             stopped_because=stopped_because,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,6 +12,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from stylemill.errors import DamagedError, IncompleteError, StorageError
 from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.pace import Pace
 from stylemill.execution.progress import ProgressBar
 from stylemill.store.atomic import publish_bytes, sync_published
 from stylemill.store.commit import confirm
@@ -20,26 +22,27 @@ from stylemill.store.records import Record
 from stylemill.store.segments import RECORDS_PER_SEGMENT
 
 LONGEST_PAUSE = 30.0  # seconds before another try to write numerics.json
+MIN_ROWS_JUDGED = 100  # before a run ends: fewer rows do not show what share of all rows will fail
 
 
 class RunListener:
     """A `Listener` that shows progress and keeps the ledger up to date.
 
-    `stops_when_too_many_fail` is off for a retry: it begins with failed rows and can only make them fewer.
+    A `retry` counts only the rows that it tries again. It does not stop when too many fail: it begins with failed rows
+    and can only make them fewer.
     """
 
-    def __init__(self, run: Run, ledger: Ledger, quiet: bool, stops_when_too_many_fail: bool = True) -> None:
+    def __init__(self, run: Run, ledger: Ledger, stopping: threading.Event, quiet: bool, retry: bool) -> None:
         self.run = run
         self.ledger = ledger
         self.committed_shards = 0
-        self._stops_when_too_many_fail = stops_when_too_many_fail
+        self._retry = retry
         self._numerics = _read_json(run.paths.numerics)  # of the first worker of the run; empty: not known yet
         self._warned: set[str] = set()
         self._compact_at = RECORDS_PER_SEGMENT  # record files
-        totals = ledger.totals()
-        self.bar = ProgressBar(
-            run.manifest.num_output_rows, totals.rows_ok + totals.rows_failed, totals.rows_failed, quiet
-        )
+        self._done, self._failed = (0, 0) if retry else self._rows_committed()
+        total = ledger.rows_failed_in(run.generations) if retry else run.manifest.num_output_rows
+        self.bar = ProgressBar(Pace(total, self._done, run.job.sampling.first_step), self._failed, stopping, quiet)
 
     @property
     def micro_batch(self) -> int | None:
@@ -72,6 +75,9 @@ class RunListener:
             reraise=True,
         )(publish)
 
+    def phase(self, text: str) -> None:
+        self.bar.phase(text)
+
     def progress(self, progress: Progress) -> None:
         self.bar.moved(progress)
 
@@ -85,9 +91,15 @@ class RunListener:
         self._compact()
         self._warn_of_smaller_micro_batch(record)
         self.committed_shards += 1
-        totals = self.ledger.totals()
-        self.bar.committed(record.shard, totals.rows_ok + totals.rows_failed, totals.rows_failed)
-        if self._stops_when_too_many_fail and (reason := self.too_many_failed()):
+        if self._retry:
+            self._done, self._failed = (
+                self._done + record.rows_ok + record.rows_failed,
+                self._failed + record.rows_failed,
+            )
+        else:
+            self._done, self._failed = self._rows_committed()
+        self.bar.committed(record.shard, self._done, self._failed)
+        if not self._retry and (reason := self.too_many_failed()):
             raise IncompleteError(reason)
 
     def _compact(self) -> None:
@@ -101,17 +113,28 @@ class RunListener:
             self._compact_at = len(self.ledger.record_files) + RECORDS_PER_SEGMENT // 16
 
     def too_many_failed(self) -> str | None:
-        """A message when more than max_failed_fraction of the rows seen so far failed, else None."""
-        totals, limit = self.ledger.totals(), self.run.job.max_failed_fraction
-        seen = totals.rows_ok + totals.rows_failed
-        if totals.rows_failed <= limit * seen:
+        """A message when more than max_failed_fraction of the rows failed, else None.
+
+        Until MIN_ROWS_JUDGED rows are committed, the run has too many failures only if it has them whatever becomes of
+        the other rows. So it does not depend on which shard is committed first.
+        """
+        (seen, failed), limit = self._rows_committed(), self.run.job.max_failed_fraction
+        rows = self.run.manifest.num_output_rows
+        if failed <= limit * (seen if seen >= MIN_ROWS_JUDGED else rows):
             return None
+        steps = [f"`stylemill retry-failed {self.run.paths.output}`"]
+        if seen < rows:
+            steps.append(f"start this command again for the other {rows - seen:,} rows")
         return (
-            f"too many failures: {totals.rows_failed:,} of the {seen:,} rows seen so far, more than the "
-            f"max_failed_fraction of {limit:g}; {self.run.paths.failures_folder} has the reasons. Fix the cause and "
-            f"try again with `stylemill retry-failed {self.run.paths.output}`, or accept the failures with --set "
-            "max_failed_fraction=1"
+            f"too many failures: {failed:,} of the {seen:,} rows seen so far, more than the max_failed_fraction of "
+            f"{limit:g} allows; {self.run.paths.failures_folder} has the reasons. Fix the cause, then "
+            f"{', then '.join(steps)}; or accept the failures with --set max_failed_fraction=1"
         )
+
+    def _rows_committed(self) -> tuple[int, int]:
+        """The number of all committed rows, and of the failed ones among them."""
+        totals = self.ledger.totals()
+        return totals.rows_ok + totals.rows_failed, totals.rows_failed
 
     def warn(self, message: str) -> None:
         self.bar.warn(message)

@@ -21,7 +21,7 @@ from tenacity import (
 from stylemill.errors import TransientError
 from stylemill.execution.attempt import Listener, Run
 from stylemill.execution.shard import process_shard
-from stylemill.execution.worker_engine import load_engine, numerics
+from stylemill.execution.worker_engine import load_engine, loading_phase, numerics
 
 if TYPE_CHECKING:
     from stylemill.engine import Engine
@@ -33,6 +33,7 @@ def run_inline(
     run: Run, shards: Sequence[int], occurrences: Mapping[int, int], listener: Listener, stopping: threading.Event
 ) -> dict[int, str]:
     """Commit every shard, or return {shard: why it is open}. Leaves with a checkpoint once `stopping` is set."""
+    listener.phase(loading_phase(run, listener.micro_batch))
     engine = load_engine(run, listener.micro_batch)
     listener.record_numerics(numerics(engine))
     reasons: dict[int, str] = {}

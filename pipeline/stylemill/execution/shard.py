@@ -133,6 +133,7 @@ class _Stages:
             else:
                 self._pairs, self._rows = read_pairs(run, rows, self._engine.model.grid, attempt.last)
                 _warn_of_long_prompts(self._engine, self._rows)
+        self._report.pairs = sum(row.wanted and not row.failure for row in self._rows)
         failpoint("after-read", shard=attempt.shard)
 
     def _sample(self) -> bool:

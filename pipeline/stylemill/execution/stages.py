@@ -26,7 +26,7 @@ class ProgressReporter:
     def __init__(self, job: Job, attempt: Attempt, pairs: int, send: Callable[[Progress], None]) -> None:
         self._job = job
         self._attempt = attempt
-        self._pairs = pairs
+        self.pairs = pairs
         self._send = send
         self._slowest: dict[bool, float] = {}  # seconds of a step, by whether it is a guided one
         self._last = ("", 0, 0.0)  # stage, step and time of the last report
@@ -39,7 +39,7 @@ class ProgressReporter:
             self._slowest[guided] = max(self._slowest.get(guided, 0.0), now - self._last[2])
         self._last = (stage, step, now)
         limit = self._limit(stage, step)
-        self._send(Progress(self._attempt.shard, self._attempt.id, stage, step, sampling.steps, self._pairs, limit))
+        self._send(Progress(self._attempt.shard, self._attempt.id, stage, step, sampling.steps, self.pairs, limit))
 
     def _limit(self, stage: str, step: int) -> float | None:
         cluster = self._job.cluster

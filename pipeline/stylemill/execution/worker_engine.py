@@ -20,6 +20,12 @@ def import_engine() -> None:
     import_module("stylemill.engine.engine")
 
 
+def loading_phase(run: Run, micro_batch: int | None) -> str:
+    """What a run does while `load_engine` works."""
+    calibrates = micro_batch is None and run.job.cluster.micro_batch == "auto"
+    return "loading the model and calibrating" if calibrates else "loading the model"
+
+
 def load_engine(run: Run, micro_batch: int | None) -> Engine:
     """Load the resident engine of a worker. Raises ModelError.
 

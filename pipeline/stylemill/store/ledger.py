@@ -171,8 +171,16 @@ class Ledger:
 
     def failed_shards(self) -> list[int]:
         """The committed shards with failed rows, in order."""
-        failed = sum(numbers.still_failed(slice(None)) for numbers in self._generations)
-        return np.flatnonzero((failed > 0) & (first_missing(self._generations, slice(None)) < 0)).tolist()
+        return np.flatnonzero((self._failed() > 0) & (first_missing(self._generations, slice(None)) < 0)).tolist()
+
+    def rows_failed_in(self, shards: Iterable[int]) -> int:
+        """Number of rows of these shards that failed and have not succeeded since."""
+        return int(self._failed()[list(shards)].sum())
+
+    def _failed(self) -> Ints:
+        """For each shard, the number of its rows that failed and have not succeeded since."""
+        failed = np.zeros(self._paths.shards, np.int32)
+        return sum((numbers.still_failed(slice(None)) for numbers in self._generations), start=failed)
 
     def error_classes(self, shard: int) -> set[str]:
         """The error classes of the rows of a shard that failed in any generation."""
