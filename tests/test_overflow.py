@@ -1,4 +1,5 @@
-"""NaN and Inf of the VAE and the text encoders: a row fails at its own stage, and no other row changes."""
+"""NaN and Inf: of the VAE and the text encoders, which fail a row at its own stage, and of gradients in float16, which
+are repeated with a smaller loss scale. No other row changes."""
 
 from __future__ import annotations
 
@@ -135,6 +136,65 @@ def test_an_image_that_overflows_in_the_decoder_fails_its_pair_and_is_not_black(
     assert "the VAE's decoder gave NaN or Inf" in state.failures[1].message
 
 
+# --- gradients in float16 ---------------------------------------------------------------------------------------------
+
+LARGE_WEIGHT = 1000.0  # of the content: with it the gradient overflows at a loss scale of 2¹⁶ and of 2¹²
+
+
+@pytest.fixture(scope="module")
+def half(demo_models: dict[str, Path]) -> Engine:
+    return Engine.load(demo_models["sd"], dtype="float16", device="cpu", micro_batch=4)
+
+
+def weighted(place: int | None) -> list[Pair]:
+    """Four pairs; the one at `place` has LARGE_WEIGHT."""
+    contents = [*CONTENTS, image(4)]
+    return [
+        Pair((STYLE,), SIZE, content, content_weight=LARGE_WEIGHT if number == place else None)
+        for number, content in enumerate(contents)
+    ]
+
+
+def test_a_gradient_that_overflows_is_repeated_with_a_smaller_loss_scale_for_its_pair_alone(
+    half: Engine, engine32: Engine
+) -> None:
+    z = torch.randn(4, half.model.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    usual = half.gradient(weighted(None), SETTINGS, z, 0)
+    half.passes.clear()
+    gradient = half.gradient(weighted(1), SETTINGS, z, 0)
+    assert half.passes["gradient"] == 3 * 4, "at 2¹⁶, 2¹² and 2⁸"
+    exact = engine32.gradient(weighted(1), SETTINGS, z, 0)
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(1), exact.flatten(1)).min() > 0.999
+    torch.testing.assert_close(gradient[1].norm(), exact[1].norm(), rtol=0.01, atol=0)
+    for other in (0, 2, 3):
+        assert torch.equal(gradient[other], usual[other])
+
+
+def test_a_pair_with_a_smaller_loss_scale_is_sampled_and_a_resumed_state_knows_the_scale(half: Engine) -> None:
+    expected = last(half, weighted(None))
+    states = half.sample(weighted(1), SETTINGS)
+    state = next(states)
+    inputs, progress = state.export_inputs(), state.export_progress()
+    *_, state = states
+    assert state.failures == expected.lowered_scales == {}
+    assert state.lowered_scales == {1: 256.0}
+    for other in (0, 2, 3):
+        assert torch.equal(state.latents_of[other], expected.latents_of[other])
+    facts = json.loads(json.dumps((inputs[1], progress[1])))
+    restored = SampleState.restore(inputs[0], facts[0], progress[0], facts[1])
+    assert restored.lowered_scales == {1: 256.0}
+    *_, continued = half.sample([], SETTINGS, restored)
+    assert torch.equal(continued.latents, state.latents)
+
+
+def test_the_loss_scale_of_a_pair_is_the_smallest_of_its_windows(half: Engine) -> None:
+    weights = [1e3] * len(half.layers)
+    settings = SETTINGS.model_copy(update={"window": 8, "content_weight": 0.0, "layer_weights": weights})
+    *_, state = half.sample([Pair((STYLE,), (128, 64)), Pair((STYLE,), (128, 64), seed=1)], settings)
+    assert state.failures == {}
+    assert sorted(state.lowered_scales) == [0, 1]
+
+
 # --- a whole shard ----------------------------------------------------------------------------------------------------
 
 
@@ -177,3 +237,13 @@ def test_the_failures_file_names_the_stage_also_after_a_resume(
     assert "2.png at 64×64: the VAE's encoder" in encode["message"]
     record = json.loads(run.paths.record(0).read_bytes())
     assert record["failed_by_class"] == {"EncodingError": 1, "DecodingError": 1}
+
+
+@pytest.mark.parametrize("stop_at", [None, 2])
+def test_the_record_names_the_rows_with_a_smaller_loss_scale(folder: Path, tmp_path: Path, stop_at: int | None) -> None:
+    sampling = {"steps": 4, "content_weight": LARGE_WEIGHT}
+    run = make_run(tmp_path, 2, 2, model={"name": str(folder), "dtype": "float16"}, sampling=sampling)
+    for at in [stop_at, None] if stop_at else [None]:
+        found = committed(run, load(folder, "float16"), at)
+    assert [row["row"] for row in found["data"]] == [0, 1]
+    assert json.loads(run.paths.record(0).read_bytes())["loss_scales"] == {"0": 256.0, "1": 256.0}

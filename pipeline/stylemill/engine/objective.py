@@ -24,6 +24,7 @@ from stylemill.errors import ModelError
 # The gradient of a mean over a million elements is about 1e-6, below fp16's normal range. Division of the fp32 gradient
 # by a power of two is exact.
 LOSS_SCALE = {torch.float16: 2.0**16}
+LOSS_SCALE_STEP = 16.0  # by which the scale of a pair is divided while its gradient overflows
 
 
 def ad_loss(
@@ -52,6 +53,11 @@ def _mean_l1(a: Tensor, b: Tensor) -> Tensor:
     return difference.abs().mean(dim=(1, 2, 3))
 
 
+def _finite(gradient: Tensor) -> Tensor:
+    """Whether the gradient of each pair (B, C, h, w) has neither NaN nor Inf -> (B,)."""
+    return gradient.isfinite().flatten(1).all(1)
+
+
 @dataclass(frozen=True)
 class Features:
     """Features of a block's images at one timestep; one dictionary, by image number, for each layer."""
@@ -77,10 +83,14 @@ class Features:
 
 @dataclass(frozen=True)
 class LossGradient:
-    """The gradient (B, C, h, w) of the losses, and the losses (B, 2): L_AD, and L_content or NaN."""
+    """The gradient (B, C, h, w) of the losses, and the losses (B, 2): L_AD, and L_content or NaN.
+
+    `lowered_scales` has the loss scale of each place in the batch whose gradient overflowed at the usual one.
+    """
 
     gradient: Tensor
     losses: Tensor
+    lowered_scales: dict[int, float]
 
 
 class Objective:
@@ -140,10 +150,31 @@ class Objective:
     ) -> LossGradient:
         """∂(L_AD + λ L_content)/∂z of each pair; z (B, C, h, w), λ = `weights` (B,).
 
-        The losses of the pairs are summed, not averaged: a pair's gradient is the same at every batch size.
+        The losses of the pairs are summed, not averaged: a pair's gradient is the same at every batch size. With fp16
+        weights the losses are scaled. Where the gradient of a pair overflows although its losses are finite, the pass
+        is repeated with a smaller scale for that pair, down to 1; the others keep their gradients of the first pass.
         """
-        self.passes["gradient"] += len(z)
         scale = LOSS_SCALE.get(self.model.unet.dtype, 1.0)
+        scales = torch.full_like(weights, scale)
+        gradient, ad, content = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
+        overflowed = ~_finite(gradient) & (ad + weights * content).isfinite()
+        lowered_scales: dict[int, float] = {}
+        while scale > 1 and overflowed.any():  # this waits for the device; without a scale nothing is waited for
+            scale /= LOSS_SCALE_STEP
+            scales = torch.where(overflowed, scale, scales)
+            lowered_scales |= {place: scale for place, again in enumerate(overflowed.tolist()) if again}
+            repeated, *_ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
+            gradient = torch.where(overflowed[:, None, None, None], repeated, gradient)
+            overflowed &= ~_finite(repeated)
+        if targets[0].content_q is None:
+            content = torch.full_like(content, torch.nan)
+        return LossGradient(gradient, torch.stack([ad, content], dim=1), lowered_scales)
+
+    def _scaled_gradient(
+        self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target], scales: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient, L_AD and L_content of each pair, whose losses have the `scales` (B,) in the backward pass."""
+        self.passes["gradient"] += len(z)
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
             ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
@@ -153,10 +184,8 @@ class Objective:
                 ad = ad + weight * ad_loss(activations.q, activations.out, *style, self.query_scale, target.allowed)
                 if target.content_q is not None:
                     content = content + weight * content_loss(activations.q, target.content_q)
-            (gradient,) = torch.autograd.grad(((ad + weights * content) * scale).sum(), z)
-        if targets[0].content_q is None:
-            content = torch.full_like(content, torch.nan)
-        return LossGradient(gradient / scale, torch.stack([ad, content], dim=1).detach())
+            (gradient,) = torch.autograd.grad(((ad + weights * content) * scales).sum(), z)
+        return gradient / scales[:, None, None, None], ad.detach(), content.detach()
 
     def _activations(self, z: Tensor, timestep: int, null_text: Text) -> list[Activations]:
         with record_attention(self.layers) as activations:

@@ -181,6 +181,7 @@ class Sampler:
                 weights = torch.zeros_like(weights)
             result = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
             state.record_losses(batch, result.losses)
+            state.record_lowered_scales({batch[place]: scale for place, scale in result.lowered_scales.items()})
             if self.settings.method == "gradient":
                 z = z - rate * result.gradient
             else:

@@ -103,6 +103,7 @@ class SampleState:
     `latents_of[i]` is z of pair i, (C, h, w). `moments_of[i]` are Adam's two moments (2, C, h, w) where one Adam spans
     the run. `lost_at[i]` is the step in which pair i became NaN or Inf, −1 before; it stays on the device, so that a
     step needs no synchronisation. `excluded` says of each pair that is not sampled, or not decoded, why.
+    `lowered_scales` has the smallest loss scale of each pair whose gradient overflowed at the usual one.
     """
 
     inputs: ShardInputs
@@ -114,6 +115,8 @@ class SampleState:
     history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, for multistep schedulers
     losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content, or NaN
 
+    lowered_scales: dict[int, float] = field(default_factory=dict)
+
     def record_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
         """Keep the losses (B, 2) of a micro-batch as its last ones, and as its first ones if it has none yet.
 
@@ -123,6 +126,12 @@ class SampleState:
         first, losses = self.losses[where, 0], losses.to(self.losses.dtype)
         self.losses[where, 0] = torch.where(first.isnan(), losses, first)
         self.losses[where, 1] = losses
+
+    def record_lowered_scales(self, scales: Mapping[int, float]) -> None:
+        """Keep the smallest loss scale of each pair that is not excluded; an excluded one is sampled with zeros."""
+        for pair, scale in scales.items():
+            if pair not in self.excluded:
+                self.lowered_scales[pair] = min(scale, self.lowered_scales.get(pair, scale))
 
     @property
     def latents(self) -> Tensor:
@@ -144,6 +153,7 @@ class SampleState:
             history_of=[*self.history_of],
             lost_at=self.lost_at.clone(),
             losses=self.losses.clone(),
+            lowered_scales={**self.lowered_scales},
         )
 
     def assign(self, other: SampleState) -> None:
@@ -194,8 +204,9 @@ class SampleState:
         arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
         arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
         excluded = {str(pair): vars(failure) for pair, failure in self.excluded.items()}
+        scales = {str(pair): scale for pair, scale in self.lowered_scales.items()}
         counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
-        return arrays, {"step": self.step, **counts, "excluded": excluded}
+        return arrays, {"step": self.step, **counts, "excluded": excluded, "lowered_scales": scales}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
@@ -223,6 +234,7 @@ class SampleState:
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
             history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
             losses=torch.from_numpy(arrays["losses"]),
+            lowered_scales={int(pair): scale for pair, scale in facts["lowered_scales"].items()},
         )
 
     def to(self, device: torch.device) -> SampleState:

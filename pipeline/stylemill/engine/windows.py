@@ -111,6 +111,7 @@ class Windows:
             excluded={
                 number: state.excluded[pair] for number, (pair, _) in enumerate(self.windows) if pair in state.excluded
             },
+            lowered_scales={},
         )
 
     def merge(self, windowed: SampleState, state: SampleState) -> None:
@@ -120,6 +121,8 @@ class Windows:
         """
         if self.one_each:
             return
+        for number, scale in windowed.lowered_scales.items():
+            state.record_lowered_scales({self.windows[number][0]: scale})
         for pair, numbers in enumerate(self.slices):
             lost = (windowed.lost_at[numbers] >= 0).any()
             newly_lost = lost & (state.lost_at[pair] < 0)

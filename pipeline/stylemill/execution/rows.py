@@ -109,6 +109,15 @@ def with_results_of_engine(rows: list[OutputRow], state: SampleState) -> list[Ou
     ]
 
 
+def loss_scales(rows: list[OutputRow], state: SampleState) -> dict[str, float]:
+    """Output row -> the smallest loss scale of a row whose gradient overflowed at the usual one, for the record."""
+    return {
+        str(rows[place].source.output_row): scale
+        for place, scale in sorted(state.lowered_scales.items())
+        if rows[place].wanted
+    }
+
+
 def with_encoded_image(run: Run, row: OutputRow, pixels: Pixels | None) -> OutputRow:
     """The row with the bytes of its output image file."""
     if row.failure or pixels is None:

@@ -17,6 +17,7 @@ from stylemill.execution.inputs import read_pairs
 from stylemill.execution.output import write_tables
 from stylemill.execution.rows import (
     OutputRow,
+    loss_scales,
     poison_pairs,
     row_numbers,
     rows_of_attempt,
@@ -178,6 +179,7 @@ class _Stages:
 
     def commit(self) -> Record:
         """Write the files of the shard and commit them. Counts, names and digests are those of what gets published."""
+        assert self._state is not None
         run, attempt = self._run, self._attempt
         with self._timer.measure("write"):
             data, failures = write_tables(run, attempt, self._rows)
@@ -191,6 +193,7 @@ class _Stages:
             generation=attempt.generation,
             numerics=self._numerics,
             timings=self._timer.seconds,
+            loss_scales=loss_scales(self._rows, self._state),
         )
         return commit(run.paths, draft, data, failures)
 

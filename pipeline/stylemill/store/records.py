@@ -34,6 +34,8 @@ class Record:
 
     Generation 0 holds all rows of the shard. A later one holds the rows that had failed before it: `retried_by_class`
     counts these by error class, `failed_by_class` those that failed again. `timings` are seconds by name of the stage.
+    `loss_scales` has, by output row, the smallest loss scale of each row whose gradient overflowed at the usual one of
+    float16.
     """
 
     shard: int
@@ -50,6 +52,7 @@ class Record:
     retried_by_class: dict[str, int] = field(default_factory=dict)
     numerics: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+    loss_scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def files(self) -> list[FileEntry]:
