@@ -640,7 +640,9 @@ def test_bad_images_fail_their_own_rows_and_no_others(run_command, here):
     assert "Traceback" not in result.err
     assert "8 of 16 images done, 8 failed, 0 open\n  8 × ImageError\n" in result.out
 
+    assert f"    … all of them in {here}/run/failures.parquet\n" in result.out
     rows = [row for path in sorted((here / "run" / "failures").iterdir()) for row in pq.read_table(path).to_pylist()]
+    assert pq.read_table(here / "run" / "failures.parquet").to_pylist() == rows
     expected = {f"{2 * place:02d}-{name.split('.')[0]}": name for place, name in enumerate(BAD)} | {
         "15-c1": "text.jpg"  # because of its style
     }
@@ -692,10 +694,9 @@ def test_a_run_stops_once_too_many_rows_have_failed_whatever_becomes_of_the_othe
     result = run_command(*TOO_MANY)
     assert result.code == 1, result
     assert "0 of 6 images done, 4 failed, 2 open" in result.out
-    assert (
-        "too many failures: 4 of the 4 rows seen so far, more than the max_failed_fraction of 0.5 allows" in result.out
-    )
-    assert f"{here / 'run' / 'failures'} has the reasons" in result.out
+    assert "too many failures: 4 of 4 rows seen so far, more than the max_failed_fraction of 0.5 allows" in result.out
+    assert f"{here / 'run' / 'failures.parquet'} has the reasons" in result.out
+    assert pq.read_table(here / "run" / "failures.parquet").num_rows == 4
 
     advice = f"then `stylemill retry-failed {here / 'run'}`, then start this command again for the other 2 rows"
     assert advice in result.out
@@ -717,7 +718,7 @@ def test_a_run_stops_when_too_many_of_its_first_hundred_rows_failed(run_command,
     result = run_command(*TOO_MANY, "--set", "shards.pairs_per_shard=50")
     assert result.code == 1, result
     assert "0 of 220 images done, 100 failed, 120 open" in result.out
-    assert "too many failures: 100 of the 100 rows seen so far" in result.out
+    assert "too many failures: 100 of 100 rows seen so far" in result.out
 
 
 def test_a_finished_run_with_too_many_failures_fails_until_they_are_accepted(run_command, here):
@@ -726,7 +727,7 @@ def test_a_finished_run_with_too_many_failures_fails_until_they_are_accepted(run
         result = run_command(*TOO_MANY)
         assert result.code == 1
         assert "1 of 4 images done, 3 failed, 0 open" in result.out
-        assert "too many failures: 3 of the 4 rows" in result.out
+        assert "too many failures: 3 of 4 rows" in result.out
         assert "start this command again" not in result.out
     assert run_command(*TOO_MANY[:-1], "--set", "max_failed_fraction=1").code == 3
     assert run_command(*TOO_MANY, "--set", "max_failed_fraction=0.75").code == 0

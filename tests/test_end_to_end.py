@@ -41,6 +41,7 @@ from stylemill.store.verify import verify
 FINISHED = [
     "contact-sheet.jpg",
     *(f"data/train-0000{shard}-of-00003.parquet" for shard in range(SHARDS)),
+    "failures.parquet",
     "failures/00001.parquet",
     "job.json",
     "numerics.json",

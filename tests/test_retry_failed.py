@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -114,6 +115,72 @@ def test_a_retry_gives_the_rows_of_a_run_without_failures(failed: Path, whole: P
     assert set(after) - set(before) == {RETRIED, "records/00001.r1.json"}
     assert read_rows(*(retried / "data").iterdir()) == read_rows(*(whole / "data").iterdir())
     assert list(read_rows(retried / RETRIED)) == [ABSENT]
+
+
+def failed_now(run: Path) -> list[dict[str, Any]]:
+    """The rows in failures.parquet. Together with those in data/, every row is there exactly once."""
+    path = run / "failures.parquet"
+    rows = pq.read_table(path).to_pylist() if path.exists() else []
+    with_image = read_rows(*(run / "data").iterdir())
+    assert sorted([*with_image, *(row["row"] for row in rows)]) == list(range(7))
+    return rows
+
+
+def test_every_row_is_once_in_the_data_or_in_the_list_of_failed_rows(
+    failed: Path, whole: Path, retried: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
+    (row,) = failed_now(failed)
+    assert (row["row"], row["stage"], row["error"]) == (ABSENT, "read", "ImageError")
+    assert "absent.png" in row["message"]
+    assert failed_now(retried) == failed_now(whole) == []
+    assert (retried / "failures/00001.parquet").exists(), "the history stays"
+    run = copy(failed, tmp_path)
+    ended = commands.run(run, "retry-failed")
+    assert failed_now(run) == [row], "it failed again"
+    assert ended.exit_code == 3
+
+
+def test_many_failures_name_the_list_of_failed_rows(job: Path, commands: ForkedCommands, tmp_path: Path) -> None:
+    """The run stops before all shards are committed."""
+    run = tmp_path / "run"
+    ended = commands.run(run, job, "--set", "max_failed_fraction=0.1")
+    assert ended.exit_code == 1, ended.output
+    assert f"{run}/failures.parquet has the reasons" in ended.output
+    assert [row["row"] for row in pq.read_table(run / "failures.parquet").to_pylist()] == [ABSENT]
+    assert commands.run(run, job, "--set", "max_failed_fraction=1").exit_code == 3
+    assert len(failed_now(run)) == 1
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "of another time"])
+def test_repair_writes_the_list_of_failed_rows_again(
+    failed: Path, commands: ForkedCommands, tmp_path: Path, damage: str
+) -> None:
+    run = copy(failed, tmp_path)
+    expected, path = failed_now(run), run / "failures.parquet"
+    table = pq.read_table(path)
+    if damage == "missing":  # as after a kill just before it is written
+        path.unlink()
+    elif damage == "truncated":
+        os.truncate(path, 100)
+    else:
+        pq.write_table(pa.concat_tables([table, table]), path)
+    assert verify(run).ok == (damage == "missing")
+    status(run)
+    assert path.exists() == (damage != "missing"), "status writes nothing"
+    ended = commands.run(run, "repair")
+    assert (ended.exit_code, ended.steps) == (3, []), ended.output
+    assert failed_now(run) == expected
+    assert verify(run).ok
+
+
+def test_the_list_of_failed_rows_is_missing_while_a_retry_is_unfinished(
+    job: Path, failed: Path, commands: ForkedCommands, tmp_path: Path
+) -> None:
+    run = copy(failed, tmp_path)
+    assert commands.run(run, "retry-failed", at=Moment(("step", 1), 3)).exit_code == -9
+    assert not (run / "failures.parquet").exists()
+    assert commands.run(run, job).exit_code == 3
+    assert len(failed_now(run)) == 1
 
 
 def test_all_counts_are_right_after_a_retry(failed: Path, retried: Path) -> None:

@@ -23,6 +23,7 @@ from stylemill.store.atomic import digest
 from stylemill.store.checkpoints import save_inputs
 from stylemill.store.commit import clean, commit
 from stylemill.store.compaction import compact
+from stylemill.store.failed_rows import remove_failed_rows, write_failed_rows
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.parquet import write_shard
@@ -229,6 +230,7 @@ def finish(paths: RunPaths) -> None:
 
 def retry(paths: RunPaths) -> None:
     """A whole retry of the failed row of shard 1."""
+    remove_failed_rows(paths)
     begin_retry(paths, {1: 1})
     commit(paths, *retry_attempt(paths, [5], shard=1))
     end_retry(paths)
@@ -245,7 +247,16 @@ def unfinished(folder: Path) -> RunPaths:
     return paths
 
 
-@pytest.mark.parametrize(("start", "work"), [(unfinished, finish), (finished, retry)])
+def with_failed_rows(folder: Path) -> RunPaths:
+    paths = finished(folder)
+    ledger = Ledger(paths)
+    ledger.refresh()
+    write_failed_rows(paths, ledger)
+    clean(paths)
+    return paths
+
+
+@pytest.mark.parametrize(("start", "work"), [(unfinished, finish), (with_failed_rows, retry)])
 def test_nothing_is_wrong_whatever_a_run_commits_while_its_folder_is_verified(
     tmp_path: Path, start: Callable[[Path], RunPaths], work: Callable[[RunPaths], None]
 ) -> None:

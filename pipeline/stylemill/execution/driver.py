@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from stylemill.config.job import Job
-from stylemill.errors import IncompleteError, OutputError
+from stylemill.errors import DamagedError, IncompleteError, OutputError
 from stylemill.execution.attempt import STOPPED, Executor, Run
 from stylemill.execution.interruption import interruptible
 from stylemill.execution.listener import RunListener
@@ -23,6 +23,7 @@ from stylemill.report.summary import Summary, summarize
 from stylemill.store.atomic import publish_bytes
 from stylemill.store.commit import clean
 from stylemill.store.compaction import compact
+from stylemill.store.failed_rows import remove_failed_rows, write_failed_rows
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.paths import RunPaths
@@ -128,6 +129,7 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
         stopped_because = None
         if wanted:
             clean(paths, ledger)  # what killed attempts left behind
+            remove_failed_rows(paths)
             try:
                 with listener.bar:
                     run_shards = _executor(inline)
@@ -141,6 +143,11 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
             if not pending_retry(paths, ledger):
                 end_retry(paths)
+        if not open_shards or stopped_because:
+            try:
+                write_failed_rows(paths, ledger)
+            except DamagedError as error:
+                listener.warn(f"{paths.failed_rows} was not written: {error}")
         lacking = {shard for shard, generation in wanted.items() if not ledger.has_record(shard, generation)}
         reasons = dict.fromkeys(open_shards, LEFT_TO_RUN) | dict.fromkeys(wanted, STOPPED) | reasons
         clean(paths, ledger)

@@ -18,6 +18,7 @@ from stylemill.store.atomic import publish_bytes, sync_published
 from stylemill.store.commit import confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
+from stylemill.store.messages import counted
 from stylemill.store.records import Record
 from stylemill.store.segments import RECORDS_PER_SEGMENT
 
@@ -126,8 +127,8 @@ class RunListener:
         if seen < rows:
             steps.append(f"start this command again for the other {rows - seen:,} rows")
         return (
-            f"too many failures: {failed:,} of the {seen:,} rows seen so far, more than the max_failed_fraction of "
-            f"{limit:g} allows; {self.run.paths.failures_folder} has the reasons. Fix the cause, then "
+            f"too many failures: {failed:,} of {counted(seen, 'row')} seen so far, more than the max_failed_fraction of "
+            f"{limit:g} allows; {self.run.paths.failed_rows} has the reasons. Fix the cause, then "
             f"{', then '.join(steps)}; or accept the failures with --set max_failed_fraction=1"
         )
 

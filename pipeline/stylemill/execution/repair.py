@@ -11,6 +11,7 @@ from stylemill.execution.retry import resume
 from stylemill.store.atomic import quarantine
 from stylemill.store.commit import clean
 from stylemill.store.compaction import compact
+from stylemill.store.failed_rows import remove_failed_rows, write_failed_rows
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
 from stylemill.store.messages import counted
@@ -64,7 +65,9 @@ def repair(
     # No run may commit between the report and what is done about it.
     with RunLock(paths):
         before = verify_run(run_file, paths, deep, is_alone=lambda: True)
-        if before.ok and not read_retry(paths):  # a repair that was killed may have left only a retry to do
+        has_list = not before.rows_failed or paths.failed_rows.exists()
+        # A repair that was killed may have left only these to do.
+        if before.ok and has_list and not read_retry(paths):
             return RepairResult(before, recovered, result, after=before)
         ledger, recovered = _quarantine_damaged(paths, run_file, before)
         incomplete = ledger.missing_generations() or pending_retry(paths, ledger)
@@ -98,5 +101,7 @@ def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport)
     compact(paths, ledger)
     if not pending_retry(paths, ledger) and not ledger.missing_generations():
         end_retry(paths)
+        remove_failed_rows(paths)
+        write_failed_rows(paths, ledger)
         clean(paths, ledger)
     return ledger, recovered

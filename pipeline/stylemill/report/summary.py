@@ -8,7 +8,7 @@ from stylemill.errors import DamagedError
 from stylemill.store.ledger import Ledger
 from stylemill.store.messages import counted
 from stylemill.store.paths import RunPaths
-from stylemill.store.retries import failed_rows_before
+from stylemill.store.retries import failed_rows
 
 EXAMPLES = 3  # messages of each error class
 _MAX_SHARDS = 100  # whose failures files are read for the examples
@@ -33,12 +33,13 @@ class Summary:
     def describe(self) -> str:
         """The text that ends the output of `stylemill run` and of `stylemill status`."""
         done = f"{self.rows_ok:,} of {counted(self.rows, 'image')} done"
+        failures = self.paths.failed_rows if self.paths.failed_rows.exists() else self.paths.failures_folder
         lines = [f"{done}, {self.rows_failed:,} failed, {self.rows_open:,} open"]
         for name, count in sorted(self.failed_by_class.items()):
             lines.append(f"  {count:,} × {name}")
             lines += [f"    {example}" for example in self.examples.get(name, [])]
             if count > len(self.examples.get(name, [])):
-                lines.append(f"    … all of them in {self.paths.failures_folder}")
+                lines.append(f"    … all of them in {failures}")
         lines.append(f"data     {self.paths.data_folder}")
         if self.rows_ok:
             source = f'data_dir="{self.paths.data_folder}"'
@@ -78,7 +79,7 @@ def _examples(paths: RunPaths, ledger: Ledger, classes: set[str]) -> dict[str, l
         if shards_read > _MAX_SHARDS:
             break
         try:
-            failures = failed_rows_before(paths, shard, ledger.latest_generation_of(shard) + 1).values()
+            failures = failed_rows(paths, ledger.records(shard)).values()
         except DamagedError:
             continue  # `verify` reports the damage; the summary does without these examples
         for failure in failures:

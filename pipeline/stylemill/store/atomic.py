@@ -96,11 +96,20 @@ def replace_bytes(paths: RunPaths, final: Path, data: bytes) -> None:
         with storage_errors(final):
             paths.tmp.mkdir(exist_ok=True)
             tmp.write_bytes(data)
-            sync(tmp)
-            os.replace(tmp, final)
-            sync(final.parent)
+        replace_file(tmp, final)
     finally:
         discard(tmp)
+
+
+def replace_file(tmp: Path, final: Path) -> None:
+    """Move the finished local file `tmp` to the path `final` atomically, as `replace_bytes` does."""
+    with storage_errors(final):
+        if isinstance(final, BucketPath):
+            final.bucket.upload(tmp, final.key)
+            return
+        sync(tmp)
+        os.replace(tmp, final)
+        sync(final.parent)
 
 
 def sync_published(path: Path) -> None:

@@ -13,6 +13,7 @@
 <output>/quarantine/                               damaged files, each with the reason
 <output>/lock                                      held by the process that works on the run
 <output>/contact-sheet.jpg
+<output>/failures.parquet                          the rows that have no image now; only in a run that has ended
 
 Files of a later generation have its number in their names: train-00000-of-00042-r1.parquet, 00000.r1.json.
 
@@ -176,6 +177,10 @@ class RunPaths:
     @property
     def lock(self) -> Path:
         return self.output / "lock"
+
+    @property
+    def failed_rows(self) -> Path:
+        return self.output / "failures.parquet"
 
     @property
     def contact_sheet(self) -> Path:

@@ -8,7 +8,7 @@ in one data file at most.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,12 +53,22 @@ def failed_rows_before(paths: RunPaths, shard: int, generation: int) -> dict[int
 
     Raises DamagedError if one of these generations is missing or damaged.
     """
+
+    def records() -> Iterator[Record]:
+        for number in range(generation):
+            record = valid_record(paths, shard, number)
+            if record is None:
+                raise DamagedError(f"{paths.record(shard, number)}: is missing; run `stylemill repair`")
+            yield record
+
+    return failed_rows(paths, records())
+
+
+def failed_rows(paths: RunPaths, records: Iterable[Record]) -> dict[int, Failure]:
+    """The failed rows of a shard after the generations of `records`, in order, by row. Raises DamagedError."""
     failed: dict[int, Failure] = {}
-    for number in range(generation):
-        record = valid_record(paths, shard, number)
-        if record is None:
-            raise DamagedError(f"{paths.record(shard, number)}: is missing; run `stylemill repair`")
-        if number:
+    for record in records:
+        if record.generation:
             for row, _ in _row_ids(paths, record):
                 failed.pop(row, None)
         failed |= read_failures(paths, record)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, OutputError
 from stylemill.store.atomic import digest, storage_errors
+from stylemill.store.failed_rows import read_failed_rows
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import lock_holder
 from stylemill.store.messages import counted
@@ -98,6 +99,7 @@ def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[],
     unfinished = [paths.checkpoints_folder, *([] if paths.on_bucket else [paths.tmp])]
     left = [folder / name for folder in unfinished for name in list_names(folder)]
     retry = read_retry(paths)
+    in_file = _failed_rows_in_file(paths)
     ledger = Ledger(paths, read_only=True)
     ledger.refresh()
     for path, reason in sorted(ledger.damaged.items()):
@@ -106,6 +108,7 @@ def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[],
         report.add(f"{paths.relative(path)}: {reason}", *damaged)
     pair_ids = _PairIds(run.rows, run.pairs_per_shard)
     expected = {path for path in list_segments(paths) if path not in ledger.damaged} | set(ledger.damaged)
+    failed_now: list[int] = []
     for shard, generations in groupby(ledger.records(), lambda record: record.shard):
         failed: set[int] | None = set(run.rows_of(shard))
         last = -1
@@ -113,6 +116,7 @@ def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[],
             failed, last = failed if record.generation == last + 1 else None, record.generation
             expected |= {paths.record(shard, record.generation), *(paths.output / entry.name for entry in record.files)}
             failed = _RecordCheck(paths, report, run, pair_ids, record).check(failed, deep)
+        failed_now += sorted(failed or ())
     totals = ledger.totals()
     report.shards, report.rows_ok, report.rows_failed = totals.shards, totals.rows_ok, totals.rows_failed
     missing = ledger.missing_generations()
@@ -132,6 +136,8 @@ def verify_run(run: RunFile, paths: RunPaths, deep: bool, is_alone: Callable[[],
     if report.shards == paths.shards and not paths.retry.exists() and is_alone():
         # The process that made a file in these folders has ended, so the file stays if it still exists.
         _report_strays(paths, report, {path for path in left if path.exists()}, set())
+    if not report.problems or isinstance(in_file, str):
+        _check_failed_rows(paths, report, in_file, failed_now)
     return report
 
 
@@ -277,6 +283,24 @@ def _check_json_files(paths: RunPaths, report: VerifyReport) -> None:
             valid = False
         if not valid:
             report.add(f"{path.name}: is truncated or damaged", path)
+
+
+def _failed_rows_in_file(paths: RunPaths) -> tuple[int, ...] | str | None:
+    """The rows in failures.parquet, or how it is damaged; None if it does not exist."""
+    try:
+        return read_failed_rows(paths)
+    except DamagedError as error:
+        return str(error)
+
+
+def _check_failed_rows(
+    paths: RunPaths, report: VerifyReport, in_file: tuple[int, ...] | str | None, failed: list[int]
+) -> None:
+    """Report failures.parquet, which had the content `in_file`, unless it has exactly the rows in `failed`."""
+    if in_file is None or in_file == tuple(failed) or in_file != _failed_rows_in_file(paths):
+        return  # in the last case, a run changed it meanwhile
+    wrong_rows = f"{paths.failed_rows.name}: its rows are not those that have no image now"
+    report.add(in_file if isinstance(in_file, str) else wrong_rows, paths.failed_rows)
 
 
 def _report_strays(paths: RunPaths, report: VerifyReport, strays: set[Path], damaged: set[Path]) -> None:
