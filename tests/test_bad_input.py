@@ -705,7 +705,7 @@ def test_a_run_stops_once_too_many_rows_have_failed_whatever_becomes_of_the_othe
     for _ in range(2):
         result = run_command("retry-failed", "run", "--inline")
         assert (result.code, "4 of 6 images done, 0 failed, 2 open" in result.out) == (1, True), result
-        last = "2 rows in 1 shard are not sampled yet; `stylemill run` with the job file of this run goes on with them"
+        last = "not sampled yet: 2 rows in 1 shard; `stylemill run` with the job file of this run goes on there"
         assert result.out.splitlines()[-1] == last
     result = run_command(*TOO_MANY)
     assert (result.code, "6 of 6 images done, 0 failed, 0 open" in result.out) == (0, True), result

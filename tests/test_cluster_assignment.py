@@ -83,7 +83,7 @@ def test_a_worker_death_is_not_charged_to_a_shard_that_was_only_read() -> None:
     assignments.record_progress(progress_of(assignments.attempts_of(1)[0], 3))
     assignments.worker_died(1, "killed")
     assert list(assignments.open_shards().items())[:2] == [
-        (0, "1 attempts failed, the last one: killed"),
+        (0, "1 attempt failed, the last one: killed"),
         (1, "killed"),
     ]
     assert assign_all(assignments, [2])[2][0] == 1

@@ -17,6 +17,7 @@ from stylemill.cluster.timeouts import DriverClock, Timeouts
 from stylemill.cluster.worker import LoadedModel, WorkerLocation
 from stylemill.errors import ClusterError, TransientError
 from stylemill.execution.attempt import Attempt, Listener, Run
+from stylemill.execution.wording import count_of
 from stylemill.execution.worker_engine import loading_phase
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.records import Record
@@ -126,8 +127,8 @@ class Pool:
         totals = [f"{sum(machine.get(name, 0) for machine in self._machines):g} {name}s" for name in ("GPU", "CPU")]
         return ClusterError(
             f"Ray cannot place a worker: a worker needs {self._resources}, and the cluster has {' and '.join(totals)} "
-            f"in total, free or in use, on {len(self._machines)} machines; change cluster.gpus_per_worker or "
-            "cluster.threads, or free resources"
+            f"in total, free or in use, on {count_of(len(self._machines), 'machine')}; change "
+            "cluster.gpus_per_worker or cluster.threads, or free resources"
         )
 
     # --- work for the workers -----------------------------------------------------------------------------------------

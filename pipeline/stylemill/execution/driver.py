@@ -16,6 +16,7 @@ from stylemill.errors import DamagedError, IncompleteError, OutputError
 from stylemill.execution.attempt import STOPPED, Executor, Run
 from stylemill.execution.interruption import interruptible
 from stylemill.execution.listener import RunListener
+from stylemill.execution.wording import count_of
 from stylemill.planning.fingerprint import fingerprint_differences
 from stylemill.planning.plan import Plan, plan
 from stylemill.report.contact_sheet import write_contact_sheet
@@ -67,15 +68,14 @@ class RunResult:
             return "\n".join(lines)
         left = list(self.open.values()).count(LEFT_TO_RUN)
         if own := len(self.open) - left:
-            count = f"{own:,} shards are" if own > 1 else "1 shard is"
-            lines.append(f"{count} open; the same command resumes")
+            lines.append(f"{count_of(own, 'shard')} {'is' if own == 1 else 'are'} open; the same command resumes")
             failed = [(shard, why) for shard, why in self.open.items() if why not in (STOPPED, LEFT_TO_RUN)]
             lines += [f"  shard {shard}: {why}" for shard, why in failed[:NAMED_SHARDS]]
             if len(failed) > NAMED_SHARDS:
                 lines.append(f"  … and {len(failed) - NAMED_SHARDS:,} more")
         if left:
-            rows = f"{self.summary.rows_open:,} rows in {left:,} shard{'s' if left > 1 else ''}"
-            lines.append(f"{rows} are not sampled yet; `stylemill run` with the job file of this run goes on with them")
+            rows = f"{count_of(self.summary.rows_open, 'row')} in {count_of(left, 'shard')}"
+            lines.append(f"not sampled yet: {rows}; `stylemill run` with the job file of this run goes on there")
         return "\n".join(lines)
 
 

@@ -14,6 +14,7 @@ from stylemill.errors import DamagedError, IncompleteError, StorageError
 from stylemill.execution.attempt import Attempt, Progress, Run
 from stylemill.execution.pace import Pace
 from stylemill.execution.progress import ProgressBar
+from stylemill.execution.wording import count_of
 from stylemill.store.atomic import publish_bytes, sync_published
 from stylemill.store.commit import confirm
 from stylemill.store.compaction import compact
@@ -93,10 +94,8 @@ class RunListener:
         self._warn_of_smaller_micro_batch(record)
         self.committed_shards += 1
         if self._retry:
-            self._done, self._failed = (
-                self._done + record.rows_ok + record.rows_failed,
-                self._failed + record.rows_failed,
-            )
+            self._done += record.rows_ok + record.rows_failed
+            self._failed += record.rows_failed
         else:
             self._done, self._failed = self._rows_committed()
         self.bar.committed(record.shard, self._done, self._failed)
@@ -125,7 +124,7 @@ class RunListener:
             return None
         steps = [f"`stylemill retry-failed {self.run.paths.output}`"]
         if seen < rows:
-            steps.append(f"start this command again for the other {rows - seen:,} rows")
+            steps.append(f"start this command again for the other {count_of(rows - seen, 'row')}")
         return (
             f"too many failures: {failed:,} of {counted(seen, 'row')} seen so far, more than the max_failed_fraction of "
             f"{limit:g} allows; {self.run.paths.failed_rows} has the reasons. Fix the cause, then "
