@@ -35,22 +35,28 @@ def test_the_time_left_follows_from_the_steps_since_sampling_began() -> None:
     clock = Clock()
     pace = Pace(total=20, done=0, first_step=0, clock=clock)
     clock.now += 500  # Ray starts, the model is loaded
-    for stage in ("read", "wait", "encode"):
-        pace.moved(at(0, stage, 0))
-    assert (pace.rate(), pace.seconds_left()) == (None, None), "no step is done"
+    for stage, step in (("read", 0), ("wait", 0), ("encode", 0), ("sample", 1)):
+        clock.now += 50
+        pace.moved(at(0, stage, step))
+        assert (pace.rate(), pace.seconds_left()) == (None, None)
     clock.now += 10
-    pace.moved(at(0, "sample", 5))
+    pace.moved(at(0, "sample", 6))
     assert pace.rate() == pytest.approx(0.2), "half of 4 rows in 10 s"
-    assert pace.seconds_left() == pytest.approx(18 / 0.2)
-    clock.now += 10
+    assert pace.seconds_left() == pytest.approx((20 - 2.4) / 0.2)
+    clock.now += 8
     pace.committed(0, 4)
     assert pace.seconds_left() == pytest.approx(16 / 0.2)
+    pace.moved(at(1, "encode", 0))
+    clock.now += 20
+    pace.moved(at(1, "sample", 5))
+    assert pace.rate() == pytest.approx((3.6 + 2) / 38), "all steps of a later shard count"
 
 
 def test_steps_of_a_checkpoint_are_done_but_do_not_make_the_rate_higher() -> None:
     clock = Clock()
     pace = Pace(total=8, done=4, first_step=2, clock=clock)  # start_step 2: eight steps
-    pace.moved(at(1, "encode", 6))
+    pace.moved(at(1, "encode", 5))
+    pace.moved(at(1, "sample", 6))
     clock.now += 10
     pace.moved(at(1, "sample", 8))
     assert pace.share == pytest.approx(0.75)
@@ -93,9 +99,11 @@ def test_a_log_says_the_phase_at_once_and_the_pace_more_often_at_the_beginning(
     assert lines_of(0) == ["0/8 img in 00:25, loading the model, time left unknown, failed 0"]
     bar.moved(at(0, "encode", 0))
     assert len(lines_of(100)) == 10, "nothing is committed"
+    bar.moved(at(0, "sample", 1))
+    lines_of(10)
     bar.moved(at(0, "sample", 5))
-    bar.moved(at(1, "sample", 0))
-    assert lines_of(10) == ["0/8 img in 02:15, sampling, 2 shards in flight at 25%, 0.02 img/s, 05:30 left, failed 0"]
+    bar.moved(at(1, "encode", 0))
+    assert lines_of(10) == ["0/8 img in 02:25, sampling, 2 shards in flight at 25%, 0.08 img/s, 01:15 left, failed 0"]
     bar.committed(0, 4, 1)
     assert len(lines_of(180)) == 3
     bar.moved(at(1, "decode", 10))

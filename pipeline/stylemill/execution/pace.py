@@ -13,8 +13,8 @@ _BEFORE_SAMPLING = ("read", "wait")  # the stages in which a shard only gets rea
 class Pace:
     """Counts rows: those that are committed, and of the shards in flight the share of their steps that are done.
 
-    The rate is that since the first shard began to sample, so it does not count the time in which Ray starts and models
-    are loaded. Steps that a checkpoint held count as done, but not for the rate.
+    The rate is that since the first step was done, so it does not count the time in which Ray starts, models are loaded
+    and a first step warms up. Steps that a checkpoint held count as done, but not for the rate.
     """
 
     def __init__(self, total: int, done: int, first_step: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -23,8 +23,8 @@ class Pace:
         self.in_flight: dict[int, Progress] = {}  # by shard, the last report of each
         self._first_step = first_step
         self._clock = clock
-        self._began: float | None = None  # when the first shard began to sample
-        self._shares_at_start: dict[int, float] = {}  # by shard, when it began to sample in this run
+        self._began: float | None = None  # when the first step was done
+        self._shares_at_start: dict[int, float] = {}  # by shard, then or when it began to sample later
         self._sampled = 0.0  # rows of the committed shards that were sampled since
 
     @property
@@ -43,8 +43,9 @@ class Pace:
         self.in_flight[progress.shard] = progress
         if progress.stage not in _BEFORE_SAMPLING:
             self._shares_at_start.setdefault(progress.shard, self._share(progress))
-            if self._began is None:
-                self._began = self._clock()
+        if progress.stage == "sample" and self._began is None:
+            self._began = self._clock()
+            self._shares_at_start = {other.shard: self._share(other) for other in self.sampling}
 
     def committed(self, shard: int, done: int) -> None:
         """A shard was committed, and `done` rows are committed now."""
@@ -54,7 +55,7 @@ class Pace:
         self.done = done
 
     def rate(self) -> float | None:
-        """Rows a second; None as long as there is no step to judge from."""
+        """Rows a second; None before the second step, as there is nothing to judge from."""
         rows = self._sampled + sum(
             progress.pairs * max(self._share(progress) - self._shares_at_start[progress.shard], 0.0)
             for progress in self.sampling
