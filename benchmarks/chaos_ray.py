@@ -17,15 +17,16 @@ import ray
 from chaos_engine import command, install_engine
 from stylemill.cluster import actors
 from stylemill.cluster.worker import LoadedModel, Worker
+from stylemill.execution.attempt import AutoSettings
 
 
 class LoggingWorker(Worker):
     """A worker whose engine logs its steps."""
 
-    def load(self, micro_batch: int | None) -> LoadedModel:
+    def load(self, auto: AutoSettings) -> LoadedModel:
         _log_leftover(f"pid {os.getpid()}")
         install_engine()
-        return super().load(micro_batch)
+        return super().load(auto)
 
     def _import_engine(self) -> None:
         if os.environ["CHAOS_ENGINE"] != "fake":  # it would only cost seconds

@@ -39,13 +39,13 @@ class FakeEngine:
     def load(cls, model: str, *, threads: int, micro_batch: int | str, **_: Any) -> FakeEngine:
         return cls(threads, micro_batch if isinstance(micro_batch, int) else 1)
 
-    def calibrate(self, size: tuple[int, int]) -> int:
+    def calibrate(self, size: tuple[int, int], share: float = 1.0) -> int:
         self.micro_batch = 2
         return self.micro_batch
 
     @property
     def numerics(self) -> dict[str, str | int]:
-        return {"device": "fake", "threads": self.threads, "micro_batch": self.micro_batch}
+        return {"device": "fake", "dtype": "float32", "threads": self.threads, "micro_batch": self.micro_batch}
 
     def sample(
         self,

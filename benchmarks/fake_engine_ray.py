@@ -12,14 +12,15 @@ import sys
 import fake_engine
 from stylemill.cluster import actors
 from stylemill.cluster.worker import LoadedModel, Worker
+from stylemill.execution.attempt import AutoSettings
 
 
 class FakeEngineWorker(Worker):
     """A worker with the fake engine."""
 
-    def load(self, micro_batch: int | None) -> LoadedModel:
+    def load(self, auto: AutoSettings) -> LoadedModel:
         fake_engine.install()
-        return super().load(micro_batch)
+        return super().load(auto)
 
     def _import_engine(self) -> None:
         pass  # the real one is not needed

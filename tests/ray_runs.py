@@ -21,7 +21,7 @@ from stylemill.cluster import Timeouts, assignment, failures, pool, worker
 from stylemill.cluster.session import ray_session
 from stylemill.cluster.worker import LoadedModel, Worker
 from stylemill.config.job import ClusterSettings, Job
-from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.attempt import Attempt, AutoSettings, Progress, Run
 from stylemill.manifest import open_manifest
 from stylemill.store.paths import RunPaths
 from stylemill.store.records import Record
@@ -54,12 +54,15 @@ def local_ray(module: ModuleType) -> Iterator[None]:
 class WorkerWithoutModel(Worker):
     """A worker that starts quickly, since it does not import torch."""
 
+    device, micro_batch = "card", 7
+
     def __init__(self, run: Run) -> None:
         worker._import_engine = lambda: None
         super().__init__(run)
 
-    def load(self, micro_batch: int | None) -> LoadedModel:
-        return LoadedModel({"micro_batch": micro_batch or 7}, 0)
+    def load(self, auto: AutoSettings) -> LoadedModel:
+        numerics = {"device": self.device, "dtype": auto.dtype or "float32"}
+        return LoadedModel({**numerics, "micro_batch": auto.micro_batches.get(self.device, self.micro_batch)}, 0)
 
     def run_attempt(self, attempt: Attempt) -> Record | None:
         return Record(attempt.shard, "f" * 64, 0, 1, attempt.id)
@@ -68,8 +71,8 @@ class WorkerWithoutModel(Worker):
 class RecordingListener:
     """Records what the driver reports."""
 
-    def __init__(self, micro_batch: int | None = None) -> None:
-        self.micro_batch = micro_batch
+    def __init__(self, auto_settings: AutoSettings | None = None) -> None:
+        self.auto_settings = auto_settings or AutoSettings()
         self.numerics: list[dict[str, str | int]] = []
         self.committed_shards: list[int] = []
         self.warnings: list[str] = []

@@ -20,7 +20,7 @@ from stylemill import __version__, errors
 from stylemill.cluster import Timeouts, actors, run_on_ray
 from stylemill.cluster.worker import LoadedModel, Worker, WorkerLocation
 from stylemill.errors import ClusterError, IncompleteError, ManifestError, ModelError, StorageError, StylemillError
-from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.attempt import Attempt, AutoSettings, Progress, Run
 from stylemill.store.records import Record
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, StylemillError)]
@@ -49,9 +49,9 @@ class StubWorker(WorkerWithoutModel):
     def location(self) -> WorkerLocation:
         return WorkerLocation("host", os.getpid(), __version__)
 
-    def load(self, micro_batch: int | None) -> LoadedModel:
-        self.log_event("load", micro_batch)
-        return super().load(micro_batch)
+    def load(self, auto: AutoSettings) -> LoadedModel:
+        self.log_event("load", auto.dtype, *sorted(auto.micro_batches.items()))
+        return super().load(auto)
 
     def log_event(self, *words: object) -> int:
         """Append `words` to the events; returns how often they have been appended, including this time."""
@@ -79,16 +79,60 @@ def run_workers(
     return work
 
 
-def test_the_first_worker_sets_the_micro_batch_of_all(run_workers: Any, tmp_path: Path) -> None:
+def loads(folder: Path) -> list[str]:
+    return [line for line in (folder / "out" / "events").read_text().splitlines() if line.startswith("load")]
+
+
+def test_the_first_worker_chooses_dtype_and_micro_batch_for_all(run_workers: Any, tmp_path: Path) -> None:
     open_shards, listener = run_workers(StubWorker, shards=4)
     assert open_shards == {}
     phases = list(dict.fromkeys(listener.phases))
     assert phases[1:] == ["waiting for a machine", "loading the model and calibrating", "sampling", "leaving Ray"]
     assert sorted(listener.committed_shards) == [0, 1, 2, 3]
-    assert listener.numerics == [{"micro_batch": 7}]
-    loads = [line for line in (tmp_path / "out" / "events").read_text().splitlines() if line.startswith("load")]
-    assert loads[0] == "load None"
-    assert set(loads[1:]) <= {"load 7"}
+    assert listener.numerics == [{"device": "card", "dtype": "float32", "micro_batch": 7}]
+    assert loads(tmp_path)[0] == "load None"
+    assert set(loads(tmp_path)[1:]) <= {"load float32 ('card', 7)"}
+
+
+@pytest.mark.parametrize("cluster", [{}, {"micro_batch": 4}], ids=["micro-batch too", "dtype only"])
+def test_a_resumed_run_keeps_what_its_first_worker_chose(
+    run_workers: Any, tmp_path: Path, cluster: dict[str, Any]
+) -> None:
+    earlier = AutoSettings("float16", {"card": 5})
+    open_shards, listener = run_workers(StubWorker, shards=4, listener=RecordingListener(earlier), **cluster)
+    assert open_shards == {}
+    assert listener.numerics == [{"device": "card", "dtype": "float16", "micro_batch": 5}]
+    assert set(loads(tmp_path)) == {"load float16 ('card', 5)"}
+
+
+def test_a_worker_with_another_card_chooses_its_own_micro_batch_and_is_warned_about(
+    run_workers: Any, tmp_path: Path
+) -> None:
+    warned = tmp_path / "warned"
+
+    class SignalsWarning(RecordingListener):
+        def warn(self, message: str) -> None:
+            super().warn(message)
+            warned.touch()
+
+    class OtherCard(StubWorker):
+        """The first worker has one card, the next ones another, in which less fits."""
+
+        def load(self, auto: AutoSettings) -> LoadedModel:
+            if auto.dtype is not None:
+                self.device, self.micro_batch = "other card", 3
+            return super().load(auto)
+
+        def run_attempt(self, attempt: Attempt) -> Record | None:
+            while not warned.exists():
+                time.sleep(0.005)
+            return super().run_attempt(attempt)
+
+    open_shards, listener = run_workers(OtherCard, shards=4, listener=SignalsWarning())
+    assert open_shards == {}
+    assert listener.numerics == [{"device": "card", "dtype": "float32", "micro_batch": 7}]
+    (warning,) = listener.warnings
+    assert "differs from the first one (device other card, not card; micro_batch 3, not 7)" in warning
 
 
 def test_a_worker_that_raised_an_unexpected_error_is_replaced(run_workers: Any, tmp_path: Path) -> None:
@@ -149,7 +193,7 @@ def test_a_transient_error_costs_an_attempt_of_its_shard_only(run_workers: Any, 
 
 def test_an_input_error_while_loading_stops_the_run(run_workers: Any) -> None:
     class NoUNet(StubWorker):
-        def load(self, micro_batch: int | None) -> LoadedModel:
+        def load(self, auto: AutoSettings) -> LoadedModel:
             raise ModelError("model: has no UNet")
 
     with pytest.raises(ModelError, match=r"^model: has no UNet$"):
@@ -158,7 +202,7 @@ def test_an_input_error_while_loading_stops_the_run(run_workers: Any) -> None:
 
 def test_the_run_stops_after_three_workers_died_while_loading(run_workers: Any) -> None:
     class DiesWhileLoading(StubWorker):
-        def load(self, micro_batch: int | None) -> LoadedModel:
+        def load(self, auto: AutoSettings) -> LoadedModel:
             os._exit(1)
 
     with pytest.raises(StylemillError, match="3 workers in a row died before they were ready"):

@@ -20,7 +20,7 @@ from stylemill import __version__
 from stylemill.cluster import actors, run_on_ray
 from stylemill.cluster.worker import LoadedModel, Worker, WorkerLocation
 from stylemill.errors import ModelError
-from stylemill.execution.attempt import Attempt, Run
+from stylemill.execution.attempt import Attempt, AutoSettings, Run
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
@@ -155,10 +155,10 @@ class OnTwoMachines(WorkerWithoutModel):
         self.host = f"machine {number % 2}"
         return WorkerLocation(self.host, os.getpid(), __version__)
 
-    def load(self, micro_batch: int | None) -> LoadedModel:
+    def load(self, auto: AutoSettings) -> LoadedModel:
         if self.host in self.failing:
             raise ModelError(f"{self.host}: no model there")
-        return super().load(micro_batch)
+        return super().load(auto)
 
 
 class OneFails(OnTwoMachines):

@@ -247,7 +247,7 @@ from contextlib import nullcontext
 from pathlib import Path
 import fake_engine
 from stylemill.config.job import Job
-from stylemill.execution.attempt import Run
+from stylemill.execution.attempt import AutoSettings, Run
 from stylemill.planning.plan import plan
 from stylemill.execution.shard import process_shard
 from stylemill.execution.worker_engine import load_engine
@@ -260,7 +260,7 @@ create_run_folder(paths)
 fingerprint, pairs = planned.fingerprint_sha256, planned.pairs_per_shard
 run = Run(planned.job, paths, planned.manifest, fingerprint, pairs, planned.model.label)
 shard = 1
-attempt, engine = run.new_attempt(shard, planned.occurrences), load_engine(run, None)
+attempt, engine = run.new_attempt(shard, planned.occurrences), load_engine(run, AutoSettings())
 record = process_shard(run, attempt, engine, nullcontext(), lambda _: None, lambda: False)
 print("committed by", record.attempt)
 """

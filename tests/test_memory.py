@@ -18,7 +18,7 @@ from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Pair
 from stylemill.engine.memory import translate_out_of_memory
 from stylemill.errors import DeviceMemoryError
-from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.attempt import Attempt, AutoSettings, Progress, Run
 from stylemill.execution.shard import process_shard
 from stylemill.store.records import Record
 
@@ -244,7 +244,7 @@ def test_a_halved_micro_batch_is_recorded_and_warned_about_and_a_shard_that_neve
 
     limit = {"samples": 2}
 
-    def load_with_limited_memory(run: Run, micro_batch: int | None) -> Engine:
+    def load_with_limited_memory(run: Run, auto: AutoSettings) -> Engine:
         engine = load(folder, 4)
         limit_memory(engine.model.unet, "forward", limit["samples"])
         return engine

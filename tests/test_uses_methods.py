@@ -25,7 +25,7 @@ import oracle
 from stylemill.config.job import Job
 from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, InputImage, Noise, Pair, SampleState
-from stylemill.execution.attempt import Progress, Run
+from stylemill.execution.attempt import AutoSettings, Progress, Run
 from stylemill.execution.driver import run
 from stylemill.execution.shard import process_shard
 from stylemill.execution.worker_engine import load_engine
@@ -338,7 +338,7 @@ def run_job(folder: Path, tmp_path: Path) -> Any:
                 job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label
             )
             reports: list[Progress] = []
-            engine = load_engine(interrupted, None)
+            engine = load_engine(interrupted, AutoSettings())
             record = process_shard(
                 interrupted,
                 interrupted.new_attempt(0, {}),

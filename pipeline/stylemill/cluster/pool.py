@@ -65,8 +65,7 @@ class Pool:
             self._actors, self._assignments, listener.warn, self._warn_once, self._clock, self._settings.stage_timeout
         )
         self._first_model: LoadedModel | None = None  # of the first worker that was ready
-        given = self._settings.micro_batch
-        self._micro_batch = listener.micro_batch or (given if isinstance(given, int) else None)
+        self._auto = listener.auto_settings
         if local and not any(self._resources.number_on(machine) for machine in self._machines):
             raise self._placement_error()
 
@@ -136,25 +135,27 @@ class Pool:
     def _load_models(self) -> None:
         """Let the placed workers load the model.
 
-        The first worker loads it alone if it has to choose the micro-batch, or to show how much memory a worker needs.
+        The first worker loads it alone if it has to choose dtype or micro-batch, or to show how much memory a worker
+        needs.
         """
         workers = self._actors.workers.values()
-        alone = self._first_model is None and (
-            self._micro_batch is None or (self._settings.workers == "auto" and not self._resources.gpus)
-        )
+        chooses_dtype = self._run.job.model.dtype == "auto" and self._auto.dtype is None
+        chooses_micro_batch = self._settings.micro_batch == "auto" and not self._auto.micro_batches
+        shows_memory = self._settings.workers == "auto" and not self._resources.gpus
+        alone = self._first_model is None and (chooses_dtype or chooses_micro_batch or shows_memory)
         for worker in workers:
             if alone and any(other.loading for other in workers):
                 return
             if self._failures.may_load(worker) and not worker.loading:
                 worker.loading, worker.loading_since = True, self._clock()
-                self._actors.call(worker, "load", self._micro_batch)
+                self._actors.call(worker, "load", self._auto)
 
     def _report_phase(self) -> None:
         workers = self._actors.workers.values()
         if any(worker.ready for worker in workers):
             self._listener.phase("sampling")
         elif any(worker.loading for worker in workers):
-            self._listener.phase(loading_phase(self._run, self._micro_batch))
+            self._listener.phase(loading_phase(self._run, self._auto))
         else:
             self._listener.phase(self._phase_of_placement)
 
@@ -265,9 +266,9 @@ class Pool:
     def _model_loaded(self, worker: WorkerHandle, model: LoadedModel) -> None:
         worker.loading, worker.ready, worker.answered_at = False, True, time.monotonic()
         self._failures.model_loaded()
+        self._auto = self._auto.with_choices_of(model.numerics)
         if self._first_model is None:
             self._first_model = model
-            self._micro_batch = int(model.numerics["micro_batch"])
             self._listener.record_numerics(model.numerics)
             return
         first = self._first_model.numerics

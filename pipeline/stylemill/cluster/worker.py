@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
 from stylemill import __version__
-from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.attempt import Attempt, AutoSettings, Progress, Run
 from stylemill.store.records import Record
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class Worker:
     def location(self) -> WorkerLocation:
         return WorkerLocation(socket.gethostname(), os.getpid(), __version__)
 
-    def load(self, micro_batch: int | None) -> LoadedModel:
+    def load(self, auto: AutoSettings) -> LoadedModel:
         """Load the model. Raises ModelError if that fails, ImportError if a package is missing."""
         from stylemill.execution.worker_engine import load_engine, numerics
 
-        self._engine = load_engine(self._run, micro_batch)
+        self._engine = load_engine(self._run, auto)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
         return LoadedModel(numerics(self._engine), peak * 1024)
 

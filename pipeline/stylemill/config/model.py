@@ -52,7 +52,7 @@ class ModelSettings(StrictModel):
     name: Annotated[str, Field(min_length=1)]
     revision: str | None = None  # of a hub id; a run records the commit it was planned with
     config: str | None = None  # for a single checkpoint file: folder or hub id with the configuration of its family
-    dtype: DType = "auto"  # float16 on CUDA, float32 on a CPU
+    dtype: DType = "auto"  # float16 if the first worker of the run has a GPU, else float32
     layers: Annotated[  # self-attention layers whose features are used, numbered in running order; None: the last six
         tuple[int | str, ...] | None,
         Field(description="numbers of self-attention layers from 0 to 999, a range such as 10-15, or names of modules"),

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from stylemill.config.sampling import Sampling
 
+LARGEST_MICRO_BATCH = 64
+USABLE_MEMORY = 0.8  # of what a GPU has free; the rest is for fragmentation and for workspaces of the CUDA libraries
 Batch = tuple[int, ...]  # a micro-batch: indices of the pairs that share one UNet call
 
 
@@ -85,6 +87,21 @@ def window_corners(latent_size: tuple[int, int], settings: Sampling) -> list[tup
     width, height = latent_size
     lefts = settings.window_starts(width, "x")
     return [(top, left) for top in settings.window_starts(height, "y") for left in lefts]
+
+
+def gpu_micro_batch(
+    *, peak_of_one: int, peak_of_two: int, features: int, held: int, free: int, total: int, share: float
+) -> int:
+    """Pairs in one UNet call on a GPU: the largest power of two that fits, from 1 to 64. All sizes are bytes.
+
+    `peak_of_one` and `peak_of_two` are what a step with one and with two pairs takes beside what the process `held`
+    before; each further pair takes their difference. `features` is reserved for features beside those of the measured
+    steps. The process may use `share` of the `total`, from 0 to 1, and of that only what is `free`.
+    """
+    available = USABLE_MEMORY * min(free, share * total - held)
+    for_more = available - features - peak_of_one
+    fitting = 1 + max(int(for_more / max(peak_of_two - peak_of_one, 1)), 0)
+    return min(1 << (fitting.bit_length() - 1), LARGEST_MICRO_BATCH)
 
 
 def cpu_micro_batch(size: tuple[int, int]) -> int:

@@ -25,7 +25,7 @@ from stylemill.engine.batching import blocks, cpu_micro_batch, micro_batches
 from stylemill.engine.decoding import ImageDecoder, decode_shard
 from stylemill.engine.initial_state import create_initial_state
 from stylemill.engine.inputs import Pair
-from stylemill.engine.memory import translate_out_of_memory
+from stylemill.engine.memory import measured_micro_batch, translate_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
@@ -33,7 +33,7 @@ from stylemill.engine.state import SampleState
 from stylemill.engine.unet.controlnet import load_controlnet
 from stylemill.engine.unet.decoder_refinement import DecoderCache, RecentDecoders
 from stylemill.engine.unet.lora import fuse_lora
-from stylemill.engine.unet.model import DiffusionModel
+from stylemill.engine.unet.model import DiffusionModel, check_dtype
 from stylemill.engine.unet.tiling import circular_padding
 from stylemill.engine.windows import Windows
 from stylemill.errors import DeviceMemoryError
@@ -44,7 +44,6 @@ from stylemill.models.lora import fetch_lora_file
 from stylemill.models.resolve import fetch_model_folder
 from stylemill.models.single_file import fetch_config_folder, is_single_file
 
-LARGEST_MICRO_BATCH = 64
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -98,7 +97,8 @@ class Engine:
 
         `dtype` "auto" is float16 on CUDA and float32 on a CPU; `micro_batch` "auto" is 1 until `calibrate` sets it.
         `loras` are added to the weights; `controlnets` act while denoising, in the order of `Pair.controls`.
-        Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture.
+        Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture, or where
+        the device cannot compute in `dtype`.
         """
         # cuBLAS reads it when CUDA starts; without it some of its sums are not repeatable.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -106,6 +106,7 @@ class Engine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = "float16" if device.startswith("cuda") else "float32"
+        check_dtype(dtype, device)
         if is_single_file(str(model)):
             loaded = DiffusionModel.load(
                 fetch_config_folder(str(model), config), dtype, device, Path(model).expanduser()
@@ -208,34 +209,31 @@ class Engine:
             latents = latents.to(self.model.device, self.model.latent_dtype)
             return self._sampler(state, settings, noise).gradient(state, latents)
 
-    def calibrate(self, size: tuple[int, int]) -> int:
+    def calibrate(self, size: tuple[int, int], share: float = 1.0) -> int:
         """Choose, set and return the micro-batch for images of `size` (width, height) in pixels.
 
         Call it once a run, because the micro-batch is part of the numerics. On a CPU it follows from the size. On CUDA
-        it follows from the memory that gradients of one and of two blank pairs take: the largest power of two, at
-        most 64, that fits into 80% of what is free.
+        it is the largest power of two, at most 64, that fits into 80% of what this process may use, by the memory that
+        steps of one and of two blank pairs take, and beside `feature_budget_mb`. The process may use `share` of the GPU
+        (0 to 1), and of that what is free.
         """
         if self.model.device.type == "cuda":
             blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
             pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controlnets))
-            used = [self._peak_memory(pair, count) for count in (1, 2)]
-            if self.micro_batch == 1:  # it was halved, since two pairs did not fit
-                return 1
-            available = torch.cuda.mem_get_info(self.model.device)[0] * 0.8 - used[0]
-            fitting = 1 + int(available / max(used[1] - used[0], 1))
-            self.micro_batch = min(2 ** max(fitting.bit_length() - 1, 0), LARGEST_MICRO_BATCH)
+
+            def sample(count: int) -> None:
+                self.micro_batch = count
+                for _ in self.sample([pair] * count, Sampling(steps=1, guidance_scale=2.0, content_weight=1.0)):
+                    pass
+
+            width, height = (side // self.model.pixels_per_latent for side in size)
+            # The features of the blank image are in the memory of the steps.
+            features = max(self.feature_budget_mb * 2**20 - self._feature_bytes(height, width), 0)
+            measured = measured_micro_batch(self.model.device, sample, features, share)
+            self.micro_batch = 1 if self.micro_batch == 1 else measured  # 1: it was halved, since two did not fit
         else:
             self.micro_batch = cpu_micro_batch(size)
         return self.micro_batch
-
-    def _peak_memory(self, pair: Pair, count: int) -> int:
-        device, self.micro_batch = self.model.device, count
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        for _ in self.sample([pair] * count, Sampling(steps=1, guidance_scale=2.0, content_weight=1.0)):
-            pass
-        return torch.cuda.max_memory_allocated(device) - before
 
     def _step(
         self, sampler: Sampler, state: SampleState, settings: Sampling, noise: Noise
@@ -263,12 +261,12 @@ class Engine:
         windows = Windows(state.inputs, settings)
         batches = micro_batches(windows.inputs.kinds(), self.micro_batch)
         images_of = [pair.feature_images for pair in windows.inputs.pairs]
-        sizes = [self._feature_bytes(image) for image in state.inputs.images]
+        sizes = [self._feature_bytes(*image.shape[-2:]) for image in state.inputs.images]
         shard_blocks = blocks(batches, images_of, sizes, self.feature_budget_mb * 2**20)
         return Sampler(self.model, objective, settings, noise, shard_blocks, windows)
 
-    def _feature_bytes(self, latent: Tensor) -> int:
-        return sum(layer.feature_bytes(*latent.shape[-2:]) for layer in self.layers)
+    def _feature_bytes(self, latent_height: int, latent_width: int) -> int:
+        return sum(layer.feature_bytes(latent_height, latent_width) for layer in self.layers)
 
     @contextmanager
     def _repeatable(self) -> Iterator[None]:

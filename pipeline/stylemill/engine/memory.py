@@ -1,4 +1,4 @@
-"""Out-of-memory errors: recognized among other errors, and raised again after the memory is released."""
+"""Memory of the device: the micro-batch that fits into it, and errors when there is too little."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from stylemill.engine.batching import gpu_micro_batch
 from stylemill.errors import DeviceMemoryError
 
 T = TypeVar("T")
@@ -19,6 +20,33 @@ T = TypeVar("T")
 _ALLOCATION_FAILED = re.compile(
     r"out of memory|can't allocate memory|not enough memory|std::bad_alloc|ALLOC(ATION)?_FAILED"
 )
+
+
+def measured_micro_batch(device: torch.device, sample: Callable[[int], None], features: int, share: float = 1.0) -> int:
+    """The micro-batch that fits on a GPU, from what `sample`, called with 1 and with 2 pairs, takes there.
+
+    `features` and `share` as in `gpu_micro_batch`.
+    """
+    peak_of_one, peak_of_two = (_peak_bytes(device, sample, count) for count in (1, 2))
+    torch.cuda.empty_cache()  # what the allocator keeps of the two steps is free
+    free, total = torch.cuda.mem_get_info(device)
+    return gpu_micro_batch(
+        peak_of_one=peak_of_one,
+        peak_of_two=peak_of_two,
+        features=features,
+        held=torch.cuda.memory_reserved(device),
+        free=free,
+        total=total,
+        share=share,
+    )
+
+
+def _peak_bytes(device: torch.device, sample: Callable[[int], None], count: int) -> int:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    sample(count)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def translate_out_of_memory(

@@ -1,11 +1,11 @@
-"""What the driver and its workers exchange: the run, an attempt at a shard, its progress, and the listener's events."""
+"""What the driver and its workers exchange: the run, an attempt at a shard, its progress, choices, and events."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
 from stylemill.config.job import Job
@@ -79,12 +79,29 @@ class Progress:
     limit: float | None = None  # seconds until the next progress, or the worker hangs; None: no limit
 
 
+@dataclass(frozen=True)
+class AutoSettings:
+    """What `auto` in the job stands for in this run, as far as earlier workers have chosen it.
+
+    `dtype` holds for every worker, whatever its device. `micro_batches` has the size for each device by its name: the
+    memory of another card is another.
+    """
+
+    dtype: str | None = None
+    micro_batches: Mapping[str, int] = field(default_factory=dict)
+
+    def with_choices_of(self, numerics: Mapping[str, Any]) -> AutoSettings:
+        """With what the worker of these numerics has chosen, where nothing was chosen before."""
+        sizes = {numerics["device"]: numerics["micro_batch"], **self.micro_batches}
+        return AutoSettings(self.dtype or numerics["dtype"], sizes)
+
+
 class Listener(Protocol):
     """Receives the events of a run, on the driver's side. Called from one thread."""
 
     @property
-    def micro_batch(self) -> int | None:
-        """The micro-batch of an earlier start of this run; None: the first worker calibrates it."""
+    def auto_settings(self) -> AutoSettings:
+        """What earlier starts of this run have chosen for `auto`; the first worker chooses the rest."""
 
     def record_numerics(self, numerics: dict[str, str | int]) -> None:
         """The numerics of the first worker that is ready. Called once, before any attempt."""

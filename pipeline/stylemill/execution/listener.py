@@ -11,7 +11,7 @@ from uuid import uuid4
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from stylemill.errors import DamagedError, IncompleteError, StorageError
-from stylemill.execution.attempt import Attempt, Progress, Run
+from stylemill.execution.attempt import Attempt, AutoSettings, Progress, Run
 from stylemill.execution.pace import Pace
 from stylemill.execution.progress import ProgressBar
 from stylemill.execution.wording import count_of
@@ -47,10 +47,12 @@ class RunListener:
         self.bar = ProgressBar(Pace(total, self._done, run.job.sampling.first_step), self._failed, stopping, quiet)
 
     @property
-    def micro_batch(self) -> int | None:
-        """The micro-batch of the run where it is automatic and known: it is chosen once a run."""
-        automatic = self.run.job.cluster.micro_batch == "auto"
-        return int(self._numerics["micro_batch"]) if automatic and self._numerics else None
+    def auto_settings(self) -> AutoSettings:
+        """What the first worker of the run chose, as numerics.json says; without it, the dtype of any record."""
+        if self._numerics:
+            return AutoSettings().with_choices_of(self._numerics)
+        dtypes = (record.numerics.get("dtype") for record in self.ledger.records())
+        return AutoSettings(next((dtype for dtype in dtypes if dtype), None))
 
     def record_numerics(self, numerics: dict[str, Any]) -> None:
         if not self._numerics:
@@ -91,7 +93,7 @@ class RunListener:
         if self.ledger.read(record.shard, record.generation) is None:
             raise StorageError(f"shard {record.shard}: its record was damaged or removed as soon as it was published")
         self._compact()
-        self._warn_of_smaller_micro_batch(record)
+        self._warn_of_little_memory(record)
         self.committed_shards += 1
         if self._retry:
             self._done += record.rows_ok + record.rows_failed
@@ -139,15 +141,20 @@ class RunListener:
     def warn(self, message: str) -> None:
         self.bar.warn(message)
 
-    def _warn_of_smaller_micro_batch(self, record: Record) -> None:
-        size = record.numerics.get("micro_batch")
-        message = (
-            f"out of memory: a worker halved its micro-batch to {size}; its images may differ in low bits, and the "
-            "records say which"
-        )
-        if size and size < (self._numerics.get("micro_batch") or size) and message not in self._warned:
+    def _warn_of_little_memory(self, record: Record) -> None:
+        given, size = self.run.job.cluster.micro_batch, record.numerics.get("micro_batch")
+        if given == "auto" and record.numerics.get("device") == self._numerics.get("device"):
+            given = self._numerics["micro_batch"]
+        reasons = []
+        if size and given != "auto" and size < given:
+            reasons.append(f"halved its micro-batch to {size}")
+        if record.numerics.get("decoding") == "tiles":
+            reasons.append("decodes images in tiles")
+        if reasons and (message := " and ".join(reasons)) not in self._warned:
             self._warned.add(message)
-            self.warn(message)
+            self.warn(
+                f"out of memory: a worker {message}; its images may differ in low bits, and the records say which"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

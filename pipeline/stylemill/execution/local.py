@@ -33,8 +33,9 @@ def run_inline(
     run: Run, shards: Sequence[int], occurrences: Mapping[int, int], listener: Listener, stopping: threading.Event
 ) -> dict[int, str]:
     """Commit every shard, or return {shard: why it is open}. Leaves with a checkpoint once `stopping` is set."""
-    listener.phase(loading_phase(run, listener.micro_batch))
-    engine = load_engine(run, listener.micro_batch)
+    auto = listener.auto_settings
+    listener.phase(loading_phase(run, auto))
+    engine = load_engine(run, auto)
     listener.record_numerics(numerics(engine))
     reasons: dict[int, str] = {}
     for shard in shards:

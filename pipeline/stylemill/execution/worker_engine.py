@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import PIL
 import pyarrow as pa
 
-from stylemill.execution.attempt import Run
+from stylemill.config.model import DType
+from stylemill.execution.attempt import AutoSettings, Run
 from stylemill.testing.failpoints import failpoint
 
 if TYPE_CHECKING:
@@ -20,35 +21,42 @@ def import_engine() -> None:
     import_module("stylemill.engine.engine")
 
 
-def loading_phase(run: Run, micro_batch: int | None) -> str:
+def loading_phase(run: Run, auto: AutoSettings) -> str:
     """What a run does while `load_engine` works."""
-    calibrates = micro_batch is None and run.job.cluster.micro_batch == "auto"
+    calibrates = run.job.cluster.micro_batch == "auto" and not auto.micro_batches
     return "loading the model and calibrating" if calibrates else "loading the model"
 
 
-def load_engine(run: Run, micro_batch: int | None) -> Engine:
-    """Load the resident engine of a worker. Raises ModelError.
+def load_engine(run: Run, auto: AutoSettings) -> Engine:
+    """Load the resident engine of a worker. Raises ModelError, also where it cannot compute in the dtype of the run.
 
-    `micro_batch` is that of the run, once it is known. With None, "auto" is calibrated here to the job's image size.
+    What `auto` stands for in the run is taken from there. What is not known yet is chosen here: the dtype by the
+    device, the micro-batch by calibration to the job's image size.
     """
     from stylemill.engine import Engine
 
     model, cluster = run.job.model, run.job.cluster
+    gpus = cluster.gpus_per_worker
     failpoint("load")
     engine = Engine.load(
         model.name,
         revision=model.revision,
         config=model.config,
-        dtype=model.dtype,
+        dtype=cast(DType, auto.dtype or "auto") if model.dtype == "auto" else model.dtype,
+        device="cpu" if gpus == 0 else "auto",  # Ray hides no GPU from a worker that reserves none
         layers=model.layers,
         loras=model.loras,
         controlnets=model.controlnet,
         threads=cluster.threads,
-        micro_batch=micro_batch or cluster.micro_batch,
+        micro_batch=cluster.micro_batch,
         feature_budget_mb=cluster.feature_budget_mb,
     )
-    if micro_batch is None and cluster.micro_batch == "auto":
-        engine.calibrate(run.job.unet_call_size(engine.model.pixels_per_latent))
+    if cluster.micro_batch == "auto":
+        if size := auto.micro_batches.get(str(engine.numerics["device"])):
+            engine.micro_batch = size
+        else:
+            share = 1.0 if gpus == "auto" else min(gpus, 1.0)
+            engine.calibrate(run.job.unet_call_size(engine.model.pixels_per_latent), share)
     return engine
 
 

@@ -1,7 +1,7 @@
 """The names of all files and folders of a run folder. Nothing here reads or writes.
 
 <output>/job.json                                  resolved job, fingerprint, number of rows and shards, versions
-<output>/numerics.json                             device, libraries and micro-batch of the first worker
+<output>/numerics.json                             device, dtype, libraries and micro-batch of the first worker
 <output>/data/train-00000-of-00042.parquet         the successful rows of a shard
 <output>/failures/00000.parquet                    its failed rows
 <output>/records/00000.json                        its record, published last: with it, the shard is committed

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+from torch.nn.functional import conv2d, scaled_dot_product_attention
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,18 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raise ModelError if torch has no convolution or attention for `dtype` on `device`."""
+    try:
+        x = torch.zeros(1, 1, 8, 8, dtype=DTYPES[dtype], device=device)
+        scaled_dot_product_attention(conv2d(x, x[..., :3, :3], padding=1), x, x)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the device {device} of this worker cannot compute in {dtype} ({str(error).splitlines()[0]}); all workers"
+            " of a run use one dtype: run on devices that have it, or set another model.dtype and another output"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
