@@ -73,6 +73,12 @@ class FakeEngine:
             state.step += 1
             yield state
 
+    def distances(self, state: SampleState, settings: Sampling) -> list[Any]:
+        styles = [state.inputs.images[pair.styles[0]] for pair in state.inputs.pairs]
+        found = [float((z - style).abs().mean()) for z, style in zip(state.latents_of, styles, strict=True)]
+        measured = [SimpleNamespace(style_before=0.0, style=one, content=None) for one in found]
+        return [None if index in state.failures else one for index, one in enumerate(measured)]
+
     def decode(self, state: SampleState, decoders: object = None) -> list[Pixels | None]:
         large = [
             z.clamp(0, 255).byte().numpy().repeat(PIXELS_PER_LATENT, 1).repeat(PIXELS_PER_LATENT, 2)
@@ -121,7 +127,6 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
         lost_at=torch.full((len(pairs),), -1),
         excluded=unreadable,
         step=settings.first_step,
-        losses=torch.full((len(pairs), 2, 2), torch.nan),
     )
 
 

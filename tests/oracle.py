@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -133,14 +134,10 @@ class Layer(NamedTuple):
 
 @dataclass
 class Trace:
-    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w).
-
-    `losses` are L_AD and L_content (None without content) of each Adam step.
-    """
+    """The latents after each step and the gradient of each Adam step, in order; each (1, C, h, w)."""
 
     latents: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
-    losses: list[tuple[float, float | None]] = field(default_factory=list)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, forbidden: Tensor | None = None) -> Tensor:
@@ -385,7 +382,6 @@ class NaivePair:
         loss = ad if content_loss is None else ad + self.weight_at(step) * content_loss
         (gradient,) = torch.autograd.grad(loss, z)
         trace.gradients.append(gradient.clone())
-        trace.losses.append((ad.item(), None if content_loss is None else content_loss.item()))
         return gradient
 
     def guided_gradient(self, z: Tensor, step: int, trace: Trace) -> Tensor:
@@ -464,29 +460,38 @@ def naive_kv_injection(model: Model, pair: Any, settings: Any, noise: Any) -> Tr
     return trace
 
 
+def window_starts(size: int, settings: Any, wraps: bool) -> list[int]:
+    """The first latent of each window along an axis; where it wraps, a window starts at every stride."""
+    starts, wraps = [0], wraps and size > settings.window
+    while starts[-1] + settings.window < size and not wraps:
+        starts.append(min(starts[-1] + settings.window_stride, size - settings.window))
+    while wraps and starts[-1] + settings.window_stride < size:
+        starts.append(starts[-1] + settings.window_stride)
+    return starts
+
+
+def windows(z: Tensor, settings: Any) -> list[tuple[int, int]]:
+    """(top, left) of each window onto latents z."""
+    tops = window_starts(z.shape[2], settings, settings.tiling in ("y", "both"))
+    lefts = window_starts(z.shape[3], settings, settings.tiling in ("x", "both"))
+    return [(top, left) for top in tops for left in lefts]
+
+
+def crop(z: Tensor, corner: tuple[int, int], settings: Any) -> Tensor:
+    return torch.roll(z, (-corner[0], -corner[1]), (2, 3))[:, :, : settings.window, : settings.window].clone()
+
+
 def naive_expansion(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
     """Guided sampling of latents larger than a window: a step in each window alone, then the mean over the windows.
 
     Along an axis of `settings.tiling`, windows continue at the other end, and one starts at every stride.
     """
-
-    def window_starts(size: int, wraps: bool) -> list[int]:
-        starts, wraps = [0], wraps and size > settings.window
-        while starts[-1] + settings.window < size and not wraps:
-            starts.append(min(starts[-1] + settings.window_stride, size - settings.window))
-        while wraps and starts[-1] + settings.window_stride < size:
-            starts.append(starts[-1] + settings.window_stride)
-        return starts
-
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
     z = naive.initial_latents()
-    tops = window_starts(z.shape[2], settings.tiling in ("y", "both"))
-    lefts = window_starts(z.shape[3], settings.tiling in ("x", "both"))
     for step, timestep in enumerate(naive.timesteps):
         total, count = torch.zeros_like(z), torch.zeros_like(z)
-        for top, left in [(top, left) for top in tops for left in lefts]:
-            window = torch.roll(z, (-top, -left), (2, 3))[:, :, : settings.window, : settings.window]
-            window = naive.denoise(window.clone(), timestep)
+        for top, left in windows(z, settings):
+            window = naive.denoise(crop(z, (top, left), settings), timestep)
             if settings.adain:
                 window = adain(window, naive.noised_styles(step))
             optimizer = adam(window, settings.learning_rate)
@@ -561,6 +566,29 @@ def refined(model: Model, pixels: np.ndarray[Any, Any], steps: int, learning_rat
         optimizer.step()
         loss_values.append(loss.item())
     return replace(model, vae=vae.requires_grad_(False)), loss_values
+
+
+@torch.no_grad()
+def naive_distances(
+    model: Model, pair: Any, settings: Any, noise: Any, latents: Tensor
+) -> tuple[float, float, float | None]:
+    """L_AD of the content image (or the initial noise) and of `latents` (1, C, h, w), and L_content of the latents.
+
+    Clean latents at timestep 1, every layer with weight 1, Q as it is; the means over the windows.
+    """
+    naive, plain = NaivePair(model, pair, settings, noise), SimpleNamespace(layer_weights=None, query_scale=1.0)
+    start = naive.initial_latents() if naive.content is None else naive.content
+    style_layers = [layers(model, style, 1) for style in naive.styles]
+    found = []
+    for corner in windows(latents, settings) if settings.window else [(0, 0)]:
+        before, after = (
+            layers(model, crop(z, corner, settings) if settings.window else z, 1) for z in (start, latents)
+        )
+        style_before, _ = losses(before, style_layers, None, plain, pair)
+        style, content = losses(after, style_layers, before, plain, pair)
+        found.append(torch.stack([style_before, style, content]))  # type: ignore[list-item]
+    style_before, style, content = torch.stack(found).mean(0)
+    return style_before.item(), style.item(), None if naive.content is None else content.item()  # type: ignore[union-attr]
 
 
 def naive_sample(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:

@@ -11,7 +11,7 @@ import stylemill
 from appearance import Pixels
 from stylemill.config.job import Job
 from stylemill.config.sampling import PRESETS, Sampling
-from stylemill.engine import Engine, InputImage
+from stylemill.engine import Engine, InputImage, Pair
 from stylemill.models.resolve import resolve_model
 from stylization import QUICKSTART, evaluate, read, stylize
 
@@ -94,3 +94,21 @@ def test_a_higher_content_weight_keeps_more_content_and_less_style(demo, stylize
     assert low["edges"] < usual["edges"] < high["edges"]
     assert low["patch"] < usual["patch"] < high["patch"]
     assert max(low["colour"], usual["colour"]) < high["colour"], "colours are the style's with any small weight"
+
+
+def test_the_distances_of_the_output_rows_say_which_images_are_nearer_to_style_or_content(demo, photos, paintings):
+    """λ 0, 0.25 and 1 in one shard, so that only λ differs."""
+    images = zip(photos[:2], paintings[1:3], strict=True)
+    pairs = [
+        Pair((style,), photo.size, photo, content_weight=weight)
+        for photo, style in images
+        for weight in (0.0, 0.25, 1.0)
+    ]
+    settings = Sampling(**SETTINGS)
+    *_, state = demo.sample(pairs, settings)
+    rows = demo.distances(state, settings)
+    for first in range(0, len(rows), 3):
+        without, usual, high = rows[first : first + 3]
+        assert without.style_before == usual.style_before == high.style_before
+        assert max(without.style, usual.style) < high.style < high.style_before
+        assert without.content > usual.content > high.content > 0

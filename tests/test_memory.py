@@ -68,7 +68,7 @@ def test_after_out_of_memory_a_step_is_repeated_with_half_the_micro_batch_which_
 
 
 def test_changes_by_a_failed_step_are_undone(folder: Path) -> None:
-    """The step fails after it has changed some pairs and recorded their losses."""
+    """The step fails after it has changed some pairs."""
     unlimited = load(folder, 4)
     calls = limit_memory(unlimited.model.unet, "forward", 99)
     at_step = [(state.step, len(calls)) for state in unlimited.sample(pairs(5), SETTINGS)]
@@ -81,7 +81,6 @@ def test_changes_by_a_failed_step_are_undone(folder: Path) -> None:
     other = load(folder, 2)
     again = next(other.sample([], SETTINGS, first))
     assert torch.equal(second.latents, again.latents)
-    assert torch.equal(second.losses, again.losses)
 
 
 # --- decoding, encoding, refinement -----------------------------------------------------------------------------------

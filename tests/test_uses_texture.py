@@ -271,11 +271,8 @@ def test_a_restored_run_in_windows_continues_to_the_same_bits(engine32: Engine) 
             (inputs, facts), (arrays, progress) = state.export_inputs(), state.export_progress()
             arrays = {name: array.copy() for name, array in arrays.items()}
     restored = SampleState.restore(inputs, json.loads(json.dumps(facts)), arrays, json.loads(json.dumps(progress)))
-    assert restored.losses.shape == (1, 2, 2)
     *_, end = engine.sample(PAIRS[:1], EXPANSION, state=restored)
     assert torch.equal(end.latents, whole[-1])
-    assert torch.equal(end.losses.nan_to_num(), state.losses.nan_to_num())
-    assert bool(end.losses[:, :, 0].isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stylemill.engine.distances import Distances
     from stylemill.engine.engine import Engine
     from stylemill.engine.inputs import Pair
     from stylemill.engine.noise import Noise
     from stylemill.engine.state import SampleState
     from stylemill.images.input_image import InputImage, LabelImage, Pixels
 
-__all__ = ["Engine", "InputImage", "LabelImage", "Noise", "Pair", "Pixels", "SampleState"]
+__all__ = ["Distances", "Engine", "InputImage", "LabelImage", "Noise", "Pair", "Pixels", "SampleState"]
 
 _MODULES = {
+    "Distances": "stylemill.engine.distances",
     "Engine": "stylemill.engine.engine",
     "InputImage": "stylemill.images.input_image",
     "LabelImage": "stylemill.images.input_image",

@@ -21,15 +21,16 @@ from torch import Tensor
 from stylemill.config.model import ControlNet, DType, Lora
 from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import self_attention_layers
-from stylemill.engine.batching import blocks, cpu_micro_batch, micro_batches
+from stylemill.engine.batching import Block, blocks, cpu_micro_batch, micro_batches
 from stylemill.engine.decoding import ImageDecoder, decode_shard
+from stylemill.engine.distances import Distances, measure_distances, style_inputs
 from stylemill.engine.initial_state import create_initial_state
 from stylemill.engine.inputs import Pair
 from stylemill.engine.memory import measured_micro_batch, translate_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
-from stylemill.engine.state import SampleState
+from stylemill.engine.state import SampleState, ShardInputs
 from stylemill.engine.unet.controlnet import load_controlnet
 from stylemill.engine.unet.decoder_refinement import DecoderCache, RecentDecoders
 from stylemill.engine.unet.lora import fuse_lora
@@ -56,7 +57,8 @@ class Engine:
     ...     print(state.step)
     >>> images = engine.decode(state)                                           # doctest: +SKIP
 
-    `passes` counts UNet passes (batch rows, not calls) by kind: denoise, feature, gradient.
+    `passes` counts UNet passes (batch rows, not calls) by kind: denoise, feature and gradient while sampling, distance
+    in `distances`.
     """
 
     def __init__(
@@ -195,6 +197,14 @@ class Engine:
             decode = partial(decode_shard, self.decoder, state, self.numerics, cache)
             return translate_out_of_memory(decode, "decoding a shard", "take a smaller image.size")
 
+    def distances(self, state: SampleState, settings: Sampling) -> list[Distances | None]:
+        """How far each pair is from its styles and its content after the last step; None where the pair failed.
+
+        Measured alike for all settings: of these, only the windows and the tiling matter.
+        """
+        with self._repeatable():
+            return self._retry_with_smaller_batches(partial(self._distances, state, settings))
+
     def gradient(
         self, pairs: Sequence[Pair], settings: Sampling, latents: Tensor, step: int, noise: Noise | None = None
     ) -> Tensor:
@@ -256,14 +266,23 @@ class Engine:
             self.micro_batch //= 2
             _log.warning("out of memory: from now on at most %d pairs in a UNet call", self.micro_batch)
 
+    def _distances(self, state: SampleState, settings: Sampling) -> list[Distances | None]:
+        windows, passes = Windows(state.inputs, settings), Counter[str]()
+        objective = Objective(self.model, self.layers, Sampling(), self.micro_batch, passes)
+        found = measure_distances(objective, state, windows, self._blocks(style_inputs(windows.inputs)))
+        self.passes["distance"] += passes.total()
+        return found
+
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
         objective = Objective(self.model, self.layers, settings, self.micro_batch, self.passes)
         windows = Windows(state.inputs, settings)
-        batches = micro_batches(windows.inputs.kinds(), self.micro_batch)
-        images_of = [pair.feature_images for pair in windows.inputs.pairs]
-        sizes = [self._feature_bytes(*image.shape[-2:]) for image in state.inputs.images]
-        shard_blocks = blocks(batches, images_of, sizes, self.feature_budget_mb * 2**20)
-        return Sampler(self.model, objective, settings, noise, shard_blocks, windows)
+        return Sampler(self.model, objective, settings, noise, self._blocks(windows.inputs), windows)
+
+    def _blocks(self, inputs: ShardInputs) -> list[Block]:
+        batches = micro_batches(inputs.kinds(), self.micro_batch)
+        images_of = [pair.feature_images for pair in inputs.pairs]
+        sizes = [self._feature_bytes(*image.shape[-2:]) for image in inputs.images]
+        return blocks(batches, images_of, sizes, self.feature_budget_mb * 2**20)
 
     def _feature_bytes(self, latent_height: int, latent_width: int) -> int:
         return sum(layer.feature_bytes(latent_height, latent_width) for layer in self.layers)

@@ -58,14 +58,13 @@ def create_initial_state(
     ]
     one_adam = settings.method == "optimization"
     return SampleState(
-        inputs=inputs,
+        inputs=replace(inputs, starts=[z for z, pair in zip(latents, pairs, strict=True) if pair.content is None]),
         latents_of=latents,
         lost_at=torch.full((len(pairs),), -1),
         excluded=excluded,
         step=settings.first_step,
         moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
         history_of=[torch.zeros(n, *z.shape, dtype=z.dtype) for z in latents] if (n := scheduler.history) else [],
-        losses=torch.full((len(pairs), 2, 2), torch.nan),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,15 +82,13 @@ class Features:
         return targets
 
 
-@dataclass(frozen=True)
-class LossGradient:
-    """The gradient (B, C, h, w) of the losses, and the losses (B, 2): L_AD, and L_content or NaN.
+class LossGradient(NamedTuple):
+    """The gradient (B, C, h, w) of the losses.
 
     `lowered_scales` has the loss scale of each place in the batch whose gradient overflowed at the usual one.
     """
 
     gradient: Tensor
-    losses: Tensor
     lowered_scales: dict[int, float]
 
 
@@ -136,7 +135,7 @@ class Objective:
             images = [numbers[place] for place in batch]
             self.passes["feature"] += len(images)
             stacked = torch.stack([latents[image] for image in images])
-            for layer, activations in enumerate(self._activations(stacked, timestep, inputs.null_text)):
+            for layer, activations in enumerate(self.activations(stacked, timestep, inputs.null_text)):
                 for place, image in enumerate(images):
                     # Copies: a view would keep q, k and v of the whole batch in memory.
                     if image in styles:
@@ -156,38 +155,38 @@ class Objective:
         """
         scale = LOSS_SCALE.get(self.model.unet.dtype, 1.0)
         scales = torch.full_like(weights, scale)
-        gradient, ad, content = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
-        overflowed = ~_finite(gradient) & (ad + weights * content).isfinite()
+        gradient, losses = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
+        overflowed = ~_finite(gradient) & losses.isfinite()
         lowered_scales: dict[int, float] = {}
         while scale > 1 and overflowed.any():  # this waits for the device; without a scale nothing is waited for
             scale /= LOSS_SCALE_STEP
             scales = torch.where(overflowed, scale, scales)
             lowered_scales |= {place: scale for place, again in enumerate(overflowed.tolist()) if again}
-            repeated, *_ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
+            repeated, _ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
             gradient = torch.where(overflowed[:, None, None, None], repeated, gradient)
             overflowed &= ~_finite(repeated)
-        if targets[0].content_q is None:
-            content = torch.full_like(content, torch.nan)
-        return LossGradient(gradient, torch.stack([ad, content], dim=1), lowered_scales)
+        return LossGradient(gradient, lowered_scales)
 
     def _scaled_gradient(
         self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target], scales: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient, L_AD and L_content of each pair, whose losses have the `scales` (B,) in the backward pass."""
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient and the loss of each pair, whose losses have the `scales` (B,) in the backward pass."""
         self.passes["gradient"] += len(z)
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
             ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
-            layers = self._activations(z, timestep, null_text)
+            layers = self.activations(z, timestep, null_text)
             for activations, target, weight in zip(layers, targets, self.layer_weights, strict=True):
                 style = target.style_k, target.style_v
                 ad = ad + weight * ad_loss(activations.q, activations.out, *style, self.query_scale, target.allowed)
                 if target.content_q is not None:
                     content = content + weight * content_loss(activations.q, target.content_q)
-            (gradient,) = torch.autograd.grad(((ad + weights * content) * scales).sum(), z)
-        return gradient / scales[:, None, None, None], ad.detach(), content.detach()
+            losses = ad + weights * content
+            (gradient,) = torch.autograd.grad((losses * scales).sum(), z)
+        return gradient / scales[:, None, None, None], losses.detach()
 
-    def _activations(self, z: Tensor, timestep: int, null_text: Text) -> list[Activations]:
+    def activations(self, z: Tensor, timestep: int, null_text: Text) -> list[Activations]:
+        """What each layer computes of z (B, C, h, w)."""
         with record_attention(self.layers) as activations:
             self.model.predict_noise(z, timestep, null_text)
         return activations

@@ -68,7 +68,7 @@ class Sampler:
         noised = self._noised_images(state, block, s) if guided else {}
         if minimizes := guided and self.settings.iterations > 0:
             features = self.objective.extract(state.inputs, block.batches, noised, s)
-        for batch in _active_batches(state, block):
+        for batch in active_batches(state, block):
             z = self._denoise(_stacked(state.latents_of, batch), t, state, batch)
             if guided and self.settings.adain:
                 z = _adain(state, batch, z, noised)
@@ -83,7 +83,7 @@ class Sampler:
         if guided := self.settings.guides(state.step):
             noised = self._noised_images(state, block, t)
             features = self.objective.extract(state.inputs, block.batches, noised, t)
-        for batch in _active_batches(state, block):
+        for batch in active_batches(state, block):
             z = _stacked(state.latents_of, batch)
             if guided and self.settings.adain:
                 z = _adain(state, batch, z, noised)
@@ -98,7 +98,7 @@ class Sampler:
         clean = {image: state.inputs.images[image] for image in block.images}
         features = self.objective.extract(state.inputs, block.batches, clean, t)
         done = (state.step - self.settings.start_step) * self.settings.iterations
-        for batch in _active_batches(state, block):
+        for batch in active_batches(state, block):
             targets = features.targets(state.inputs, batch)
             moments = _stacked(state.moments_of, batch).transpose(0, 1)  # (2, B, C, h, w)
             z = _stacked(state.latents_of, batch)
@@ -115,8 +115,8 @@ class Sampler:
             features = self.objective.extract(state.inputs, block.batches, self._noised_images(state, block, s), s)
             for batch in block.batches:
                 targets, weights = features.targets(state.inputs, batch), self._content_weights(latents, state, batch)
-                result = self.objective.gradient(latents[list(batch)], s, state.inputs.null_text, weights, targets)
-                gradient[list(batch)] = result.gradient
+                z = latents[list(batch)]
+                gradient[list(batch)], _ = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
         return gradient
 
     def _noised_images(self, state: SampleState, block: Block, s: int) -> dict[int, Tensor]:
@@ -179,13 +179,12 @@ class Sampler:
                 # Optimization starts at the content latent, where L_content is 0 and |Q − Qc| has no defined slope. In
                 # another batch than the content's, rounding would make it a slope of random sign.
                 weights = torch.zeros_like(weights)
-            result = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
-            state.record_losses(batch, result.losses)
-            state.record_lowered_scales({batch[place]: scale for place, scale in result.lowered_scales.items()})
+            gradient, lowered_scales = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
+            state.record_lowered_scales({batch[place]: scale for place, scale in lowered_scales.items()})
             if self.settings.method == "gradient":
-                z = z - rate * result.gradient
+                z = z - rate * gradient
             else:
-                z, moments = adam_step(z, result.gradient, moments, count, rate)
+                z, moments = adam_step(z, gradient, moments, count, rate)
         return z, moments
 
     def _content_weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
@@ -194,7 +193,7 @@ class Sampler:
         return constant(weights, z.dtype, z.device) * self.settings.content_factor(state.step)
 
 
-def _active_batches(state: SampleState, block: Block) -> list[Batch]:
+def active_batches(state: SampleState, block: Block) -> list[Batch]:
     """The micro-batches with at least one pair that is not excluded. Features are extracted for the others too."""
     return [batch for batch in block.batches if not all(pair in state.excluded for pair in batch)]
 

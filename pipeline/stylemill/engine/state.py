@@ -62,6 +62,7 @@ class ShardInputs:
     images: list[Tensor]  # (C, h, w) each
     digests: list[str]
     texts: list[Text]  # texts[0] is the null prompt
+    starts: list[Tensor] = field(default_factory=list)  # initial noise (C, h, w) of each pair without a content
     tiling: Tiling = "none"  # of the decoded images
     window: int | None = None  # side, in latents, of the windows that larger outputs are sampled in
     masks: list[Tensor] = field(default_factory=list)  # labels on a latent grid (h, w), int32
@@ -72,8 +73,8 @@ class ShardInputs:
 
     @property
     def conditions(self) -> dict[str, list[Tensor]]:
-        """Tensors that only some jobs have, by their names in a checkpoint."""
-        return {"mask": self.masks, "control": self.controls, "pixels": self.pixels}
+        """Tensors that only some shards have, by their names in a checkpoint."""
+        return {"start": self.starts, "mask": self.masks, "control": self.controls, "pixels": self.pixels}
 
     @property
     def null_text(self) -> Text:
@@ -113,19 +114,7 @@ class SampleState:
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
     history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, for multistep schedulers
-    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (P, 2, 2): first and last; AD and content, or NaN
-
     lowered_scales: dict[int, float] = field(default_factory=dict)
-
-    def record_losses(self, batch: tuple[int, ...], losses: Tensor) -> None:
-        """Keep the losses (B, 2) of a micro-batch as its last ones, and as its first ones if it has none yet.
-
-        They stay on the device until `losses` is read, so a step does not wait for them.
-        """
-        where = constant(batch, torch.long, losses.device)
-        first, losses = self.losses[where, 0], losses.to(self.losses.dtype)
-        self.losses[where, 0] = torch.where(first.isnan(), losses, first)
-        self.losses[where, 1] = losses
 
     def record_lowered_scales(self, scales: Mapping[int, float]) -> None:
         """Keep the smallest loss scale of each pair that is not excluded; an excluded one is sampled with zeros."""
@@ -152,7 +141,6 @@ class SampleState:
             moments_of=[*self.moments_of],
             history_of=[*self.history_of],
             lost_at=self.lost_at.clone(),
-            losses=self.losses.clone(),
             lowered_scales={**self.lowered_scales},
         )
 
@@ -202,7 +190,7 @@ class SampleState:
         arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
         arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
-        arrays |= {"lost_at": _array(self.lost_at), "losses": _array(self.losses)}
+        arrays |= {"lost_at": _array(self.lost_at)}
         excluded = {str(pair): vars(failure) for pair, failure in self.excluded.items()}
         scales = {str(pair): scale for pair, scale in self.lowered_scales.items()}
         counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
@@ -219,6 +207,7 @@ class SampleState:
                 images=[torch.from_numpy(inputs[f"image.{i}"]) for i in range(len(digests))],
                 digests=digests,
                 texts=[_text(inputs, i) for i in range(input_facts["texts"])],
+                starts=[torch.from_numpy(inputs[f"start.{i}"]) for i in range(input_facts["start"])],
                 tiling=input_facts["tiling"],
                 window=input_facts["window"],
                 masks=[torch.from_numpy(inputs[f"mask.{i}"]) for i in range(input_facts["mask"])],
@@ -233,7 +222,6 @@ class SampleState:
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
             history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
-            losses=torch.from_numpy(arrays["losses"]),
             lowered_scales={int(pair): scale for pair, scale in facts["lowered_scales"].items()},
         )
 
@@ -243,13 +231,14 @@ class SampleState:
             self.inputs,
             images=[image.to(device) for image in self.inputs.images],
             texts=[text.to(device) for text in self.inputs.texts],
+            starts=[start.to(device) for start in self.inputs.starts],
             masks=[mask.to(device) for mask in self.inputs.masks],
             controls=[control.to(device) for control in self.inputs.controls],
         )
         self.latents_of = [z.to(device) for z in self.latents_of]
         self.moments_of = [moments.to(device) for moments in self.moments_of]
         self.history_of = [history.to(device) for history in self.history_of]
-        self.lost_at, self.losses = self.lost_at.to(device), self.losses.to(device)
+        self.lost_at = self.lost_at.to(device)
         return self
 
 

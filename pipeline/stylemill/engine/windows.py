@@ -101,13 +101,11 @@ class Windows:
         """A state whose pairs are the windows of `state`, for one step."""
         if self.one_each:
             return state
-        count, losses = len(self.windows), state.losses
         return replace(
             state,
             inputs=self.inputs,
             latents_of=[window.crop(state.latents_of[pair]) for pair, window in self.windows],
-            lost_at=state.lost_at.new_full((count,), -1),
-            losses=losses.new_full((count, *losses.shape[1:]), torch.nan),
+            lost_at=state.lost_at.new_full((len(self.windows),), -1),
             excluded={
                 number: state.excluded[pair] for number, (pair, _) in enumerate(self.windows) if pair in state.excluded
             },
@@ -117,7 +115,7 @@ class Windows:
     def merge(self, windowed: SampleState, state: SampleState) -> None:
         """Merge the windows, after their step, into the state that they were split from.
 
-        A pair is lost if one of its windows is. Its losses are the means over its windows.
+        A pair is lost if one of its windows is.
         """
         if self.one_each:
             return
@@ -130,11 +128,6 @@ class Windows:
             windows = [window for _, window in self.windows[numbers]]
             mean = _mean(state.latents_of[pair], windows, windowed.latents_of[numbers])
             state.latents_of[pair] = torch.where(lost, 0, mean)
-            first, last = windowed.losses[numbers].mean(0)
-            recorded = state.losses[pair]
-            state.losses[pair] = torch.stack(
-                [torch.where(recorded[0].isnan(), first, recorded[0]), torch.where(last.isnan(), recorded[1], last)]
-            )
 
 
 def _mean(z: Tensor, windows: Sequence[Window], latents: Sequence[Tensor]) -> Tensor:

@@ -128,8 +128,8 @@ class RunListener:
         if seen < rows:
             steps.append(f"start this command again for the other {count_of(rows - seen, 'row')}")
         return (
-            f"too many failures: {failed:,} of {counted(seen, 'row')} seen so far, more than the max_failed_fraction of "
-            f"{limit:g} allows; {self.run.paths.failed_rows} has the reasons. Fix the cause, then "
+            f"too many failures: {failed:,} of {counted(seen, 'row')} seen so far, more than the max_failed_fraction "
+            f"of {limit:g} allows; {self.run.paths.failed_rows} has the reasons. Fix the cause, then "
             f"{', then '.join(steps)}; or accept the failures with --set max_failed_fraction=1"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from hashlib import sha256
-from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,9 @@ def output_table(run: Run, rows: list[OutputRow]) -> pa.Table:
             "negative_prompt": row.source.negative_prompt,
             "content_weight": _content_weight(run.job, row.source),
             "settings": json.dumps(_settings(run.job, row.source), sort_keys=True),
-            **_losses(row),
+            "style_distance_before": row.distances and row.distances.style_before,
+            "style_distance": row.distances and row.distances.style,
+            "content_distance": row.distances and row.distances.content,
             "content_sha256": row.content_sha256,
             "style_sha256": _one_or_list(run, list(row.style_sha256)),
             "sha256": sha256(row.image or b"").hexdigest(),
@@ -78,15 +79,6 @@ def _seed(job: Job, source: Row) -> int:
 
 def _content_weight(job: Job, source: Row) -> float:
     return job.sampling.content_weight if source.content_weight is None else source.content_weight
-
-
-def _losses(row: OutputRow) -> dict[str, float | None]:
-    first, last = row.losses
-    return {
-        f"{name}_loss_{when}": None if isnan(losses[index]) else losses[index]
-        for index, name in enumerate(("ad", "content"))
-        for when, losses in (("first", first), ("last", last))
-    }
 
 
 def _one_or_list(run: Run, values: list[str]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import nan
 from typing import TYPE_CHECKING, Any
 
 from stylemill.errors import DecodingError, EncodingError, PoisonPairError, RowError, SamplingError
@@ -14,7 +13,7 @@ from stylemill.manifest import Row
 from stylemill.store.retries import GenerationRows, generation_rows
 
 if TYPE_CHECKING:
-    from stylemill.engine import SampleState
+    from stylemill.engine import Distances, SampleState
 
 _ERRORS: dict[str, type[RowError]] = {
     error.stage: error for error in (EncodingError, SamplingError, DecodingError)
@@ -47,7 +46,7 @@ class OutputRow:
     style_sha256: tuple[str, ...] = ()
     failure: FailureReason | None = None
     wanted: bool = True  # False: the row keeps its slot, but its output is in another generation of the shard
-    losses: tuple[tuple[float, float], ...] = ((nan, nan), (nan, nan))  # (AD, content) at the first and last step
+    distances: Distances | None = None  # None: not sampled yet, or failed
     image: bytes | None = None
     size: tuple[int, int] = (0, 0)  # width and height of the output image
 
@@ -93,16 +92,17 @@ def row_numbers(rows: list[OutputRow]) -> list[int]:
     return [row.source.output_row for row in rows if not row.failure]
 
 
-def with_results_of_engine(rows: list[OutputRow], state: SampleState) -> list[OutputRow]:
-    """The rows with their losses and their failures in the engine; a failure that is known already is kept."""
-    losses = state.losses.tolist()
+def with_results_of_engine(
+    rows: list[OutputRow], state: SampleState, distances: list[Distances | None]
+) -> list[OutputRow]:
+    """The rows with their distances and their failures in the engine; a failure that is known already is kept."""
     failures = {
         place: FailureReason.of(_ERRORS[failure.stage](failure.message)) for place, failure in state.failures.items()
     }
     return [
         replace(
             row,
-            losses=tuple(losses[place]),
+            distances=distances[place],
             failure=row.failure or failures.get(place),
         )
         for place, row in enumerate(rows)

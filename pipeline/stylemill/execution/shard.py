@@ -1,4 +1,4 @@
-"""One shard, from its rows to its record: read → encode → sample → decode → write → commit.
+"""One shard, from its rows to its record: read → encode → sample → measure → decode → write → commit.
 
 The same stages run in a Ray actor and in the driver's process, and this module knows neither. At whatever point the
 process is killed: what is committed is valid, and the next attempt goes on from the newest checkpoint.
@@ -33,7 +33,7 @@ from stylemill.store.records import Record
 from stylemill.testing.failpoints import failpoint
 
 if TYPE_CHECKING:
-    from stylemill.engine import Engine, Pair, Pixels, SampleState
+    from stylemill.engine import Distances, Engine, Pair, Pixels, SampleState
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class _Stages:
         self._pairs: list[Pair] = []
         self._checkpoints: ShardCheckpoints | None = None
         self._state: SampleState | None = None
+        self._distances: list[Distances | None] = []
         self._images: list[Pixels | None] = []
         self._numerics: dict[str, str | int] = {}  # with which the images were made
         self._timer = StageTimer()
@@ -113,6 +114,7 @@ class _Stages:
                 return False
             if self._last_step < self._steps:
                 return True
+            self._measure()
             self._decode()
         self._make_image_files()
         return True
@@ -160,8 +162,14 @@ class _Stages:
                     return False
         return True
 
-    def _decode(self) -> None:
+    def _measure(self) -> None:
         assert self._state is not None  # it took a step now, or before the checkpoint that it was restored from
+        self._report("measure", self._state)
+        with self._timer.measure("measure"):
+            self._distances = self._engine.distances(self._state, self._run.job.sampling)
+
+    def _decode(self) -> None:
+        assert self._state is not None
         self._report("decode", self._state)
         failpoint("before-decode", shard=self._attempt.shard)
         with self._timer.measure("decode"):
@@ -172,7 +180,7 @@ class _Stages:
         assert self._state is not None
         self._report("write", self._state)
         with self._timer.measure("write"):
-            rows = with_results_of_engine(self._rows, self._state)
+            rows = with_results_of_engine(self._rows, self._state, self._distances)
             self._rows = [
                 with_encoded_image(self._run, row, image) for row, image in zip(rows, self._images, strict=True)
             ]

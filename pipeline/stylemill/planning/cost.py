@@ -1,4 +1,4 @@
-"""The cost of a plan: UNet passes, counted from the rows, and memory, estimated from the model's shape.
+"""The cost of a plan: UNet passes of sampling, counted from the rows, and memory, estimated from the model's shape.
 
 Rows are batched by the engine's own functions, so the passes are those that the engine makes.
 """
@@ -41,7 +41,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts for a run. A UNet pass is one row of a batch. `memory` is None while the model is not on this machine."""
+    """Counts for a run. A UNet pass is one row of a batch; those of `Engine.distances`, after sampling, do not count.
+
+    `memory` is None while the model is not on this machine.
+    """
 
     contents: int
     styles: int
