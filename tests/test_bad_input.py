@@ -176,6 +176,7 @@ def in_process(encoding: str, folder: Path, *argv: str) -> CommandResult:
     return CommandResult(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
 
 
+@pytest.mark.slow
 def test_commands_work_without_utf_8(here):
     """What the encoding of the terminal lacks is written in ASCII."""
     assert in_process("ascii", here, "--help").out.startswith("Usage: stylemill")
