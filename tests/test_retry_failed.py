@@ -72,6 +72,8 @@ def retried(
     assert ended.steps == [(1, step) for step in range(1, STEPS + 1)]
     counts = [line.split()[0] for line in ended.output.splitlines() if " img in " in line]
     assert (counts[0], counts[-1]) == ("0/1", "1/1"), "only the rows that are tried again count"
+    assert ", loading the model" in ended.output
+    assert ", sampling, " in ended.output
     return output
 
 

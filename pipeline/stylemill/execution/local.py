@@ -37,6 +37,7 @@ def run_inline(
     listener.phase(loading_phase(run, auto))
     engine = load_engine(run, auto)
     listener.record_numerics(numerics(engine))
+    listener.phase("sampling")
     reasons: dict[int, str] = {}
     for shard in shards:
         if stopping.is_set():
