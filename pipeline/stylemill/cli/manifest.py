@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from stylemill.cli.command import Command
-from stylemill.plural import count
+from stylemill.plural import counted
 
 if TYPE_CHECKING:
     from stylemill.manifest import ImageRef
@@ -99,7 +99,7 @@ def build(
         content_weight=content_weight,
         force=force,
     )
-    print(f"{out}: {count(rows, 'row')}")
+    print(f"{out}: {counted(rows, 'row')}")
     return 0
 
 

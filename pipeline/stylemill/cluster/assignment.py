@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from stylemill.cluster.bisect import Bisection
 from stylemill.cluster.timeouts import backoff
 from stylemill.execution.attempt import STOPPED, Attempt, Progress
-from stylemill.execution.wording import count_of
+from stylemill.plural import counted
 
 DEATHS_BEFORE_BISECTION = 2  # worker deaths over one shard at the same step
 ATTEMPTS_PER_WORKER = 2  # one samples while the other reads its inputs or writes its images
@@ -249,7 +249,7 @@ class Assignments:
 
     def _give_up_if_spent(self, shard: int, reason: str) -> None:
         if self._failures[shard] >= self._max_attempts:
-            self._reasons[shard] = f"{count_of(self._max_attempts, 'attempt')} failed, the last one: {reason}"
+            self._reasons[shard] = f"{counted(self._max_attempts, 'attempt')} failed, the last one: {reason}"
             self._given_up.add(shard)
             self._retry_at.pop(shard, None)
             self._bisections.pop(shard, None)

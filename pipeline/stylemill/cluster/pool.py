@@ -17,8 +17,8 @@ from stylemill.cluster.timeouts import DriverClock, Timeouts
 from stylemill.cluster.worker import LoadedModel, WorkerLocation
 from stylemill.errors import ClusterError, TransientError
 from stylemill.execution.attempt import Attempt, Listener, Run
-from stylemill.execution.wording import count_of
 from stylemill.execution.worker_engine import loading_phase
+from stylemill.plural import counted
 from stylemill.store.checkpoints import newest_step
 from stylemill.store.records import Record
 
@@ -126,7 +126,7 @@ class Pool:
         totals = [f"{sum(machine.get(name, 0) for machine in self._machines):g} {name}s" for name in ("GPU", "CPU")]
         return ClusterError(
             f"Ray cannot place a worker: a worker needs {self._resources}, and the cluster has {' and '.join(totals)} "
-            f"in total, free or in use, on {count_of(len(self._machines), 'machine')}; change "
+            f"in total, free or in use, on {counted(len(self._machines), 'machine')}; change "
             "cluster.gpus_per_worker or cluster.threads, or free resources"
         )
 

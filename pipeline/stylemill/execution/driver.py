@@ -16,9 +16,9 @@ from stylemill.errors import DamagedError, IncompleteError, OutputError
 from stylemill.execution.attempt import STOPPED, Executor, Run
 from stylemill.execution.interruption import interruptible
 from stylemill.execution.listener import RunListener
-from stylemill.execution.wording import count_of
 from stylemill.planning.fingerprint import fingerprint_differences
 from stylemill.planning.plan import Plan, plan
+from stylemill.plural import counted
 from stylemill.report.contact_sheet import write_contact_sheet
 from stylemill.report.summary import Summary, summarize
 from stylemill.store.atomic import publish_bytes
@@ -68,13 +68,13 @@ class RunResult:
             return "\n".join(lines)
         left = list(self.open.values()).count(LEFT_TO_RUN)
         if own := len(self.open) - left:
-            lines.append(f"{count_of(own, 'shard')} {'is' if own == 1 else 'are'} open; the same command resumes")
+            lines.append(f"{counted(own, 'shard')} {'is' if own == 1 else 'are'} open; the same command resumes")
             failed = [(shard, why) for shard, why in self.open.items() if why not in (STOPPED, LEFT_TO_RUN)]
             lines += [f"  shard {shard}: {why}" for shard, why in failed[:NAMED_SHARDS]]
             if len(failed) > NAMED_SHARDS:
                 lines.append(f"  … and {len(failed) - NAMED_SHARDS:,} more")
         if left:
-            rows = f"{count_of(self.summary.rows_open, 'row')} in {count_of(left, 'shard')}"
+            rows = f"{counted(self.summary.rows_open, 'row')} in {counted(left, 'shard')}"
             lines.append(f"not sampled yet: {rows}; `stylemill run` with the job file of this run goes on there")
         return "\n".join(lines)
 

@@ -14,12 +14,11 @@ from stylemill.errors import DamagedError, IncompleteError, StorageError
 from stylemill.execution.attempt import Attempt, AutoSettings, Progress, Run
 from stylemill.execution.pace import Pace
 from stylemill.execution.progress import ProgressBar
-from stylemill.execution.wording import count_of
+from stylemill.plural import counted
 from stylemill.store.atomic import publish_bytes, sync_published
 from stylemill.store.commit import confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
-from stylemill.store.messages import counted
 from stylemill.store.records import Record
 from stylemill.store.segments import RECORDS_PER_SEGMENT
 
@@ -126,7 +125,7 @@ class RunListener:
             return None
         steps = [f"`stylemill retry-failed {self.run.paths.output}`"]
         if seen < rows:
-            steps.append(f"start this command again for the other {count_of(rows - seen, 'row')}")
+            steps.append(f"start this command again for the other {counted(rows - seen, 'row')}")
         return (
             f"too many failures: {failed:,} of {counted(seen, 'row')} seen so far, more than the max_failed_fraction "
             f"of {limit:g} allows; {self.run.paths.failed_rows} has the reasons. Fix the cause, then "

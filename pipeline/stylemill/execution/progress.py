@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from stylemill.execution.attempt import Progress
 from stylemill.execution.pace import Pace
-from stylemill.execution.wording import count_of
+from stylemill.plural import counted
 
 REFRESH = 0.25  # seconds between two looks at the clock and at the request to stop
 FIRST_LINES, LATER_LINES = 10.0, 60.0  # seconds between two lines: in the first minute or before a commit, and later
@@ -132,7 +132,7 @@ class ProgressBar:
         phase = next((text for stage, text in _PHASES.items() if stage in stages), self._phase)
         parts = ["stopping" if stages and self._stopping.is_set() else phase]
         if count := len(self.pace.sampling):
-            parts.append(f"{count_of(count, 'shard')} in flight at {self.pace.share:.0%}")
+            parts.append(f"{counted(count, 'shard')} in flight at {self.pace.share:.0%}")
         if rate := self.pace.rate():
             parts.append(f"{rate:.2f} img/s")
         if not self._ended.is_set():

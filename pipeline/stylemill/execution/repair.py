@@ -8,13 +8,13 @@ from typing import Any
 
 from stylemill.execution.driver import RunResult
 from stylemill.execution.retry import resume
+from stylemill.plural import counted
 from stylemill.store.atomic import quarantine
 from stylemill.store.commit import clean
 from stylemill.store.compaction import compact
 from stylemill.store.failed_rows import remove_failed_rows, write_failed_rows
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import RunLock
-from stylemill.store.messages import counted
 from stylemill.store.paths import RunPaths
 from stylemill.store.recover import files_without_record, list_output_files, recover_records, shard_of
 from stylemill.store.retries import begin_retry, end_retry, pending_retry, read_retry

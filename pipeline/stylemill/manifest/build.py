@@ -22,7 +22,7 @@ from stylemill.manifest.image_names import SEPARATOR, unique_names
 from stylemill.manifest.sources import Source, find_images, relative_to_manifest
 from stylemill.manifest.tile_order import TileOrder
 from stylemill.manifest.validate import validate_manifest
-from stylemill.plural import count
+from stylemill.plural import counted
 
 Pairing = Literal["product", "zip", "sample"]
 RowValues = dict[str, Any]
@@ -113,7 +113,7 @@ def _pair_images(
         if len(contents) != len(styles):
             raise ManifestError(
                 "zip pairs one content with one style, but the lists have "
-                f"{count(len(contents), 'content')} and {count(len(styles), 'style')}"
+                f"{counted(len(contents), 'content')} and {counted(len(styles), 'style')}"
             )
         return _count_occurrences(zip(contents, styles, strict=True))
     if pairing not in ("product", "zip", "sample"):
@@ -130,7 +130,8 @@ def _draw(samples: int, pairs: int, seed: int) -> Iterable[int]:
     """`samples` of the positions below `pairs`, in ascending order, so that neighbours share images."""
     if not 1 <= samples <= pairs:
         raise ManifestError(
-            f"{count(samples, 'sample')}: the product has {count(pairs, 'pair')} to draw from, and at least 1 is needed"
+            f"{counted(samples, 'sample')}: the product has {counted(pairs, 'pair')} to draw from, and at least 1 is "
+            "needed"
         )
     drawn = np.random.default_rng(seed).choice(pairs, size=samples, replace=False)
     return sorted(int(position) for position in drawn)

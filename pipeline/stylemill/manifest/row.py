@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from stylemill.manifest.schema import ImageRef, Problem, Row
-from stylemill.plural import count
+from stylemill.plural import counted
 
 UNDECODABLE = object()  # in the place of a string whose bytes are not UTF-8
 _MAX_ID_BYTES = 200
@@ -101,7 +101,7 @@ class _RowParser:
         masks = tuple(value) if isinstance(value, list) else (value,)
         if masks and len(masks) != styles:
             self._report(
-                "style_mask", f"has {count(len(masks), 'mask')} for {count(styles, 'style')}; give one for each"
+                "style_mask", f"has {counted(len(masks), 'mask')} for {counted(styles, 'style')}; give one for each"
             )
         if any(not mask or "\0" in mask for mask in masks):
             self._report("style_mask", "has a null, an empty path or a NUL character")

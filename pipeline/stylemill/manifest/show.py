@@ -9,7 +9,7 @@ from stylemill.manifest.read import open_manifest
 from stylemill.manifest.row import parse_row
 from stylemill.manifest.schema import KNOWN_COLUMNS, Row
 from stylemill.manifest.validate import validate_manifest
-from stylemill.plural import count
+from stylemill.plural import counted
 
 
 def show_manifest(path: str | Path, limit: int = 5) -> str:
@@ -22,17 +22,17 @@ def show_manifest(path: str | Path, limit: int = 5) -> str:
     groups = [stop - start for start, stop in zip(manifest.group_starts, manifest.group_starts[1:], strict=False)]
     lines = [
         f"{manifest.path}",
-        f"  rows            {manifest.num_rows:,} in {count(len(groups), 'row group')} of up to {max(groups):,}",
-        f"  unique images   {count(report.contents, 'content')}, {count(report.styles, 'style')}",
+        f"  rows            {manifest.num_rows:,} in {counted(len(groups), 'row group')} of up to {max(groups):,}",
+        f"  unique images   {counted(report.contents, 'content')}, {counted(report.styles, 'style')}",
     ]
     if report.rows_without_content:
-        lines.append(f"  without content {count(report.rows_without_content, 'row')}")
+        lines.append(f"  without content {counted(report.rows_without_content, 'row')}")
     lines.append("columns")
     width = max(map(len, manifest.schema.names))
     for item in manifest.schema:
         role = KNOWN_COLUMNS[item.name].meaning if item.name in KNOWN_COLUMNS else "carried through to the output"
         lines.append(f"  {item.name:{width}}  {item.type}: {role}")
-    lines.append(f"first {count(min(limit, manifest.num_rows), 'row')}, counted from 0")
+    lines.append(f"first {counted(min(limit, manifest.num_rows), 'row')}, counted from 0")
     lines += [f"  {number:>4}  {_describe(number, values)}" for number, values in manifest.raw_rows(0, limit)]
     lines += [f"warning: {warning}" for warning in report.warnings]
     if not report.ok:

@@ -18,7 +18,7 @@ from stylemill.manifest.duplicates import duplicate_hashes, duplicate_id_message
 from stylemill.manifest.read import Manifest, open_manifest
 from stylemill.manifest.row import parse_row
 from stylemill.manifest.schema import ImageRef, Problem, schema_warnings
-from stylemill.plural import count
+from stylemill.plural import counted
 
 Decode = Callable[[str, ImageRef], None]
 
@@ -45,14 +45,14 @@ class ValidationReport:
             lines.append(f"… and {total - len(self.problems)} more")
         lines += [f"warning: {warning}" for warning in self.warnings]
         summary = [
-            count(self.rows, "row"),
-            count(self.contents, "unique content"),
-            count(self.styles, "unique style"),
+            counted(self.rows, "row"),
+            counted(self.contents, "unique content"),
+            counted(self.styles, "unique style"),
         ]
         if self.rows_without_content:
-            summary.append(count(self.rows_without_content, "row") + " without content")
+            summary.append(counted(self.rows_without_content, "row") + " without content")
         by_column = ", ".join(f"{name} {number}" for name, number in sorted(self.counts.items()))
-        problems = f"{count(total, 'problem')} ({by_column}); rows count from 0" if total else "no problems"
+        problems = f"{counted(total, 'problem')} ({by_column}); rows count from 0" if total else "no problems"
         lines.append(f"{self.path}: {', '.join(summary)}; {problems}")
         return "\n".join(lines)
 

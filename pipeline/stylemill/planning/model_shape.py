@@ -12,7 +12,7 @@ from stylemill.models.architecture import check_architecture, is_sdxl, pixel_gri
 from stylemill.models.attention_layers import AttentionLayer, attention_layers, select_layers
 from stylemill.models.folder import model_paths
 from stylemill.models.safetensors_file import count_parameters
-from stylemill.plural import count
+from stylemill.plural import counted
 
 PIXELS_PER_LATENT = 8  # of all models of Stable Diffusion 1.x to XL; assumed while a model is not on this machine
 # Scalars that autograd keeps in a backward pass through the UNet, for each latent position and channel of the first
@@ -90,7 +90,7 @@ def check_against_model(job: Job, shape: ModelShape) -> None:
     _check_windows(job, shape)
     selected, weights = len(shape.select_layers(job.model.layers)), job.sampling.layer_weights
     if weights is not None and len(weights) != selected:
-        numbers, layers = count(len(weights), "number"), count(selected, "layer")
+        numbers, layers = counted(len(weights), "number"), counted(selected, "layer")
         raise JobError(f"sampling.layer_weights has {numbers} for the {layers} of model.layers")
 
 

@@ -14,7 +14,7 @@ from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fin
 from stylemill.planning.model_shape import ModelShape, check_against_model, read_shape
 from stylemill.planning.models import count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
 from stylemill.planning.shard_size import choose_pairs_per_shard, expected_workers
-from stylemill.plural import count
+from stylemill.plural import counted
 from stylemill.store.paths import RunPaths
 from stylemill.store.run_file import RunFile, refuse_foreign_files
 
@@ -70,7 +70,7 @@ class Plan:
         cost, job = self.cost(), self.job
         width, height = job.image.width_height
         last = len(self.rows_of(self.shards - 1))
-        shard_size = count(self.pairs_per_shard, "pair") + (
+        shard_size = counted(self.pairs_per_shard, "pair") + (
             f", the last of {last}" if last < self.pairs_per_shard else ""
         )
         lines = [
@@ -80,10 +80,11 @@ class Plan:
             *(("controlnet", controlnet.label) for controlnet in self.controlnets),
             (
                 "sampling",
-                f"{job.sampling.method}, {count(job.sampling.steps, 'step')}, {width}×{height} pixels{_size_note(job)}",
+                f"{job.sampling.method}, {counted(job.sampling.steps, 'step')}, {width}×{height} pixels"
+                f"{_size_note(job)}",
             ),
             ("rows", f"{self.rows:,}"),
-            ("unique images", f"{count(cost.contents, 'content')}, {count(cost.styles, 'style')}"),
+            ("unique images", f"{counted(cost.contents, 'content')}, {counted(cost.styles, 'style')}"),
             ("shards", f"{self.shards:,} of {shard_size}"),
             ("  size", self.size_reason),
             ("blocks a step", f"{cost.blocks} at most" if cost.blocks > 1 else "1: the features of a shard fit"),
@@ -136,7 +137,7 @@ def _pairs_per_shard(job: Job, manifest: Manifest, shape: ModelShape | None) -> 
         return job.shards.pairs_per_shard, "set by the job"
     if existing := RunFile.find(job.output):
         return existing.pairs_per_shard, "that of the run in this folder"
-    workers = count(expected_workers(job), "worker")
+    workers = counted(expected_workers(job), "worker")
     return choose_pairs_per_shard(job, manifest, shape), f"chosen for {workers}, as the fastest by estimate"
 
 
@@ -151,7 +152,7 @@ def _memory_lines(cost: Cost) -> list[tuple[str, str]]:
         ("  latents", _format_bytes(memory.state)),
         (
             "  activations",
-            f"{_format_bytes(memory.activations)} a pair, {count(memory.micro_batch, 'pair')} in a micro-batch",
+            f"{_format_bytes(memory.activations)} a pair, {counted(memory.micro_batch, 'pair')} in a micro-batch",
         ),
     ]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from stylemill.plural import counted
 from stylemill.report.summary import Summary, summarize
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import lock_holder
-from stylemill.store.messages import counted
 from stylemill.store.retries import pending_retry
 from stylemill.store.run_file import RunFile
 

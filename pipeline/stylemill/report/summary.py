@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stylemill.errors import DamagedError
+from stylemill.plural import counted
 from stylemill.store.ledger import Ledger
-from stylemill.store.messages import counted
 from stylemill.store.paths import RunPaths
 from stylemill.store.retries import failed_rows
 

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, StorageError
+from stylemill.plural import counted
 from stylemill.store import checkpoints
 from stylemill.store.atomic import (
     digest,
@@ -29,7 +30,6 @@ from stylemill.store.atomic import (
 )
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import file_lock
-from stylemill.store.messages import counted
 from stylemill.store.object_store.uploads import remove_unreferenced, upload_files
 from stylemill.store.parquet import check_file, rewrite
 from stylemill.store.paths import RunPaths

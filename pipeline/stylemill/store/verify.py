@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from stylemill.errors import DamagedError, OutputError
+from stylemill.plural import counted
 from stylemill.store.atomic import digest, storage_errors
 from stylemill.store.failed_rows import read_failed_rows
 from stylemill.store.ledger import Ledger
 from stylemill.store.lock import lock_holder
-from stylemill.store.messages import counted
 from stylemill.store.object_store.reads import list_names, local_copy
 from stylemill.store.parquet import check_file
 from stylemill.store.paths import RunPaths
