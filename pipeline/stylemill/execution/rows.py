@@ -15,9 +15,8 @@ from stylemill.store.retries import GenerationRows, generation_rows
 if TYPE_CHECKING:
     from stylemill.engine import Distances, SampleState
 
-_ERRORS: dict[str, type[RowError]] = {
-    error.stage: error for error in (EncodingError, SamplingError, DecodingError)
-}  # what a pair's failure in the engine is recorded as, by its stage
+# What a pair's failure in the engine is recorded as, by its stage.
+_ERRORS: dict[str, type[RowError]] = {kind.stage: kind for kind in (EncodingError, SamplingError, DecodingError)}
 _POISON_PAIR = (
     "every worker that processed this pair died, also when it processed the pair alone; look at its images, and try it "
     "in a run of its own"
