@@ -136,6 +136,23 @@ def test_an_image_that_overflows_in_the_decoder_fails_its_pair_and_is_not_black(
     assert "the VAE's decoder gave NaN or Inf" in state.failures[1].message
 
 
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["guided", "optimization"])
+def test_a_pair_whose_losses_are_not_finite_fails_although_its_gradient_is_zero(folder: Path, method: str) -> None:
+    """The slope of |a − b| at NaN is 0: such a pair would be sampled on without guidance."""
+    settings = SETTINGS.model_copy(update={"method": method, "steps": 3})
+    engine = load(folder)
+    state, expected = (next(engine.sample([Pair((STYLE,), SIZE), Pair((image(4),), SIZE)], settings)) for _ in "12")
+    state.inputs.images[1].view(-1)[5] = torch.inf
+    *_, state = engine.sample([], settings, state)
+    *_, expected = engine.sample([], settings, expected)
+    assert {pair: failure.stage for pair, failure in state.failures.items()} == {1: "sample"}
+    assert "NaN or Inf in step 1" in state.failures[1].message
+    assert torch.equal(state.latents_of[0], expected.latents_of[0])
+
+
 # --- gradients in float16 ---------------------------------------------------------------------------------------------
 
 LARGE_WEIGHT = 1000.0  # of the content: with it the gradient overflows at a loss scale of 2¹⁶ and of 2¹²

@@ -152,6 +152,7 @@ class Objective:
         The losses of the pairs are summed, not averaged: a pair's gradient is the same at every batch size. With fp16
         weights the losses are scaled. Where the gradient of a pair overflows although its losses are finite, the pass
         is repeated with a smaller scale for that pair, down to 1; the others keep their gradients of the first pass.
+        Where the losses are NaN or Inf, so is the gradient.
         """
         scale = LOSS_SCALE.get(self.model.unet.dtype, 1.0)
         scales = torch.full_like(weights, scale)
@@ -165,7 +166,8 @@ class Objective:
             repeated, _ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
             gradient = torch.where(overflowed[:, None, None, None], repeated, gradient)
             overflowed &= ~_finite(repeated)
-        return LossGradient(gradient, lowered_scales)
+        # The slope of |a − b| at NaN is 0: the pair would be sampled on without guidance, and look like a good one.
+        return LossGradient(torch.where(losses.isfinite()[:, None, None, None], gradient, torch.nan), lowered_scales)
 
     def _scaled_gradient(
         self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target], scales: Tensor
