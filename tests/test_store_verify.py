@@ -82,6 +82,12 @@ def not_an_image(paths: RunPaths) -> None:
     other_data(paths, image=images, sha256=[hashlib.sha256(b"no image").hexdigest()] * 4)
 
 
+def fewer_rows(paths: RunPaths) -> None:
+    entry = Record.from_bytes(paths.record(0).read_bytes()).data
+    assert entry is not None
+    forge(paths, 0, data=replace(entry, rows=3), rows_ok=3)
+
+
 PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
     (lambda paths: flip_bit(paths.data(0)), "SHA-256 differs"),
     (lambda paths: flip_bit(paths.failures(1)), "SHA-256 differs"),
@@ -95,6 +101,7 @@ PROBLEMS: list[tuple[Callable[[RunPaths], object], str]] = [
     (lambda paths: forge(paths, 0, stop_row=3), r"is for rows \[0, 3\); job.json says \[0, 4\)"),
     (lambda paths: forge(paths, 1, failures=None, rows_failed=0), "row 5 is missing"),
     (lambda paths: forge(paths, 1, rows_ok=4), "contradict each other"),
+    (fewer_rows, "has 4 rows, its record says 3"),
     (lambda paths: other_data(paths, row=[0, 1, 1, 3]), "row 1 is there more than once"),
     (lambda paths: other_data(paths, row=[0, 1, 2, 7]), "row 7 is not of this shard"),
     (lambda paths: other_data(paths, pair_id=["pair-0", "pair-1", "pair-2", "pair-6"]), "rows 3 and 6 have the same"),

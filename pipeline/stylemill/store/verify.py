@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -159,26 +160,31 @@ class _RecordCheck:
     pair_ids: _PairIds
     record: Record
 
+    @cached_property
+    def _holder(self) -> Path:
+        """The file that holds the record. Only a problem needs it: it costs a search of the segments."""
+        path = self.paths.record(self.record.shard, self.record.generation)
+        found = None if path.exists() else find_in_segments(self.paths, self.record.shard, self.record.generation)
+        return found[1] if found else path
+
     def check(self, expected: set[int] | None, deep: bool) -> set[int] | None:
         """Report what is wrong; returns the rows that are still failed, None if they are not known.
 
         `expected` are the rows that this generation has to hold, None if they are not known.
         """
         record, run = self.record, self.run
-        path = self.paths.record(record.shard, record.generation)
-        name, rows = self.paths.relative(path), run.rows_of(record.shard)
-        if not path.exists() and (in_segment := find_in_segments(self.paths, record.shard, record.generation)):
-            path = in_segment[1]
+        name = self.paths.relative(self.paths.record(record.shard, record.generation))
+        rows = run.rows_of(record.shard)
         if record.fingerprint != run.fingerprint_sha256:
-            self.report.add(f"{name}: belongs to another job than job.json", path)
+            self.report.add(f"{name}: belongs to another job than job.json", self._holder)
         if (record.first_row, record.stop_row) != (rows.start, rows.stop):
             actual = f"[{record.first_row}, {record.stop_row})"
-            self.report.add(f"{name}: is for rows {actual}; job.json says [{rows.start}, {rows.stop})", path)
+            self.report.add(f"{name}: is for rows {actual}; job.json says [{rows.start}, {rows.stop})", self._holder)
         file_rows: list[list[int] | None] = []
         for entry, recorded in ((record.data, record.rows_ok), (record.failures, record.rows_failed)):
             if (entry.rows if entry else 0) != recorded:
-                self.report.add(f"{name}: its row counts contradict each other", path)
-            file_rows.append(self._check_file(entry, path, deep) if entry else [])
+                self.report.add(f"{name}: its row counts contradict each other", self._holder)
+            file_rows.append(self._check_file(entry, deep) if entry else [])
         ok, failed = file_rows
         if ok is None or failed is None:
             return set(failed) if failed is not None else None
@@ -186,24 +192,24 @@ class _RecordCheck:
         count = Counter([*ok, *failed])
         if expected is not None:
             if missing := sorted(expected - count.keys()) if not record.generation else []:
-                self.report.add(f"{name}: {_listed('row', missing)} missing", path)
+                self.report.add(f"{name}: {_listed('row', missing)} missing", self._holder)
             if foreign := sorted(count.keys() - expected):
                 problem = "there already, in an earlier generation" if record.generation else "not of this shard"
-                self.report.add(f"{name}: {_listed('row', foreign)} {problem}", path, *files)
+                self.report.add(f"{name}: {_listed('row', foreign)} {problem}", self._holder, *files)
         if repeated := sorted(row for row, times in count.items() if times > 1):
-            self.report.add(f"{name}: {_listed('row', repeated)} there more than once", path, *files)
+            self.report.add(f"{name}: {_listed('row', repeated)} there more than once", self._holder, *files)
         try:
             classes = Counter(failure.error for failure in read_failures(self.paths, record).values())
         except DamagedError as error:
-            self.report.add(str(error), path, *files)
+            self.report.add(str(error), self._holder, *files)
         else:
             if classes != record.failed_by_class:
-                self.report.add(f"{name}: its counts of error classes are not those of its failures", path)
+                self.report.add(f"{name}: its counts of error classes are not those of its failures", self._holder)
         if not record.generation:
             return set(failed)
         return None if expected is None else expected - set(ok)
 
-    def _check_file(self, entry: FileEntry, record_path: Path, deep: bool) -> list[int] | None:
+    def _check_file(self, entry: FileEntry, deep: bool) -> list[int] | None:
         """Report what is wrong with a committed file; returns its rows, None if they cannot be read."""
         path = self.paths.output / entry.name
         with local_copy(self.paths, path) as copy:
@@ -217,7 +223,7 @@ class _RecordCheck:
                 return None
             if len(ids) != entry.rows:
                 self.report.add(
-                    f"{entry.name}: has {counted(len(ids), 'row')}, its record says {entry.rows}", record_path
+                    f"{entry.name}: has {counted(len(ids), 'row')}, its record says {entry.rows}", self._holder
                 )
                 return None
             for row, pair_id in zip(ids.rows, ids.pair_ids, strict=True):
