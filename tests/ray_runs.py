@@ -122,7 +122,7 @@ def make_run(folder: Path, rows: int, pairs_per_shard: int, **job: Any) -> Run:
     }
     paths = RunPaths(folder / "out", -(-rows // pairs_per_shard))
     create_run_folder(paths)
-    return Run(Job.parse(values), paths, open_manifest(values["manifest"]), "f" * 64, pairs_per_shard, "demo")
+    return Run(Job.parse(values), paths, open_manifest(values["manifest"]), "f" * 64, pairs_per_shard, "demo", "base")
 
 
 def data_files(run: Run) -> dict[str, bytes]:

@@ -741,7 +741,15 @@ def test_a_control_image_of_a_server_that_is_gone_fails_its_row_in_the_last_atte
         "image": {"size": 64},
         "inputs": LOOPBACK.model_dump() | {"retries": 0},
     }
-    run = Run(Job.parse(values), RunPaths(tmp_path / "run", 1), open_manifest(values["manifest"]), "f" * 64, 2, "model")
+    run = Run(
+        Job.parse(values),
+        RunPaths(tmp_path / "run", 1),
+        open_manifest(values["manifest"]),
+        "f" * 64,
+        2,
+        "model",
+        "base",
+    )
     rows = [OutputRow(row) for row in run.manifest.output_rows(0, 2)]
     if not last:
         with pytest.raises(DownloadError):

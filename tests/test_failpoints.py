@@ -258,7 +258,7 @@ planned = plan(Job.load(sys.argv[1], {"output": sys.argv[2]}))
 paths = RunPaths(Path(sys.argv[2]), planned.shards)
 create_run_folder(paths)
 fingerprint, pairs = planned.fingerprint_sha256, planned.pairs_per_shard
-run = Run(planned.job, paths, planned.manifest, fingerprint, pairs, planned.model.label)
+run = Run(planned.job, paths, planned.manifest, fingerprint, pairs, planned.model.label, "base")
 shard = 1
 attempt, engine = run.new_attempt(shard, planned.occurrences), load_engine(run, AutoSettings())
 record = process_shard(run, attempt, engine, nullcontext(), lambda _: None, lambda: False)

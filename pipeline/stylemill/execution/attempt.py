@@ -24,6 +24,7 @@ class Run:
     fingerprint: str
     pairs_per_shard: int
     model: str  # the model's name with its commit or digest, for the output column `model`
+    base: str  # the folder of relative image paths where the run was started first, for the output column `base`
     generations: Mapping[int, int] = field(default_factory=dict)  # of the shards whose generation is not 0
     newest: int = 0  # the latest generation of any shard
 

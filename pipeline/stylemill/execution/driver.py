@@ -121,6 +121,7 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             fingerprint=run_file.fingerprint_sha256,
             pairs_per_shard=planned.pairs_per_shard,
             model=planned.model.label,
+            base=str(run_file.manifest.parent),
             generations={shard: generation for shard, generation in wanted.items() if generation},
             newest=ledger.latest_generation,
         )

@@ -48,7 +48,7 @@ def output_table(run: Run, rows: list[OutputRow]) -> pa.Table:
             "image": {"bytes": row.image, "path": f"{row.source.pair_id}.{run.job.shards.image_format}"},
             "content": row.source.content.reference if row.source.content else None,
             "style": _one_or_list(run, [style.reference for style in row.source.styles]),
-            "base": str(run.manifest.base) if row.source.has_relative_paths else None,
+            "base": run.base if row.source.has_relative_paths else None,
             "width": row.size[0],
             "height": row.size[1],
             "seed": _seed(run.job, row.source),
