@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 import stylemill
 from stylemill.demo.untrained import write_demo_model
 from stylemill.manifest import open_manifest
+from stylemill.report.contact_sheet import GAP, LABEL, THUMB
 
 
 @pytest.fixture
@@ -62,6 +64,26 @@ def test_images_of_a_pair_differ_and_the_first_equals_the_only_one_of_another_ru
     assert len({row["sha256"] for row in many.values()}) == 6
     assert [many[f"{name}.0"]["sha256"] for name in "abc"] == [one[name]["sha256"] for name in "abc"]
     assert stylemill.verify(tmp_path / "many", deep=True).ok
+
+
+def test_the_contact_sheet_of_a_run_shows_the_first_image_of_each_pair_in_its_own_cell(manifest: Path, tmp_path: Path):
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"manifest: pairs.parquet\nmodel: {write_demo_model(tmp_path / 'demo')}\noutput: many\nimages_per_pair: 3\n"
+        "sampling: {steps: 2}\nimage: {size: 64}\nshards: {pairs_per_shard: 4}\n"  # shards end within pairs
+    )
+    result = stylemill.run(job, inline=True, quiet=True)
+    table = pq.read_table(result.summary.paths.data_folder)
+    images = {row["pair_id"]: Image.open(io.BytesIO(row["image"]["bytes"])) for row in table.to_pylist()}
+    thumbnails = {name: np.asarray(image.resize((THUMB, THUMB))).astype(int) for name, image in images.items()}
+    sheet = np.asarray(Image.open(tmp_path / "many" / "contact-sheet.jpg")).astype(int)
+    shown = []
+    for row in (1, 2, 3):  # of the sheet: a, b, and the pair without content; column 1 is the only style
+        top, left = GAP + row * (THUMB + GAP + LABEL), GAP + THUMB + GAP
+        cell = sheet[top : top + THUMB, left : left + THUMB]
+        shown.append(min(thumbnails, key=lambda name: np.abs(thumbnails[name] - cell).mean()))
+    assert len(images) == 9
+    assert shown == ["a.0", "b.0", "c.0"]
 
 
 def _rows(result: stylemill.execution.driver.RunResult) -> dict[str, dict[str, object]]:
