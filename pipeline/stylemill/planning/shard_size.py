@@ -27,7 +27,7 @@ from stylemill.planning.model_shape import ModelShape
 MAX_PAIRS_PER_SHARD = 256  # a tile of 16 × 16
 GRADIENT = 3  # forward passes that a gradient pass is worth: forward, and backward for twice as much
 OVERHEAD = 0.5  # of a shard, as a fraction of one pair: reading, writing, commit, micro-batches that are not full
-# Expected loss at the end of a run, as a fraction of a shard: workers are not equally fast, and some die.
+# Expected loss at the end of a run of several workers, as a fraction of a shard: some are slower, and some die.
 TAIL = 0.2
 TOLERANCE = 0.01  # between sizes whose times differ less, that with the fewest passes is chosen
 
@@ -73,10 +73,12 @@ def fastest_size(rows: int, workers: int, pair: float, image: float, images: Seq
     def work(pairs: int) -> float:
         return (pairs + OVERHEAD) * pair + images[pairs] * image if pairs else 0
 
+    tail = TAIL if workers > 1 else 0.0
+
     def time(size: int) -> float:
         shards, rest = divmod(rows, size)
         rounds, others = divmod(shards, workers)
-        return (rounds + TAIL) * work(size) + (work(size) if others else work(rest))
+        return (rounds + tail) * work(size) + (work(size) if others else work(rest))
 
     def passes(size: int) -> float:
         shards, rest = divmod(rows, size)
@@ -97,8 +99,9 @@ def expected_workers(job: Job) -> int:
     if cluster.workers != "auto":
         return cluster.workers
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if cluster.gpus_per_worker != 0 and gpus:
-        return max(1, int(gpus / (1 if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker)))
+    each = 1.0 if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+    if gpus and each:
+        return gpus * (10_000 // round(10_000 * each)) if each < 1 else max(1, gpus // int(each))
     return max(1, (os.cpu_count() or 1) // cluster.threads)
 
 
