@@ -27,6 +27,7 @@ from stylemill.demo.untrained import write_demo_model
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "manifests/README.md", "benchmarks/README.md"]
 DOCUMENTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS.remove("docs/uses.md")  # is made from the job files: tests/test_jobs.py runs these and compares the page
 
 # Blocks that are no code, by how they begin.
 NO_CODE = (

@@ -1,11 +1,12 @@
-"""Every job file in jobs/ runs, here with fewer steps and smaller images."""
+"""Every job file in jobs/ runs, here with fewer steps and smaller images; docs/uses.md shows all of them."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from stylemill.config.job import Job
 from stylemill.errors import ModelError
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+make_uses = runpy.run_path(str(DOCS / "make_uses.py"))
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,22 @@ def planning_error(job: Path) -> str:
     except ModelError as error:
         return str(error)
     return ""
+
+
+def test_the_page_of_uses_says_what_the_job_files_say_and_shows_only_pictures_that_are_there():
+    page = (DOCS / "uses.md").read_text()
+    assert page == make_uses["page"](), "run docs/make_uses.py"
+    assert sorted(make_uses["USES"]) == sorted(job.stem for job in JOBS if job.stem != "quickstart")
+    pictures = {DOCS / link for link in re.findall(r"!\[.*\]\((.*)\)", page)}
+    assert pictures == set((DOCS / "uses").iterdir())
+    assert sum(picture.stat().st_size for picture in pictures) < 1.5e6
+
+
+@pytest.mark.parametrize("name", make_uses["USES"])
+def test_the_command_for_a_real_model_sets_keys_that_exist(name: str):
+    words = shlex.split(make_uses["read_job"](name)[1])
+    assert words[0] == "--model"
+    settings = [value for flag, value in pairwise(words) if flag == "--set"]
+    job = Job.load(ROOT / "jobs" / f"{name}.yaml", job_overrides(settings, model=words[1]))
+    assert job.model.name == words[1]
+    assert max(job.image.width_height) >= 512
