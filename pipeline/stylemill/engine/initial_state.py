@@ -28,9 +28,8 @@ def create_initial_state(
     """Encode each unique image and text once and draw the initial latents.
 
     A pair that cannot be sampled is excluded, with its reason, also if an image or a text of it is encoded to NaN or
-    Inf. `layers` decide the grids on which each label of a
-    content mask must be in a style mask. Raises ModelError for sizes off the model's grid, and ValueError for pairs
-    that are inconsistent in themselves or with each other.
+    Inf. `layers` decide the grids on which each label of a content mask must be in a style mask. Raises ModelError for
+    sizes off the model's grid, and ValueError for pairs that are inconsistent in themselves or with each other.
     """
     _check_window(model, settings)
     for pair in pairs:

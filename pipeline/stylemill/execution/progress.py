@@ -24,7 +24,8 @@ _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} img [{elapsed}{postfix}]"
 # Of several shards in flight, the phase is that of the one whose stage comes first here.
 _PHASES = {
     "sample": "sampling",
-    "encode": "sampling",
+    "encode": "encoding images",
+    "measure": "measuring distances",
     "decode": "decoding",
     "write": "writing",
     "read": "reading images",
