@@ -104,9 +104,7 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     def latents(pixels: Pixels | None) -> torch.Tensor:
         if pixels is None:
             return torch.zeros(shape)
-        small = pixels[::PIXELS_PER_LATENT, ::PIXELS_PER_LATENT].transpose(2, 0, 1)
-        # In the order of a checkpoint's tensors: the order decides the low bits of a mean.
-        return torch.from_numpy(small.astype("float32", order="C"))
+        return torch.from_numpy(pixels[::PIXELS_PER_LATENT, ::PIXELS_PER_LATENT].transpose(2, 0, 1).astype("float32"))
 
     inputs = [
         PairInputs(
