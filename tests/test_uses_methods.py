@@ -322,8 +322,9 @@ def run_job(folder: Path, tmp_path: Path) -> Any:
             made = plan(job)
             paths = RunPaths(Path(job.output), made.shards)
             create_run_folder(paths)
+            base = str(made.manifest.base)
             interrupted = Run(
-                job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label
+                job, paths, made.manifest, made.fingerprint_sha256, made.pairs_per_shard, made.model.label, base
             )
             reports: list[Progress] = []
             engine = load_engine(interrupted, AutoSettings())
