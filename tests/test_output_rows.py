@@ -103,3 +103,12 @@ def test_base_is_the_folder_of_relative_paths(folder: Path, folder_of_images: Pa
 def test_a_row_has_relative_paths_if_any_of_its_files_is_relative(images: dict[str, Any], relative: bool) -> None:
     row = Row(0, 0, "a", **{"content": None, "styles": (ImageRef("/styles/s.png"),), **images})
     assert row.has_relative_paths == relative
+
+
+def test_base_is_absolute_also_for_a_job_with_a_relative_manifest(
+    folder: Path, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder_of_images)
+    columns = {"content": ["c.png"], "style": ["s.png"]}
+    (row,) = output_rows(folder_of_images, folder, columns, manifest="pairs.parquet")
+    assert row["base"] == str(folder_of_images)

@@ -55,6 +55,22 @@ def test_it_has_each_row_without_an_image_once_in_row_groups_of_bounded_size(
     assert read_failed_rows(paths) is None
 
 
+def test_it_is_written_again_where_a_generation_was_lost(tmp_path: Path) -> None:
+    paths = with_generations(tmp_path)
+    write_failed_rows(paths, opened(paths))
+    paths.data(0, 1).unlink()
+    write_failed_rows(paths, opened(paths))
+    assert read_failed_rows(paths) == (1, 2, 8, 9, 11)
+
+
+def test_it_is_removed_where_no_row_is_failed(tmp_path: Path) -> None:
+    paths = run_folder(tmp_path, shards=1)
+    commit(paths, *attempt(paths, "a0", 0))
+    paths.failed_rows.write_bytes(b"of another time")
+    write_failed_rows(paths, opened(paths))
+    assert not paths.failed_rows.exists()
+
+
 def test_it_is_not_written_where_a_failures_file_is_damaged(tmp_path: Path) -> None:
     paths = with_generations(tmp_path)
     ledger = opened(paths)

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from stylemill.config.job import Job
-from stylemill.errors import DamagedError, IncompleteError, OutputError
+from stylemill.errors import DamagedError, IncompleteError, OutputError, StorageError
 from stylemill.execution.attempt import STOPPED, Executor, Run
 from stylemill.execution.interruption import interruptible
 from stylemill.execution.listener import RunListener
@@ -144,10 +144,10 @@ def execute(planned: Plan, existing: RunFile | None, select: Selection, inline: 
             stopped_because = listener.too_many_failed()  # also when a finished run is started again
             if not pending_retry(paths, ledger):
                 end_retry(paths)
-        if not open_shards or stopped_because:
+        if interruption.signal is None:
             try:
                 write_failed_rows(paths, ledger)
-            except DamagedError as error:
+            except (DamagedError, StorageError) as error:
                 listener.warn(f"{paths.failed_rows} was not written: {error}")
         lacking = {shard for shard, generation in wanted.items() if not ledger.has_record(shard, generation)}
         reasons = dict.fromkeys(open_shards, LEFT_TO_RUN) | dict.fromkeys(wanted, STOPPED) | reasons
@@ -188,7 +188,7 @@ def _claim(planned: Plan, paths: RunPaths) -> RunFile:
         rows=planned.rows,
         shards=planned.shards,
         pairs_per_shard=planned.pairs_per_shard,
-        job=planned.job.model_dump(mode="json"),
+        job=planned.job.model_dump(mode="json") | {"manifest": str(planned.manifest.path)},
         versions=installed_versions(),
     )
     if not publish_bytes(paths, paths.job, run_file.to_bytes(), uuid4().hex[:12]):

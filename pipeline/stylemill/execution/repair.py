@@ -93,6 +93,7 @@ def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport)
         if generation:
             wanted[shard] = max(wanted.get(shard, 0), generation)
     begin_retry(paths, wanted)
+    remove_failed_rows(paths)
     for path, reason in damaged.items():
         quarantine(paths, path, reason)
     ledger = Ledger(paths)
@@ -101,7 +102,6 @@ def _quarantine_damaged(paths: RunPaths, run_file: RunFile, found: VerifyReport)
     compact(paths, ledger)
     if not pending_retry(paths, ledger) and not ledger.missing_generations():
         end_retry(paths)
-        remove_failed_rows(paths)
         write_failed_rows(paths, ledger)
         clean(paths, ledger)
     return ledger, recovered

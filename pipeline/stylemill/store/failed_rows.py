@@ -24,12 +24,15 @@ _ROWS_PER_GROUP = 10_000  # in memory at once, besides those of one shard
 
 
 def write_failed_rows(paths: RunPaths, ledger: Ledger) -> None:
-    """Write failures.parquet from the committed shards, in row order, unless it exists or no row is failed.
+    """Write failures.parquet from the committed shards, in row order. Without a failed row, there is no such file.
 
-    The caller holds the RunLock. Raises StorageError, and DamagedError if a file of failures/ or a record is damaged.
+    A file with the right number of rows is kept. The caller holds the RunLock. Raises StorageError, and DamagedError if
+    a file of failures/ or a record is damaged.
     """
     expected = ledger.totals().rows_failed
-    if not expected or paths.failed_rows.exists():
+    if not expected:
+        remove_failed_rows(paths)
+    if not expected or _rows_in_file(paths) == expected:
         return
     tmp, written = paths.tmp_file(paths.failed_rows, uuid4().hex[:12]), 0
     try:
@@ -58,6 +61,15 @@ def _batches(paths: RunPaths, ledger: Ledger) -> Iterator[list[dict[str, object]
                 rows = []
     if rows:
         yield rows
+
+
+def _rows_in_file(paths: RunPaths) -> int | None:
+    """The number of rows in failures.parquet by its footer; None if it is damaged or does not exist."""
+    try:
+        with local_copy(paths, paths.failed_rows) as copy:
+            return int(pq.read_metadata(copy).num_rows)
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def remove_failed_rows(paths: RunPaths) -> None:
