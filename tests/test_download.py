@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -29,7 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from demo_job import stylemill
+from demo_job import start, stylemill
 from stylemill import s3
 from stylemill.cli import main
 from stylemill.config.inputs import InputSettings
@@ -722,6 +724,33 @@ def test_in_a_last_attempt_a_server_that_timed_out_is_not_asked_again() -> None:
         assert "not requested after a timeout of its server" in messages[1]
         assert messages[2] == ""
         assert slow.requested == ["/silent"]
+
+
+def test_in_a_last_attempt_a_server_that_refused_and_then_timed_out_is_not_asked_again() -> None:
+    with serving(busy=status(503), silent=silent, good=status(200, PNG)) as server:
+        urls = [f"{server.url}/{name}" for name in ("busy", "silent", "good")]
+        messages = read_all(InputReader(BRIEF, last_attempt=True), urls)
+        assert "not requested after a timeout of its server" in messages[2]
+        assert "/good" not in server.requested
+
+
+def test_a_failed_download_in_a_checkpoint_is_tried_again_by_the_next_start(tmp_path: Path, folder: Path) -> None:
+    """The last attempt of the first start is asked to stop after a step, which writes a checkpoint."""
+    port = closed_port()
+    with serving(image=status(200, PNG)) as server:
+        content: list[str | None] = [f"{server.url}/image", f"http://127.0.0.1:{port}/image"]
+        job = write_job(tmp_path, folder, content=content, style=[f"{server.url}/image"] * 2)
+        command = ["run", str(job), "--inline", "--set", "sampling.steps=3", "--set", "retries=0"]
+        rule = "after-checkpoint:kill:step=2"
+        faults = {"STYLEMILL_FAILPOINTS": rule, "STYLEMILL_FAILPOINTS_STATE": str(tmp_path / "state")}
+        (tmp_path / "state").mkdir()
+        with_checkpoints = [*command, "--set", "checkpoint.every_steps=1"]
+        killed = start(*with_checkpoints, env={**os.environ, **faults})
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        with serving(port, image=status(200, PNG)):
+            assert main(with_checkpoints) == 0
+    assert pq.read_table(tmp_path / "run" / "data").num_rows == 2
 
 
 @pytest.mark.parametrize("last", [False, True])

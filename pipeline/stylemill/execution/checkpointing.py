@@ -5,9 +5,10 @@ from __future__ import annotations
 from hashlib import sha256
 
 from stylemill.engine.state import SampleState
+from stylemill.errors import DownloadError
 from stylemill.execution.attempt import Attempt, Run
 from stylemill.execution.rows import OutputRow, from_json, to_json, with_poison_pairs_failed
-from stylemill.store.checkpoints import load, save_inputs, save_progress
+from stylemill.store.checkpoints import clear, load, save_inputs, save_progress
 
 
 class ShardCheckpoints:
@@ -30,14 +31,22 @@ class ShardCheckpoints:
         self._inputs_name = ""
 
     def restore(self) -> tuple[SampleState, list[OutputRow]] | None:
-        """The state and the rows of the newest valid checkpoint; None where there is none."""
-        checkpoint = load(self._run.paths, self._attempt.shard, self._identity)
+        """The state and the rows of the newest valid checkpoint; None where there is none.
+
+        A checkpoint in which a download failed is removed: it is of the last attempt of an earlier start, and this
+        start asks the server again.
+        """
+        paths, shard = self._run.paths, self._attempt.shard
+        checkpoint = load(paths, shard, self._identity)
         if checkpoint is None:
+            return None
+        restored = from_json(self._rows, checkpoint.inputs_meta["items"])
+        if any(map(_lacks_download, restored, self._rows)):
+            clear(paths, shard)
             return None
         state = SampleState.restore(
             checkpoint.inputs, checkpoint.inputs_meta["engine"], checkpoint.arrays, checkpoint.meta["engine"]
         )
-        restored = from_json(self._rows, checkpoint.inputs_meta["items"])
         rows = with_poison_pairs_failed(self._attempt, restored)
         if rows == restored:  # else the inputs are saved again, with the poison pairs of this attempt
             self._inputs_name = checkpoint.inputs_name
@@ -53,3 +62,8 @@ class ShardCheckpoints:
         arrays, facts = state.export_progress()
         meta = self._identity | {"engine": facts, "numerics": self._numerics}
         save_progress(paths, shard, state.step, attempt_id, arrays, meta, self._inputs_name)
+
+
+def _lacks_download(row: OutputRow, before_reading: OutputRow) -> bool:
+    failure = row.failure if before_reading.failure is None else None
+    return failure is not None and failure.error == DownloadError.__name__

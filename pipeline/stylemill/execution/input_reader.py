@@ -48,7 +48,8 @@ class InputReader:
         except DownloadError as error:
             if not self._last_attempt:
                 raise
-            self._failed.setdefault(server, error)
+            if failed is None or isinstance(error.__cause__, TimeoutError):
+                self._failed[server] = error
             message = f"{error}; `stylemill retry-failed` tries it again"
             return None, FailureReason("read", DownloadError.__name__, message)
         self._failed.pop(server, None)
