@@ -66,6 +66,15 @@ def test_a_run_that_began_in_float16_is_resumed_on_a_cpu_in_float16(
     assert json.loads((output / "numerics.json").read_bytes())["dtype"] == "float16"
 
 
+def test_a_device_that_is_full_is_not_called_one_without_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def conv2d(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(loaded_model, "conv2d", conv2d)
+    with pytest.raises(torch.OutOfMemoryError):
+        loaded_model.check_dtype("float16", "cpu")
+
+
 def test_a_device_without_the_dtype_of_the_run_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,26 @@ def test_an_image_that_does_not_fit_as_a_whole_is_decoded_in_tiles_and_so_are_al
     )
 
 
+def test_a_shard_is_decoded_in_one_way_also_if_memory_runs_out_at_its_last_image(folder: Path) -> None:
+    engine = load(folder, 4)
+    *_, state = engine.sample(large_pairs(3), SETTINGS)
+    decoder, calls = engine.model.vae.decoder, []
+    real = decoder.forward
+
+    def limited(z: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        calls.append(max(z.shape[-2:]))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 10 MiB free.")
+        return real(z, *rest, **options)
+
+    decoder.forward = limited
+    images = engine.decode(state)
+    assert calls[:3] == [40, 40, 40], "two whole images fit"
+    in_tiles = load(folder, 4)
+    in_tiles.decoder.in_tiles = True
+    assert all(map(np.array_equal, images, in_tiles.decode(state)))
+
+
 @pytest.mark.parametrize("window", [None, 8])
 def test_images_are_decoded_one_at_a_time_and_memory_for_a_single_one_is_enough(
     folder: Path, window: int | None

@@ -72,7 +72,7 @@ def decode_shard(
     A pair whose decoder, or image, has NaN or Inf is excluded in `state`. Raises DeviceMemoryError.
     """
     images: dict[int, Pixels | None] = {}
-    inputs, model = state.inputs, decoder.model
+    inputs, model, in_tiles = state.inputs, decoder.model, decoder.in_tiles
     for style, pairs in _pairs_by_style(state).items():
         with (
             _decoder_for(model, inputs, style, numerics, decoders) as finite,
@@ -85,6 +85,8 @@ def decode_shard(
                 images[pair] = decoder.decode(state.latents_of[pair], inputs.tiling)
                 if images[pair] is None:
                     state.excluded[pair] = PairFailure("decode", _not_finite(model, refined=style is not None))
+    if decoder.in_tiles and not in_tiles:  # all images of a shard are decoded in one way, as its numerics say
+        return decode_shard(decoder, state, numerics, decoders)
     return [images.get(pair) for pair in range(len(state.latents_of))]
 
 
@@ -116,7 +118,8 @@ def _decoder_for(
     if style is None:
         yield True
         return
-    settings = {"steps": inputs.refine_steps, "rate": inputs.refine_rate, **numerics}
+    relevant = {name: value for name, value in numerics.items() if name not in ("micro_batch", "decoding")}
+    settings = {"steps": inputs.refine_steps, "rate": inputs.refine_rate, **relevant}
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     key = f"{inputs.digests[style][:32]}-{digest[:16]}"
     image, pixels = inputs.images[style], inputs.pixels[style]

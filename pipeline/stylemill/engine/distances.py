@@ -47,8 +47,8 @@ def measure_distances(
 ) -> list[Distances | None]:
     """The distances of each pair of a state after its last step; None where the pair failed.
 
-    `blocks` are those of `style_inputs(windows.inputs)`. Takes a UNet pass for each style and each pair, and one for
-    each content of a micro-batch.
+    `blocks` are those of `style_inputs(windows.inputs)`. Takes a UNet pass for each style and each pair, one for each
+    content of a micro-batch, and one for each pair without a content.
     """
     inputs = style_inputs(windows.inputs)
     sampled = windows.split(state)

@@ -224,11 +224,11 @@ class Engine:
 
         Call it once a run, because the micro-batch is part of the numerics. On a CPU it follows from the size. On CUDA
         it is the largest power of two, at most 64, that fits into 80% of what this process may use, by the memory that
-        steps of one and of two blank pairs take, and beside `feature_budget_mb`. The process may use `share` of the GPU
+        steps of one and of two grey pairs take, and beside `feature_budget_mb`. The process may use `share` of the GPU
         (0 to 1), and of that what is free.
         """
         if self.model.device.type == "cuda":
-            blank = InputImage("blank", np.zeros((size[1], size[0], 3), np.uint8))
+            blank = InputImage("grey", np.full((size[1], size[0], 3), 127, np.uint8))
             pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controlnets))
 
             def sample(count: int) -> None:
@@ -237,7 +237,7 @@ class Engine:
                     pass
 
             width, height = (side // self.model.pixels_per_latent for side in size)
-            # The features of the blank image are in the memory of the steps.
+            # The features of the grey image are in the memory of the steps.
             features = max(self.feature_budget_mb * 2**20 - self._feature_bytes(height, width), 0)
             measured = measured_micro_batch(self.model.device, sample, features, share)
             self.micro_batch = 1 if self.micro_batch == 1 else measured  # 1: it was halved, since two did not fit

@@ -145,19 +145,28 @@ class Objective:
         return features
 
     def gradient(
-        self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target]
+        self,
+        z: Tensor,
+        timestep: int,
+        null_text: Text,
+        weights: Tensor,
+        targets: list[Target],
+        excluded: Sequence[int] = (),
     ) -> LossGradient:
         """∂(L_AD + λ L_content)/∂z of each pair; z (B, C, h, w), λ = `weights` (B,).
 
         The losses of the pairs are summed, not averaged: a pair's gradient is the same at every batch size. With fp16
         weights the losses are scaled. Where the gradient of a pair overflows although its losses are finite, the pass
         is repeated with a smaller scale for that pair, down to 1; the others keep their gradients of the first pass.
+        It is not repeated for the `excluded` places in the batch.
         Where the losses are NaN or Inf, so is the gradient.
         """
         scale = LOSS_SCALE.get(self.model.unet.dtype, 1.0)
         scales = torch.full_like(weights, scale)
         gradient, losses = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
         overflowed = ~_finite(gradient) & losses.isfinite()
+        if excluded:
+            overflowed[list(excluded)] = False
         lowered_scales: dict[int, float] = {}
         while scale > 1 and overflowed.any():  # this waits for the device; without a scale nothing is waited for
             scale /= LOSS_SCALE_STEP

@@ -179,7 +179,9 @@ class Sampler:
                 # Optimization starts at the content latent, where L_content is 0 and |Q − Qc| has no defined slope. In
                 # another batch than the content's, rounding would make it a slope of random sign.
                 weights = torch.zeros_like(weights)
-            gradient, lowered_scales = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
+            excluded = [place for place, pair in enumerate(batch) if pair in state.excluded]
+            null_text = state.inputs.null_text
+            gradient, lowered_scales = self.objective.gradient(z, s, null_text, weights, targets, excluded)
             state.record_lowered_scales({batch[place]: scale for place, scale in lowered_scales.items()})
             if self.settings.method == "gradient":
                 z = z - rate * gradient

@@ -73,7 +73,7 @@ class Progress:
 
     shard: int
     attempt_id: str
-    stage: str  # read | wait (for the device) | encode | sample | decode | write
+    stage: str  # read | wait (for the device) | encode | sample | measure | decode | write
     step: int
     steps: int
     pairs: int  # that are sampled; before reading, all of the shard

@@ -113,7 +113,7 @@ def loss_scales(rows: list[OutputRow], state: SampleState) -> dict[str, float]:
     return {
         str(rows[place].source.output_row): scale
         for place, scale in sorted(state.lowered_scales.items())
-        if rows[place].wanted
+        if rows[place].wanted and not rows[place].failure
     }
 
 

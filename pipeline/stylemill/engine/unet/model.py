@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,17 @@ DTYPES = {
 }
 
 
+_NO_KERNEL = re.compile("not implemented|not support|unsupported|no kernel", re.IGNORECASE)
+
+
 def check_dtype(dtype: str, device: str) -> None:
     """Raise ModelError if torch has no convolution or attention for `dtype` on `device`."""
     try:
         x = torch.zeros(1, 1, 8, 8, dtype=DTYPES[dtype], device=device)
         scaled_dot_product_attention(conv2d(x, x[..., :3, :3], padding=1), x, x)
     except RuntimeError as error:
+        if not _NO_KERNEL.search(str(error)):  # the device is full, or failed
+            raise
         raise ModelError(
             f"the device {device} of this worker cannot compute in {dtype} ({str(error).splitlines()[0]}); all workers"
             " of a run use one dtype: run on devices that have it, or set another model.dtype and another output"
