@@ -257,6 +257,7 @@ def test_an_option_that_is_given_twice_is_refused(run_command, command):
         (["--set", "output=a", "--output", "b"], "--set output=a: output is given twice, also as 'b'; give it once"),
         (["--set", "model=a", "--model", "b"], "--set model=a: model.name is given twice, also as 'b'; give it once"),
         (["--workers", "1", "--set", "cluster.workers=2"], "cluster.workers is given twice, also as 1"),
+        (["--workers", "1", "--set", "cluster={threads: 2}"], "a part of cluster is given twice, also as 1"),
     ],
 )
 def test_a_key_that_is_given_twice_is_refused(run_command, here, command, flags, words):

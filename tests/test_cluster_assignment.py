@@ -53,6 +53,15 @@ def test_the_last_shards_go_to_the_worker_that_is_furthest() -> None:
     assert assign_all(assignments, [1, 2]) == {1: [0], 2: [1, 2]}
 
 
+def test_the_progress_of_an_attempt_that_is_over_does_not_count() -> None:
+    assignments = Assignments(range(2), 1)
+    assign_all(assignments, [1])
+    attempt = assignments.attempts_of(1)[0]
+    assert assignments.record_progress(progress_of(attempt, 4))
+    assignments.committed(attempt)
+    assert not assignments.record_progress(progress_of(attempt, 5))
+
+
 def test_a_failed_shard_is_retried_after_a_pause_and_given_up_after_its_last_attempt() -> None:
     clock = Clock()
     assignments = Assignments([7], 2, clock)

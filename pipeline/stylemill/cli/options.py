@@ -72,8 +72,10 @@ def job_overrides(
             raise JobError(f"--set {setting}: write it as key=value, such as sampling.steps=20")
         value = load_yaml(text, f"--set {setting}")
         key = "model.name" if key == "model" and isinstance(value, str) else key
-        if key in overrides:
-            raise JobError(f"--set {setting}: {key} is given twice, also as {overrides[key]!r}; give it once")
+        for other in overrides:
+            if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
+                twice = key if key == other else f"a part of {min(key, other, key=len)}"
+                raise JobError(f"--set {setting}: {twice} is given twice, also as {overrides[other]!r}; give it once")
         overrides[key] = value
     return overrides
 

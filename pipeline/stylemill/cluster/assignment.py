@@ -133,12 +133,15 @@ class Assignments:
             self._untried.remove(attempt.shard)
         self._assigned[attempt.id] = Assignment(worker, attempt, self._clock())
 
-    def record_progress(self, progress: Progress) -> None:
-        if assignment := self._assigned.get(progress.attempt_id):
-            if (progress.stage, progress.step) != (assignment.stage, assignment.step) or assignment.limit is None:
-                assignment.since = self._clock()
-            assignment.stage, assignment.step, assignment.limit = progress.stage, progress.step, progress.limit
-            assignment.fraction_done = progress.step / progress.steps
+    def record_progress(self, progress: Progress) -> bool:
+        """Record the progress of an attempt; False for one that is over, whose last reply was faster."""
+        if (assignment := self._assigned.get(progress.attempt_id)) is None:
+            return False
+        if (progress.stage, progress.step) != (assignment.stage, assignment.step) or assignment.limit is None:
+            assignment.since = self._clock()
+        assignment.stage, assignment.step, assignment.limit = progress.stage, progress.step, progress.limit
+        assignment.fraction_done = progress.step / progress.steps
+        return True
 
     def overdue(self, default_limit: float) -> Iterator[tuple[int, str]]:
         """Workers without progress for longer than their limit, and where they hang.

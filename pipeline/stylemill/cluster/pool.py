@@ -140,7 +140,7 @@ class Pool:
         """
         workers = self._actors.workers.values()
         chooses_dtype = self._run.job.model.dtype == "auto" and self._auto.dtype is None
-        chooses_micro_batch = self._settings.micro_batch == "auto" and not self._auto.micro_batches
+        chooses_micro_batch = self._settings.micro_batch == "auto"  # its device may be none of an earlier start
         shows_memory = self._settings.workers == "auto" and not self._resources.gpus
         alone = self._first_model is None and (chooses_dtype or chooses_micro_batch or shows_memory)
         for worker in workers:
@@ -233,8 +233,8 @@ class Pool:
         elif call.method == "progress":
             worker.answered_at = time.monotonic()
             for progress in value:
-                self._assignments.record_progress(progress)
-                self._listener.progress(progress)
+                if self._assignments.record_progress(progress):
+                    self._listener.progress(progress)
 
     def _attempt_finished(self, attempt: Attempt, record: Record | None) -> None:
         if record is None:

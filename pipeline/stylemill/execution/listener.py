@@ -20,6 +20,7 @@ from stylemill.store.commit import confirm
 from stylemill.store.compaction import compact
 from stylemill.store.ledger import Ledger
 from stylemill.store.records import Record
+from stylemill.store.run_file import missing_numerics
 from stylemill.store.segments import RECORDS_PER_SEGMENT
 
 LONGEST_PAUSE = 30.0  # seconds before another try to write numerics.json
@@ -163,4 +164,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: cannot be read ({error}); remove it to go on without its numerics") from error
-    return dict(values)
+    if not isinstance(values, dict) or missing_numerics(values):
+        raise DamagedError(f"{path}: lacks numerics that a run has; remove it to go on without them")
+    return values

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from stylemill.config.job import Job
 from stylemill.models.resolve import ResolvedModel
+from stylemill.store.parquet import OUTPUT_FORMAT
 
 Value = str | int | float | list[float] | None
 Fingerprint = dict[str, Value]
@@ -46,6 +47,7 @@ def compute_fingerprint(
     if job.image.style_size is not None:
         values["image.style_size"] = "{}x{}".format(*job.image.style_width_height)
     values |= {"shards.pairs_per_shard": pairs_per_shard, "shards.image_format": job.shards.image_format}
+    values["shards.output_format"] = OUTPUT_FORMAT
     if job.shards.image_format != "png":
         values["shards.quality"] = job.shards.quality
     return values

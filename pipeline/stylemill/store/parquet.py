@@ -25,6 +25,7 @@ from stylemill.testing.failpoints import failpoint
 ROWS_PER_GROUP = 100  # a reader holds a whole row group; the Hugging Face viewer expects 100 for images
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the storage type of datasets.Image
 FINGERPRINT_KEY = b"stylemill.fingerprint"
+OUTPUT_FORMAT = 2  # part of the fingerprint: with other columns, the files of one run would not fit together
 _FAILURE_COLUMNS = ("row", "pair_id", "stage", "error", "message")
 FAILURE_SCHEMA = pa.schema([pa.field(name, pa.int64() if name == "row" else pa.string()) for name in _FAILURE_COLUMNS])
 

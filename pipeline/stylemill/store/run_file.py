@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -163,6 +164,11 @@ def _is_left_by_run(paths: RunPaths, path: Path) -> bool:
         return False
     allowed = ("probe.", f"{paths.job.name}.") if path == paths.tmp else ()
     return path.is_dir() and all(inner.name.startswith(allowed) for inner in path.iterdir())
+
+
+def missing_numerics(numerics: Mapping[str, Any]) -> set[str]:
+    """The entries of numerics.json that a later start needs and `numerics` does not have."""
+    return {"device", "dtype", "micro_batch"} - numerics.keys()
 
 
 def installed_versions() -> dict[str, str]:
