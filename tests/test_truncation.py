@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for shard in (2, 3):
         commit(paths, *attempt(paths, f"a{shard}", shard, failed=[shard * 4]))
     begin_retry(paths, {0: 2, 2: 1})
-    paths.numerics.write_text(json.dumps({"device": "cpu", "threads": 1}))
+    paths.numerics.write_text(json.dumps({"device": "cpu", "dtype": "float32", "micro_batch": 1}))
     inputs = checkpoints.save_inputs(paths, 4, "c", {"image.0": np.ones((2, 3), np.float32)}, {"fingerprint": "f"})
     for step in (2, 4):
         arrays = {"latents.0": np.full((2, 3), step, np.float32)}
