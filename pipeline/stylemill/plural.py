@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """A number and its noun: "1 shard", "1,024 shards". `plural` is given where it isn't the noun and an s."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 shard", "1,024 shards"."""
+    return f"{number:,} {noun if number == 1 else noun + 's'}"

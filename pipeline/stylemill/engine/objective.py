@@ -54,9 +54,9 @@ def _mean_l1(a: Tensor, b: Tensor) -> Tensor:
     return difference.abs().mean(dim=(1, 2, 3))
 
 
-def _finite(gradient: Tensor) -> Tensor:
-    """Whether the gradient of each pair (B, C, h, w) has neither NaN nor Inf -> (B,)."""
-    return gradient.isfinite().flatten(1).all(1)
+def all_finite(x: Tensor) -> Tensor:
+    """Whether the latents or gradient of each pair (B, C, h, w) have neither NaN nor Inf -> (B,)."""
+    return x.isfinite().flatten(1).all(1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Objective:
         scale = LOSS_SCALE.get(self.model.unet.dtype, 1.0)
         scales = torch.full_like(weights, scale)
         gradient, losses = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
-        overflowed = ~_finite(gradient) & losses.isfinite()
+        overflowed = ~all_finite(gradient) & losses.isfinite()
         if excluded:
             overflowed[list(excluded)] = False
         lowered_scales: dict[int, float] = {}
@@ -174,7 +174,7 @@ class Objective:
             lowered_scales |= {place: scale for place, again in enumerate(overflowed.tolist()) if again}
             repeated, _ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
             gradient = torch.where(overflowed[:, None, None, None], repeated, gradient)
-            overflowed &= ~_finite(repeated)
+            overflowed &= ~all_finite(repeated)
         # The slope of |a − b| at NaN is 0: the pair would be sampled on without guidance, and look like a good one.
         return LossGradient(torch.where(losses.isfinite()[:, None, None, None], gradient, torch.nan), lowered_scales)
 

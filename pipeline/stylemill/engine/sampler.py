@@ -13,7 +13,7 @@ from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import Target, inject_attention
 from stylemill.engine.batching import Batch, Block
 from stylemill.engine.noise import Noise
-from stylemill.engine.objective import Objective
+from stylemill.engine.objective import Objective, all_finite
 from stylemill.engine.schedulers import Scheduler
 from stylemill.engine.state import SampleState, constant
 from stylemill.engine.unet.controlnet import Control
@@ -210,7 +210,7 @@ def _adain(state: SampleState, batch: Batch, z: Tensor, noised: dict[int, Tensor
 
 def _store(state: SampleState, batch: Batch, z: Tensor) -> None:
     """Store the latents of a micro-batch. Those of a pair with NaN or Inf become zeros, and the pair counts as lost."""
-    finite = z.isfinite().flatten(1).all(1)
+    finite = all_finite(z)
     z = torch.where(finite[:, None, None, None], z, 0)
     where = constant(batch, torch.long, state.lost_at.device)
     newly_lost = ~finite & (state.lost_at[where] < 0)

@@ -28,7 +28,6 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-
 _NO_KERNEL = re.compile("not implemented|not support|unsupported|no kernel", re.IGNORECASE)
 
 
