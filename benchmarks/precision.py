@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sd15 import random_sd15
+from random_models import random_model
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
@@ -123,7 +123,7 @@ def _latent_shape(engine: Engine, pair: Pair) -> tuple[int, int, int]:
 
 def _engine(options: argparse.Namespace) -> Engine:
     if options.model == "sd15":
-        return Engine(random_sd15(options.device, torch.float32), threads=options.threads)
+        return Engine(random_model("sd15", options.device, torch.float32), threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = write_demo_model(Path(folder) / "demo")
         return Engine.load(model, dtype="float32", device=options.device, threads=options.threads)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sd15 import random_sd15
+from random_models import random_model
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
@@ -76,7 +76,7 @@ def _device_figures(engine: Engine, options: argparse.Namespace, seconds: float)
 def _engine(options: argparse.Namespace) -> Engine:
     micro_batch = 1 if options.micro_batch == "auto" else int(options.micro_batch)
     if options.model == "sd15":
-        model = random_sd15(options.device, torch.float16 if options.device == "cuda" else torch.float32)
+        model = random_model("sd15", options.device, torch.float16 if options.device == "cuda" else torch.float32)
         return Engine(model, threads=options.threads, micro_batch=micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         model_folder = write_demo_model(Path(folder) / "demo")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from stylemill.models.attention_layers import AttentionLayer, attention_layers
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A self-attention layer of the loaded UNet: diffusers' Attention module, and what the configuration says of it."""
+    """A self-attention layer of the loaded UNet: its processor, and what the configuration says of it."""
 
-    attention: Any
+    processor: SelfAttention
     config: AttentionLayer
 
     @property
@@ -30,16 +30,12 @@ class Layer:
     def level(self) -> int:
         return self.config.level
 
-    def feature_bytes(self, latent_height: int, latent_width: int) -> int:
-        """Size of q, k and v of one image, in bytes."""
-        element_size: int = self.attention.to_q.weight.element_size()
-        return self.config.feature_elements((latent_width, latent_height)) * element_size
-
 
 def self_attention_layers(unet: Any) -> list[Layer]:
     """All self-attention layers of a UNet2DConditionModel in running order: down, mid, up.
 
-    Raises ModelError where the modules of the UNet are not those that its configuration describes.
+    Each gets its SelfAttention processor, which stays: a compiled UNet must not change between passes. A UNet that has
+    them keeps them. Raises ModelError where the modules of the UNet are not those that its configuration describes.
     """
     described = list(attention_layers(unet.config))
     suffix = ".attn1.processor"
@@ -50,7 +46,14 @@ def self_attention_layers(unet: Any) -> list[Layer]:
             f"the UNet's self-attention layers are not those of its configuration: {differing[0]} is {where}; "
             "use a UNet2DConditionModel with its own config.json"
         )
-    return [Layer(unet.get_submodule(layer.name), layer) for layer in described]
+    return [Layer(_processor(unet.get_submodule(layer.name)), layer) for layer in described]
+
+
+def _processor(attention: Any) -> SelfAttention:
+    if not isinstance(attention.processor, SelfAttention):
+        attention.set_processor(SelfAttention())
+    processor: SelfAttention = attention.processor
+    return processor
 
 
 @torch.no_grad()
@@ -65,8 +68,7 @@ def ideal_attention(
     return scaled_dot_product_attention(q * query_scale, style_k, style_v, attn_mask=allowed)
 
 
-@dataclass(frozen=True)
-class Activations:
+class Activations(NamedTuple):
     """What one layer computed in one call; each (B, heads, tokens, head_dim)."""
 
     q: Tensor
@@ -75,8 +77,7 @@ class Activations:
     out: Tensor
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Features of style and content images at one layer, for the pairs of a micro-batch: the losses' target."""
 
     style_k: Tensor  # (B, heads, style tokens, head_dim)
@@ -91,59 +92,21 @@ class Target:
         return Target(torch.cat([self.style_k] * count), torch.cat([self.style_v] * count), q, allowed)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> attention output, each (B, heads, tokens, head_dim)
+class AllRecordedError(Exception):
+    """Ends a pass of the UNet after the last layer that is recorded: what follows is not needed."""
 
 
-@contextmanager
-def record_attention(layers: Sequence[Layer]) -> Iterator[list[Activations]]:
-    """Yield a list that gets the Activations of each of `layers` whenever it runs, until the block ends."""
-    recorded: list[Activations] = []
+class SelfAttention:
+    """diffusers processor of a self-attention layer of a transformer block.
 
-    def attend_and_record(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = scaled_dot_product_attention(q, k, v)
-        recorded.append(Activations(q, k, v, out))
-        return out
-
-    with _attention_replaced(layers, [attend_and_record] * len(layers)):
-        yield recorded
-
-
-@contextmanager
-def inject_attention(layers: Sequence[Layer], targets: Sequence[Target], query_scale: float) -> Iterator[None]:
-    """Let each of `layers` attend to K and V of its target, with the content's Q if the target has one.
-
-    This is KV injection; it lasts until the block ends.
+    Computes what diffusers' own does, and what `record_attention` and `inject_attention` ask of it.
     """
 
-    def attend_to(target: Target) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = q if target.content_q is None else target.content_q
-            return ideal_attention(q, target.style_k, target.style_v, query_scale, target.allowed)
-
-        return attend
-
-    with _attention_replaced(layers, [attend_to(target) for target in targets]):
-        yield
-
-
-@contextmanager
-def _attention_replaced(layers: Sequence[Layer], functions: Sequence[Attend]) -> Iterator[None]:
-    """Set a processor with its own attention function on each layer; restore the previous ones, also after an error."""
-    previous = [layer.attention.processor for layer in layers]
-    try:
-        for layer, function in zip(layers, functions, strict=True):
-            layer.attention.set_processor(_SelfAttentionProcessor(function))
-        yield
-    finally:
-        for layer, processor in zip(layers, previous, strict=True):
-            layer.attention.set_processor(processor)
-
-
-class _SelfAttentionProcessor:
-    """diffusers processor for the self-attention of a transformer block that computes the attention by `attend`."""
-
-    def __init__(self, attend: Attend) -> None:
-        self.attend = attend
+    def __init__(self) -> None:
+        self.recorded: list[Activations] | None = None  # gets the activations of each call
+        self.is_last = False  # of the layers that are recorded
+        self.target: Target | None = None  # whose K and V, and Q if it has any, replace the layer's own
+        self.query_scale = 1.0
 
     def __call__(
         self,
@@ -162,5 +125,47 @@ class _SelfAttentionProcessor:
             project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for project in (attn.to_q, attn.to_k, attn.to_v)
         )  # (B, heads, tokens, head_dim)
-        out = self.attend(q, k, v)
+        if self.target is None:
+            out = scaled_dot_product_attention(q, k, v)
+        else:
+            target, q = self.target, q if self.target.content_q is None else self.target.content_q
+            out = ideal_attention(q, target.style_k, target.style_v, self.query_scale, target.allowed)
+        if self.recorded is not None:
+            self.recorded.append(Activations(q, k, v, out))
+            # A compiled pass needs no end: what its result does not depend on is not computed.
+            if self.is_last and not torch.compiler.is_compiling():
+                raise AllRecordedError
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def record_attention(layers: Sequence[Layer]) -> Iterator[list[Activations]]:
+    """Yield a list that gets the Activations of each of `layers`, which are in running order, from one UNet pass.
+
+    The pass ends after the last of them, and with it the block.
+    """
+    recorded: list[Activations] = []
+    for layer in layers:
+        layer.processor.recorded, layer.processor.is_last = recorded, layer is layers[-1]
+    try:
+        yield recorded
+    except AllRecordedError:
+        pass
+    finally:
+        for layer in layers:
+            layer.processor.recorded, layer.processor.is_last = None, False
+
+
+@contextmanager
+def inject_attention(layers: Sequence[Layer], targets: Sequence[Target], query_scale: float) -> Iterator[None]:
+    """Let each of `layers` attend to K and V of its target, with the content's Q if the target has one.
+
+    This is KV injection; it lasts until the block ends.
+    """
+    for layer, target in zip(layers, targets, strict=True):
+        layer.processor.target, layer.processor.query_scale = target, query_scale
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.processor.target, layer.processor.query_scale = None, 1.0

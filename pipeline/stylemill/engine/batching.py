@@ -42,6 +42,11 @@ def uses_content(has_content: bool, content_weight: float) -> bool:
     return has_content and content_weight > 0
 
 
+def feature_parts(is_style: bool, is_content: bool) -> int:
+    """How many of Q, K and V are kept of an image: K and V of a style, Q of a content."""
+    return 2 * is_style + is_content
+
+
 def micro_batches(kinds: Sequence[Hashable | None], size: int) -> list[Batch]:
     """Group the pairs of each kind into micro-batches of at most `size`, in order.
 

@@ -118,7 +118,8 @@ def _decoder_for(
     if style is None:
         yield True
         return
-    relevant = {name: value for name, value in numerics.items() if name not in ("micro_batch", "decoding")}
+    others = ("micro_batch", "kernels", "gradients", "decoding")
+    relevant = {name: value for name, value in numerics.items() if name not in others}
     settings = {"steps": inputs.refine_steps, "rate": inputs.refine_rate, **relevant}
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     key = f"{inputs.digests[style][:32]}-{digest[:16]}"

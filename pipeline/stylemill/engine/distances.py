@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stylemill.engine.attention import Activations, Target
 from stylemill.engine.batching import Batch, Block
-from stylemill.engine.objective import Objective, ad_loss, content_loss
+from stylemill.engine.calls import ad_loss, content_loss
+from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import active_batches
 from stylemill.engine.state import SampleState, ShardInputs
 from stylemill.engine.unet.tiling import circular_padding
@@ -54,7 +55,7 @@ def measure_distances(
     sampled = windows.split(state)
     starts = windows.split(replace(state, latents_of=_starts(state.inputs))).latents_of
     found = torch.zeros(len(starts), 3, dtype=starts[0].dtype, device=starts[0].device)
-    with circular_padding(windows.tiling, objective.model.unet):
+    with circular_padding(windows.tiling, objective.calls.model.unet):
         for block in blocks:
             clean = {image: inputs.images[image] for image in block.images}
             features = objective.extract(inputs, block.batches, clean, TIMESTEP)
@@ -101,4 +102,4 @@ def _activations_of_starts(
 
 def _activations(objective: Objective, inputs: ShardInputs, latents: Sequence[Tensor]) -> list[Activations]:
     objective.passes["distance"] += len(latents)
-    return objective.activations(torch.stack(list(latents)), TIMESTEP, inputs.null_text)
+    return objective.calls.activations(torch.stack(list(latents)), TIMESTEP, inputs.null_text)

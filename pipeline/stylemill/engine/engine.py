@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +19,13 @@ from torch import Tensor
 from stylemill.config.model import ControlNet, DType, Lora
 from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import self_attention_layers
-from stylemill.engine.batching import Block, blocks, cpu_micro_batch, micro_batches
+from stylemill.engine.batching import Block, blocks, cpu_micro_batch, feature_parts, micro_batches
+from stylemill.engine.calls import UNetCalls
 from stylemill.engine.decoding import ImageDecoder, decode_shard
 from stylemill.engine.distances import Distances, measure_distances, style_inputs
 from stylemill.engine.initial_state import create_initial_state
 from stylemill.engine.inputs import Pair
+from stylemill.engine.kernels import prepare_cuda, repeatable, repeatable_backward
 from stylemill.engine.memory import measured_micro_batch, translate_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
@@ -69,12 +69,19 @@ class Engine:
         threads: int = 1,
         micro_batch: int = 1,
         feature_budget_mb: int = 4096,
+        compiled: bool = False,
+        deterministic: bool = True,
     ) -> None:
+        if compiled and model.device.type == "cuda":
+            model.unet.to(memory_format=torch.channels_last)  # faster only where nothing converts it in between
         self.model = model
+        self.compiled = compiled
+        self.deterministic = deterministic
         self.threads = threads
         self.micro_batch = micro_batch
         self.feature_budget_mb = feature_budget_mb
         self.layers = select_layers(self_attention_layers(model.unet), layers)
+        self.calls = UNetCalls(model, self.layers, deterministic, compiled)
         self.passes: Counter[str] = Counter()
         self.decoder = ImageDecoder(model)
         self.refined_decoders = RecentDecoders()
@@ -94,16 +101,19 @@ class Engine:
         threads: int = 1,
         micro_batch: int | str = "auto",
         feature_budget_mb: int = 4096,
+        compiled: bool = False,
+        deterministic: bool = True,
     ) -> Engine:
         """Load a diffusers folder, hub id or single-file checkpoint with its `config`, safetensors only.
 
         `dtype` "auto" is float16 on CUDA and float32 on a CPU; `micro_batch` "auto" is 1 until `calibrate` sets it.
-        `loras` are added to the weights; `controlnets` act while denoising, in the order of `Pair.controls`.
+        `compiled` calls of the UNet are faster on a GPU, after minutes of compiling. Without `deterministic`, two runs
+        may differ in low bits. `loras` are added to the weights; `controlnets` act while denoising, in the order of
+        `Pair.controls`.
         Raises ModelError when the model, a LoRA or a ControlNet is absent, pickled or of another architecture, or where
         the device cannot compute in `dtype`.
         """
-        # cuBLAS reads it when CUDA starts; without it some of its sums are not repeatable.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        prepare_cuda()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -126,6 +136,8 @@ class Engine:
             threads=threads,
             micro_batch=micro_batch if isinstance(micro_batch, int) else 1,
             feature_budget_mb=feature_budget_mb,
+            compiled=compiled,
+            deterministic=deterministic,
         )
 
     @property
@@ -139,6 +151,8 @@ class Engine:
             "dtype": str(self.model.unet.dtype).removeprefix("torch."),
             "threads": self.threads,
             "micro_batch": self.micro_batch,
+            "kernels": "compiled" if self.compiled else "eager",
+            "gradients": "deterministic" if self.deterministic else "fastest",
             "decoding": "tiles" if self.decoder.in_tiles else "whole images",
             "feature_budget_mb": self.feature_budget_mb,
             "torch": torch.__version__,
@@ -165,7 +179,7 @@ class Engine:
         DeviceMemoryError if the micro-batch is 1 or an image cannot be encoded, and what `create_initial_state` raises.
         """
         noise = noise or Noise(settings.seed)
-        with self._repeatable():
+        with repeatable(self.threads):
             if state is None:
                 create = partial(create_initial_state, self.model, pairs, settings, noise, self.layers)
                 advice = "take a smaller image.size or image.style_size"
@@ -178,7 +192,7 @@ class Engine:
             state.step = settings.steps  # there is nothing to sample
             yield state
         while state.step < settings.steps:
-            with self._repeatable():
+            with repeatable(self.threads):
                 step = partial(self._step, sampler, state, settings, noise)
                 sampler, after_step = self._retry_with_smaller_batches(step)
                 state.assign(after_step)
@@ -193,7 +207,8 @@ class Engine:
         DeviceMemoryError if a tile does not fit, if the image is not larger than a tile, or if it has `tiling`.
         """
         cache = self.refined_decoders if decoders is None else decoders
-        with self._repeatable():
+        # Refinement of the decoder has a backward pass.
+        with repeatable(self.threads), repeatable_backward(self.deterministic):
             decode = partial(decode_shard, self.decoder, state, self.numerics, cache)
             return translate_out_of_memory(decode, "decoding a shard", "take a smaller image.size")
 
@@ -202,7 +217,7 @@ class Engine:
 
         Measured alike for all settings: of these, only the windows and the tiling matter.
         """
-        with self._repeatable():
+        with repeatable(self.threads):
             return self._retry_with_smaller_batches(partial(self._distances, state, settings))
 
     def gradient(
@@ -213,7 +228,7 @@ class Engine:
         `latents` (P, C, h, w) -> (P, C, h, w). For measurements of precision; `sample` does not use it.
         """
         noise, settings = noise or Noise(settings.seed), settings.model_copy(update={"window": None})
-        with self._repeatable(), circular_padding(settings.tiling, self.model.unet):
+        with repeatable(self.threads), circular_padding(settings.tiling, self.model.unet):
             state = create_initial_state(self.model, pairs, settings, noise, self.layers).to(self.model.device)
             state.step = step
             latents = latents.to(self.model.device, self.model.latent_dtype)
@@ -236,9 +251,9 @@ class Engine:
                 for _ in self.sample([pair] * count, Sampling(steps=1, guidance_scale=2.0, content_weight=1.0)):
                     pass
 
-            width, height = (side // self.model.pixels_per_latent for side in size)
+            height, width = (side // self.model.pixels_per_latent for side in reversed(size))
             # The features of the grey image are in the memory of the steps.
-            features = max(self.feature_budget_mb * 2**20 - self._feature_bytes(height, width), 0)
+            features = max(self.feature_budget_mb * 2**20 - self._feature_bytes((height, width), True, True), 0)
             measured = measured_micro_batch(self.model.device, sample, features, share)
             self.micro_batch = 1 if self.micro_batch == 1 else measured  # 1: it was halved, since two did not fit
         else:
@@ -268,39 +283,34 @@ class Engine:
 
     def _distances(self, state: SampleState, settings: Sampling) -> list[Distances | None]:
         windows, passes = Windows(state.inputs, settings), Counter[str]()
-        objective = Objective(self.model, self.layers, Sampling(), self.micro_batch, passes)
+        objective = Objective(self._calls(windows), Sampling(), self.micro_batch, passes)
         found = measure_distances(objective, state, windows, self._blocks(style_inputs(windows.inputs)))
         self.passes["distance"] += passes.total()
         return found
 
     def _sampler(self, state: SampleState, settings: Sampling, noise: Noise) -> Sampler:
-        objective = Objective(self.model, self.layers, settings, self.micro_batch, self.passes)
         windows = Windows(state.inputs, settings)
-        return Sampler(self.model, objective, settings, noise, self._blocks(windows.inputs), windows)
+        objective = Objective(self._calls(windows), settings, self.micro_batch, self.passes)
+        return Sampler(objective, settings, noise, self._blocks(windows.inputs), windows)
+
+    def _calls(self, windows: Windows) -> UNetCalls:
+        return self.calls if windows.tiling == "none" else self.calls.eager  # circular padding changes the modules
 
     def _blocks(self, inputs: ShardInputs) -> list[Block]:
         batches = micro_batches(inputs.kinds(), self.micro_batch)
         images_of = [pair.feature_images for pair in inputs.pairs]
-        sizes = [self._feature_bytes(*image.shape[-2:]) for image in inputs.images]
+        styles = {style for pair in inputs.pairs for style in pair.styles}
+        contents = {pair.content for pair in inputs.pairs if pair.uses_content}
+        sizes = [
+            self._feature_bytes(image.shape, number in styles, number in contents)
+            for number, image in enumerate(inputs.images)
+        ]
         return blocks(batches, images_of, sizes, self.feature_budget_mb * 2**20)
 
-    def _feature_bytes(self, latent_height: int, latent_width: int) -> int:
-        return sum(layer.feature_bytes(latent_height, latent_width) for layer in self.layers)
-
-    @contextmanager
-    def _repeatable(self) -> Iterator[None]:
-        """Set the thread count and deterministic kernels until the block ends; the caller's settings come back."""
-        threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        benchmark = torch.backends.cudnn.benchmark
-        try:
-            torch.set_num_threads(self.threads)
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)
-            torch.backends.cudnn.benchmark = benchmark
+    def _feature_bytes(self, shape: Sequence[int], is_style: bool, is_content: bool) -> int:
+        """Size of what is kept of an image with latents of `shape` (C, h, w)."""
+        elements = sum(layer.config.elements((shape[-1], shape[-2])) for layer in self.layers)
+        return feature_parts(is_style, is_content) * elements * int(self.model.unet.dtype.itemsize)
 
 
 def _cpu_capability() -> str:

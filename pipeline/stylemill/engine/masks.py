@@ -7,6 +7,7 @@ F.interpolate(mode="nearest") does: position i of n takes pixel floor(i · N / n
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ def resize_labels(mask: LabelImage, grid: tuple[int, int]) -> Tensor:
     return nearest(torch.from_numpy(np.ascontiguousarray(mask.labels, np.int32)), grid)
 
 
+@lru_cache(maxsize=1024)  # a mask of a shard is resized once for each level, and not in each step
 def nearest(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize labels (H, W) to `grid` (h, w), in integers: a float32 cannot hold every label."""
     rows, columns = (

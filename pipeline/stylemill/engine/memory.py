@@ -62,7 +62,7 @@ def translate_out_of_memory(
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = ". ".join(str(error).split(". ")[:2])  # the second sentence has the requested size
     # Outside of the except block: the traceback keeps the frames of `work`, and so their tensors, alive.
@@ -74,7 +74,7 @@ def translate_out_of_memory(
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, or Python, could not allocate memory."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or _ALLOCATION_FAILED.search(str(error)) is not None

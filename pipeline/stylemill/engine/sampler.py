@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stylemill.config.sampling import Sampling
-from stylemill.engine.attention import Target, inject_attention
+from stylemill.engine.attention import Target
 from stylemill.engine.batching import Batch, Block
+from stylemill.engine.kernels import constant, to_device
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective, all_finite
 from stylemill.engine.schedulers import Scheduler
-from stylemill.engine.state import SampleState, constant
+from stylemill.engine.state import SampleState, ShardInputs
 from stylemill.engine.unet.controlnet import Control
-from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.text import Text
 from stylemill.engine.unet.tiling import circular_padding
 from stylemill.engine.updates import adain, adam_step
@@ -29,28 +28,49 @@ class Sampler:
 
     def __init__(
         self,
-        model: DiffusionModel,
         objective: Objective,
         settings: Sampling,
         noise: Noise,
         blocks: list[Block],
         windows: Windows,
     ) -> None:
-        self.model = model
-        self.scheduler = Scheduler(model.scheduler, settings)
+        self.calls = objective.calls
+        self.model = objective.calls.model
+        self.scheduler = Scheduler(self.model.scheduler, settings)
         self.objective = objective
         self.settings = settings
         self.noise = noise
         self.blocks = blocks
         self.windows = windows
         self.timesteps = self.scheduler.timesteps
+        self._noise_ahead: dict[tuple[int, int], Tensor] = {}  # of the next step, by step and image
+        self._overflowed: list[Tensor] = []  # of the gradients of a step: (B,) each
+        self._keeps_in_range = False  # whether overflows are looked for at once, which waits for the device
 
     @property
     def passes(self) -> Counter[str]:
         return self.objective.passes
 
     def take_step(self, state: SampleState) -> None:
-        """Take one step of every pair, in place."""
+        """Take one step of every pair, in place, and wait until the device has finished it."""
+        before = state.copy()
+        self.queue_step(state)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        if self._overflowed and torch.cat(self._overflowed).any():
+            state.assign(before)
+            self._keeps_in_range = True
+            try:
+                self.queue_step(state)
+            finally:
+                self._keeps_in_range = False
+
+    def queue_step(self, state: SampleState) -> None:
+        """Take one step of every pair, in place; the device may still work on it.
+
+        Nothing waits for the device, so that it is busy without a pause, except for pairs that have a lowered scale.
+        """
+        self._overflowed.clear()
         methods = {"optimization": self._optimization_step, "kv_injection": self._injection_step}
         step = methods.get(self.settings.method, self._guided_step)
         windowed = self.windows.split(state)
@@ -60,6 +80,7 @@ class Sampler:
                 step(windowed, block)
         self.windows.merge(windowed, state)
         state.step += 1
+        self._draw_ahead(windowed.inputs, state.step)
 
     def _guided_step(self, state: SampleState, block: Block) -> None:
         """Denoise to the next timestep s, then minimize the losses there, by a fresh Adam or plain gradient steps."""
@@ -116,19 +137,29 @@ class Sampler:
             for batch in block.batches:
                 targets, weights = features.targets(state.inputs, batch), self._content_weights(latents, state, batch)
                 z = latents[list(batch)]
-                gradient[list(batch)], _ = self.objective.gradient(z, s, state.inputs.null_text, weights, targets)
+                gradient[list(batch)], _ = self.objective.gradient_in_range(
+                    z, s, state.inputs.null_text, weights, targets
+                )
         return gradient
 
     def _noised_images(self, state: SampleState, block: Block, s: int) -> dict[int, Tensor]:
         """The block's clean latents noised to timestep s, each with the noise of its own image at this step."""
-        return {
-            image: self._add_noise(state.inputs.images[image], state.inputs.digests[image], state.step, s)
-            for image in block.images
-        }
+        noised = {}
+        for image in block.images:
+            noise = self._noise_ahead.get((state.step, image))
+            noise = self._image_noise(state.inputs, state.step, image) if noise is None else noise
+            noised[image] = self.scheduler.add_noise(state.inputs.images[image], noise, s)
+        return noised
 
-    def _add_noise(self, latent: Tensor, digest: str, step: int, s: int) -> Tensor:
-        noise = torch.from_numpy(self.noise.image_noise(digest, step, tuple(latent.shape))).to(latent)
-        return self.scheduler.add_noise(latent, noise, s)
+    def _image_noise(self, inputs: ShardInputs, step: int, image: int) -> Tensor:
+        latent = inputs.images[image]
+        return to_device(self.noise.image_noise(inputs.digests[image], step, tuple(latent.shape)), latent)
+
+    def _draw_ahead(self, inputs: ShardInputs, step: int) -> None:
+        """Draw the noise that the images need at `step`, while the device works on the step before."""
+        noised = self.settings.method != "optimization" and step < len(self.timesteps) and self.settings.guides(step)
+        images = {image for block in self.blocks for image in block.images} if noised else ()
+        self._noise_ahead = {(step, image): self._image_noise(inputs, step, image) for image in images}
 
     @torch.no_grad()
     def _denoise(
@@ -148,15 +179,15 @@ class Sampler:
         if self.model.controlnets:
             images = [[inputs.controls[number] for number in pair.controls] for pair in pairs]
             control = Control.stack(images * copies, state.step, len(self.timesteps))
-        with inject_attention(self.objective.layers, targets, self.settings.query_scale) if targets else nullcontext():
-            epsilon = self.model.predict_noise(z_copies, t, Text.stack(texts), control)
+        text, query_scale = Text.stack(texts), self.settings.query_scale
+        epsilon = self.calls.predict_noise(z_copies, t, text, control, targets, query_scale)
         if copies == 2:
             negative, positive = epsilon.chunk(2)
             epsilon = negative + self.settings.guidance_scale * (positive - negative)
 
         def draw() -> Tensor:
             drawn = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
-            return torch.from_numpy(np.stack(drawn)).to(z)
+            return to_device(np.stack(drawn), z)
 
         history = _stacked(state.history_of, batch) if state.history_of else None
         z, history = self.scheduler.step(epsilon, z, state.step, history, draw)
@@ -179,15 +210,27 @@ class Sampler:
                 # Optimization starts at the content latent, where L_content is 0 and |Q − Qc| has no defined slope. In
                 # another batch than the content's, rounding would make it a slope of random sign.
                 weights = torch.zeros_like(weights)
-            excluded = [place for place, pair in enumerate(batch) if pair in state.excluded]
-            null_text = state.inputs.null_text
-            gradient, lowered_scales = self.objective.gradient(z, s, null_text, weights, targets, excluded)
-            state.record_lowered_scales({batch[place]: scale for place, scale in lowered_scales.items()})
+            gradient = self._gradient(state, batch, z, s, weights, targets)
             if self.settings.method == "gradient":
                 z = z - rate * gradient
             else:
                 z, moments = adam_step(z, gradient, moments, count, rate)
         return z, moments
+
+    def _gradient(
+        self, state: SampleState, batch: Batch, z: Tensor, s: int, weights: Tensor, targets: list[Target]
+    ) -> Tensor:
+        """The losses' gradient; whether it overflowed is in `_overflowed`, or it was kept in range."""
+        excluded = tuple(pair in state.excluded for pair in batch)
+        null_text = state.inputs.null_text
+        if self._keeps_in_range or any(pair in state.lowered_scales for pair in batch):
+            places = [place for place, is_excluded in enumerate(excluded) if is_excluded]
+            gradient, scales = self.objective.gradient_in_range(z, s, null_text, weights, targets, places)
+            state.record_lowered_scales({batch[place]: scale for place, scale in scales.items()})
+            return gradient
+        gradient, overflowed = self.objective.gradient(z, s, null_text, weights, targets)
+        self._overflowed.append(overflowed & ~constant(excluded, torch.bool, z.device))
+        return gradient
 
     def _content_weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:
         """λ of each pair at this step, (B,)."""

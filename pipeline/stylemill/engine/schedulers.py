@@ -6,6 +6,7 @@ start to end. Here it takes any step of any micro-batch, so its caller keeps the
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +50,8 @@ class Scheduler:
 
     def add_noise(self, latent: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """√ᾱ x + √(1−ᾱ) n at `timestep`, of any shape."""
-        noised: Tensor = self.noise_schedule.add_noise(latent[None], noise[None], torch.tensor([timestep]))
-        return noised[0]
+        product = float(self.noise_schedule.alphas_cumprod[timestep])  # on the CPU: nothing waits for the device
+        return latent * math.sqrt(product) + noise * math.sqrt(1 - product)
 
     def step(
         self, epsilon: Tensor, z: Tensor, step: int, history: Tensor | None, draw: Callable[[], Tensor]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,12 +20,6 @@ _LOST = (
     "latents became NaN or Inf in step {step}; lower learning_rate or content_weight, or set model.dtype to bfloat16 or"
     " float32 if it is float16"
 )
-
-
-@lru_cache(maxsize=1024)
-def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`values` as a tensor; do not write to it. It is cached, because each copy to a device waits for the device."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -30,7 +31,7 @@ class Window:
     def crop(self, tensor: Tensor, scale: int = 1) -> Tensor:
         """The part of a tensor (…, h, w) in this window; of one (…, h · scale, w · scale), the corresponding part."""
         rows, columns = (
-            (torch.arange(start * scale, (start + length) * scale) % size).to(tensor.device)
+            _positions(start * scale, length * scale, size, tensor.device)
             for start, length, size in zip((self.top, self.left), self.shape, tensor.shape[-2:], strict=True)
         )
         return tensor[..., rows[:, None], columns]
@@ -40,6 +41,11 @@ class Window:
         for rows, window_rows in _wrapped_slices(self.top, self.shape[0], shape[-2]):
             for columns, window_columns in _wrapped_slices(self.left, self.shape[1], shape[-1]):
                 yield (..., rows, columns), (..., window_rows, window_columns)
+
+
+@lru_cache(maxsize=4096)  # each copy of an index to the device would wait for it
+def _positions(start: int, length: int, size: int, device: torch.device) -> Tensor:
+    return (torch.arange(start, start + length) % size).to(device)
 
 
 def _wrapped_slices(start: int, length: int, size: int) -> list[tuple[slice, slice]]:
@@ -109,7 +115,11 @@ class Windows:
             excluded={
                 number: state.excluded[pair] for number, (pair, _) in enumerate(self.windows) if pair in state.excluded
             },
-            lowered_scales={},
+            lowered_scales={
+                number: state.lowered_scales[pair]
+                for number, (pair, _) in enumerate(self.windows)
+                if pair in state.lowered_scales
+            },
         )
 
     def merge(self, windowed: SampleState, state: SampleState) -> None:

@@ -25,10 +25,10 @@ class AttentionLayer(NamedTuple):
     channels: int
     name: str
 
-    def feature_elements(self, latent_size: tuple[int, int]) -> int:
-        """Number of scalars in q, k and v of one image with latents of `latent_size` (width, height)."""
+    def elements(self, latent_size: tuple[int, int]) -> int:
+        """Number of scalars in q, and as many in k and in v, of one image with latents of `latent_size` (width, height)."""
         width, height = latent_size
-        return 3 * (height >> self.level) * (width >> self.level) * self.channels
+        return (height >> self.level) * (width >> self.level) * self.channels
 
 
 def attention_layers(unet: Mapping[str, Any]) -> Iterator[AttentionLayer]:

@@ -12,7 +12,15 @@ from typing import NamedTuple
 
 from stylemill.config.job import Job
 from stylemill.config.sampling import Sampling
-from stylemill.engine.batching import PairKind, blocks, cpu_micro_batch, micro_batches, uses_content, window_corners
+from stylemill.engine.batching import (
+    PairKind,
+    blocks,
+    cpu_micro_batch,
+    feature_parts,
+    micro_batches,
+    uses_content,
+    window_corners,
+)
 from stylemill.manifest import Row
 from stylemill.planning.model_shape import PIXELS_PER_LATENT, ModelShape
 
@@ -139,7 +147,7 @@ class _ShardCounter:
         self._micro_batch = assumed_micro_batch(job)
         self._budget = job.cluster.feature_budget_mb * 2**20
         element = BYTES[assumed_dtype(job)]
-        self._feature_bytes = {
+        self._part_bytes = {  # of Q, K or V of an image
             size: shape.feature_elements(job.model.layers, _latent_size(size, shape)) * element if shape else 0
             for size in (self._size, self._style_size)
         }
@@ -149,6 +157,8 @@ class _ShardCounter:
         numbers: dict[tuple[str, Size], int] = {}  # of the shard's images whose features are needed, by key and size
         kinds: list[PairKind] = []
         images_of: list[set[int]] = []
+        styles: set[tuple[str, Size]] = set()
+        contents: set[tuple[str, Size]] = set()
         pairs = 0
         for row in rows:
             pairs += 1
@@ -156,6 +166,8 @@ class _ShardCounter:
             if row.content:
                 self.contents.add(hash(row.content.key))
             needed = feature_images(row, self._job)
+            styles |= set(needed[: len(row.styles)])
+            contents |= set(needed[len(row.styles) :])
             kind = PairKind(
                 self._size,
                 (self._style_size,) * len(row.styles),
@@ -165,7 +177,9 @@ class _ShardCounter:
             self.unshared += len(needed)
             kinds += [kind] * self.windows  # the sampler treats each window as a pair
             images_of += [{numbers.setdefault(image, len(numbers)) for image in needed}] * self.windows
-        feature_bytes = [self._feature_bytes[size] for _, size in numbers]
+        feature_bytes = [
+            self._part_bytes[image[1]] * feature_parts(image in styles, image in contents) for image in numbers
+        ]
         shard_blocks = blocks(micro_batches(kinds, self._micro_batch), images_of, feature_bytes, self._budget)
         self.pairs += pairs
         self.most_pairs = max(self.most_pairs, pairs)

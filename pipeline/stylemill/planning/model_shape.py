@@ -43,8 +43,8 @@ class ModelShape:
         return select_layers(self.attention, selection)
 
     def feature_elements(self, layers: Sequence[int | str] | None, latent_size: tuple[int, int]) -> int:
-        """Number of scalars in q, k and v of one image at the selected layers; `latent_size` is (width, height)."""
-        return sum(layer.feature_elements(latent_size) for layer in self.select_layers(layers))
+        """Scalars in q, as in k and in v, of an image at the selected layers; `latent_size` is (width, height)."""
+        return sum(layer.elements(latent_size) for layer in self.select_layers(layers))
 
 
 def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:

@@ -53,7 +53,7 @@ class Control:
 def controlnet_residuals(
     controlnets: Sequence[LoadedControlNet],
     latents: Tensor,
-    timestep: int,
+    timestep: Tensor,
     conditions: Mapping[str, Any],
     control: Control,
 ) -> dict[str, Any]:

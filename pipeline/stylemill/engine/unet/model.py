@@ -14,6 +14,7 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from stylemill.engine.kernels import constant
 from stylemill.engine.unet.controlnet import Control, LoadedControlNet, controlnet_residuals
 from stylemill.engine.unet.loading import load_parts
 from stylemill.engine.unet.text import Text
@@ -155,30 +156,31 @@ class DiffusionModel:
         pixels: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
         return pixels if finite else None
 
-    def predict_noise(self, latents: Tensor, timestep: int, text: Text, control: Control | None = None) -> Tensor:
-        """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).
-
-        The model's ControlNets act only with `control`; features and gradients are computed without.
-        """
-        conditions = self.conditions(latents, text)
-        if control is not None:
-            conditions |= controlnet_residuals(self.controlnets, latents, timestep, conditions, control)
+    def predict_noise(self, latents: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Tensor:
+        """ε: latents (B, C, h, w), a timestep without dimensions, the UNet's other arguments -> (B, C, h, w)."""
         predicted: Tensor = self.unet(latents.to(self.unet.dtype), timestep, **conditions, return_dict=False)[0]
         return predicted.to(self.latent_dtype)
 
     def conditions(self, latents: Tensor, text: Text) -> dict[str, Any]:
-        """The UNet's keyword arguments for a text; for SDXL also the pooled text, the image's size and no cropping."""
+        """The UNet's keyword arguments for a text; for SDXL also the pooled text, the image's size and no cropping.
+
+        `text` is a batch of B texts for latents (B, C, h, w), or one for all.
+        """
         text = text.expand(len(latents))
-        conditions: dict[str, Any] = {"encoder_hidden_states": text.hidden.to(self.unet.dtype)}
+        conditions: dict[str, Any] = {"encoder_hidden_states": text.hidden.to(self.unet.dtype).contiguous()}
         if text.pooled is not None:
             height, width = (side * self.pixels_per_latent for side in latents.shape[-2:])
             original_size, crop_corner, target_size = (height, width), (0, 0), (height, width)
             # In float32 whatever the dtype of the weights: bfloat16 would round the size of an image.
-            time_ids = torch.tensor(
-                [(*original_size, *crop_corner, *target_size)], dtype=torch.float32, device=self.device
-            )
+            time_ids = constant((*original_size, *crop_corner, *target_size), torch.float32, self.device)
             conditions["added_cond_kwargs"] = {
-                "text_embeds": text.pooled.to(self.unet.dtype),
-                "time_ids": time_ids.expand(len(latents), -1),
+                "text_embeds": text.pooled.to(self.unet.dtype).contiguous(),
+                "time_ids": time_ids.repeat(len(latents), 1),
             }
         return conditions
+
+    def residuals(self, latents: Tensor, timestep: Tensor, text: Text, control: Control | None) -> dict[str, Any]:
+        """Further arguments of the UNet, by the model's ControlNets; none without `control`."""
+        if control is None:
+            return {}
+        return controlnet_residuals(self.controlnets, latents, timestep, self.conditions(latents, text), control)

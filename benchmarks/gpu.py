@@ -1,0 +1,513 @@
+"""What the engine does on this GPU: right gradients, seconds and memory of each UNet call, whole runs, determinism.
+
+    make gpu                                                   # all stages, some 8 minutes on an H100 or H200
+    make gpu ARGS="--stages smoke calls --json gpu.json"
+    python benchmarks/gpu.py --rehearse --device cpu           # toy sizes, to find mistakes before a GPU is at hand
+
+Needs torch, transformers, pyarrow and diffusers, no Ray and no download: Stable Diffusion 1.5 and SDXL have their real
+dimensions and random weights. A stage that fails does not stop the others. The table at the end, and the JSON file,
+have what was measured; a rate counts only what the method needs, as in `random_models`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))  # on a machine where stylemill is not installed
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision, random_images
+from random_models import BACKWARD_TFLOP, FORWARD_TFLOP, SIZE, random_model
+from stylemill.config.sampling import PRESETS, Sampling
+from stylemill.demo.untrained import write_demo_model
+from stylemill.engine import Engine, Noise, Pair, SampleState
+from stylemill.engine import calls as unet_calls
+from stylemill.engine.attention import Target
+from stylemill.engine.kernels import prepare_cuda, repeatable
+from stylemill.engine.unet.text import Text
+
+TIMESTEP = 401
+REPEATS = 3
+
+
+@dataclass
+class Bench:
+    """What the stages share: the options, the models that are loaded, and what was measured."""
+
+    options: argparse.Namespace
+    device: str
+    results: dict[str, Any] = field(default_factory=dict)
+    engines: dict[str, Engine] = field(default_factory=dict)
+    matrix_rate: float = float("nan")  # TFLOP/s in half precision
+    best: dict[str, Any] = field(default_factory=dict)  # options of the fastest engine so far
+    started: float = field(default_factory=time.perf_counter)
+
+    def note(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.started:6.1f} s] {text}", flush=True)
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def toy(self) -> bool:
+        return bool(self.options.rehearse)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float16 if self.on_cuda else torch.float32
+
+    def size(self, family: str) -> int:
+        """The side of the images in pixels."""
+        return 64 if self.toy else SIZE[family]
+
+    def engine(self, family: str, **options: Any) -> Engine:
+        """An engine with the dimensions of `family`. Those of one family share their weights, if not compiled."""
+        key = f"{family} {sorted(options.items())}"
+        if key not in self.engines:
+            if family not in self.engines:
+                self.engines[family] = Engine(self._model(family), threads=1)
+            model = self.engines[family].model
+            if options.get("compiled"):  # it changes the memory format of its UNet
+                model = replace(model, unet=copy.deepcopy(model.unet))
+            self.engines[key] = Engine(model, **options)
+        return self.engines[key]
+
+    def _model(self, family: str) -> Any:
+        if not self.toy:
+            return random_model(family, self.device, self.dtype)
+        kind = "sd" if family == "sd15" else "sdxl"
+        folder = write_demo_model(Path(self.options.rehearse) / kind, kind=kind)
+        return Engine.load(folder, device=self.device, dtype=str(self.dtype).removeprefix("torch.")).model
+
+    def forget(self, family: str) -> None:
+        """Free the memory of a family's models."""
+        for key in [key for key in self.engines if key.startswith(family)]:
+            del self.engines[key]
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+
+    def seconds(self, work: Callable[[], Any], repeats: int = REPEATS) -> float:
+        """The median duration of `work`, after one call to warm up."""
+        work()
+        durations = []
+        for _ in range(repeats):
+            self.wait()
+            start = time.perf_counter()
+            work()
+            self.wait()
+            durations.append(time.perf_counter() - start)
+        return statistics.median(durations)
+
+    def wait(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    @contextmanager
+    def peak(self) -> Iterator[dict[str, float]]:
+        """Yield a dictionary that gets the peak memory of the block, in GiB."""
+        found: dict[str, float] = {}
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        yield found
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if self.on_cuda else 0.0
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def rates(bench: Bench) -> dict[str, Any]:
+    """The card's own rates: a product of matrices in half precision, and a copy."""
+    side, elements = (8192, 2**30) if bench.on_cuda else (256, 2**20)
+    found = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
+        seconds = bench.seconds(lambda a=a, b=b: [a @ b for _ in range(10)]) / 10
+        found[f"{dtype} TFLOP/s".removeprefix("torch.")] = 2 * side**3 / seconds / 1e12
+    source = torch.randn(elements, device=bench.device)
+    target = torch.empty_like(source)
+    found["copy TB/s"] = 2 * source.nbytes / bench.seconds(lambda: target.copy_(source)) / 1e12
+    bench.matrix_rate = max(found["float16 TFLOP/s"], found["bfloat16 TFLOP/s"])
+    return found
+
+
+def smoke(bench: Bench) -> dict[str, Any]:
+    """The embedded model's gradients in each precision against the CPU in float32, and a short run."""
+    side, settings = (64 if bench.toy else 256), Sampling(steps=10)
+    pairs = content_style_pairs(2, side)
+    exact = Engine.load("demo", device="cpu", dtype="float32", threads=os.cpu_count() or 1)
+    shape = exact.model.latent_channels, *(side // exact.model.pixels_per_latent,) * 2
+    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    expected = exact.gradient(pairs, settings, latents, 3)
+    found = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        engine = Engine.load("demo", device=bench.device, dtype=dtype, micro_batch=2)
+        agreement = Agreement.between(engine.gradient(pairs, settings, latents, 3).cpu(), expected)
+        *_, state = engine.sample(pairs, settings.model_copy(update={"steps": 3}))
+        images = engine.decode(state)
+        assert agreement.cosine > 0.99, agreement
+        assert all(image is not None for image in images), state.failures
+        found[dtype] = {"cosine": agreement.cosine, "zeros over float32": agreement.zeros, "broken": agreement.broken}
+    return found
+
+
+def calls(bench: Bench, family: str = "sd15", **options: Any) -> dict[str, Any]:
+    """Seconds, rate and memory of each call of the UNet, at several micro-batches."""
+    engine, found = bench.engine(family, **options), {}
+    sizes = bench.options.sizes or ([1, 2, 4, 8] if family == "sdxl" else [1, 8, 16, 32])
+    for size in [1, 2] if bench.toy else sizes:
+        try:
+            found[str(size)] = _measure_calls(bench, engine, family, size)
+        except torch.OutOfMemoryError:
+            found[str(size)] = "out of memory"
+        bench.note(f"{family} {options} micro-batch {size}: {_short(found[str(size)])}")
+    return found
+
+
+def _measure_calls(bench: Bench, engine: Engine, family: str, size: int) -> dict[str, float]:
+    z, text = _latents(engine, bench.size(family), size), engine.model.encode_text("")
+    found: dict[str, float] = {}
+    with repeatable(1):
+        for name, work in {
+            "denoise": lambda: engine.calls.predict_noise(z, TIMESTEP, text),
+            "features": lambda: engine.calls.activations(z, TIMESTEP, text),
+        }.items():
+            with bench.peak() as memory:
+                seconds = bench.seconds(work)
+            found |= {f"{name} ms": 1000 * seconds / size, f"{name} GiB": memory["peak_gib"]}
+            found[f"{name} TFLOP/s"] = FORWARD_TFLOP[family] * size / seconds
+        targets = _targets(engine, z, text)
+        weights, scales = torch.full((size,), 0.25, device=z.device), torch.full((size,), 2.0**16, device=z.device)
+        with bench.peak() as memory:
+            seconds = bench.seconds(lambda: _gradient(engine, z, text, targets, weights, scales))
+        found |= {"gradient ms": 1000 * seconds / size, "gradient GiB": memory["peak_gib"]}
+        found["gradient TFLOP/s"] = (FORWARD_TFLOP[family] + BACKWARD_TFLOP[family]) * size / seconds
+    step = (found["denoise ms"] + found["gradient ms"]) / 1000
+    work = 2 * FORWARD_TFLOP[family] + BACKWARD_TFLOP[family]
+    return found | {"step ms": 1000 * step, "TFLOP/s": work / step, "utilisation": work / step / bench.matrix_rate}
+
+
+def _gradient(engine: Engine, z: Tensor, text: Text, targets: list[Target], weights: Tensor, scales: Tensor) -> Tensor:
+    layer_weights = (1.0,) * len(engine.layers)
+    return engine.calls.gradient(z, TIMESTEP, text, targets, weights, layer_weights, 1.0, scales)[0]
+
+
+def _latents(engine: Engine, side: int, count: int) -> Tensor:
+    latent_side = side // engine.model.pixels_per_latent
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(count, engine.model.latent_channels, latent_side, latent_side, generator=generator)
+    return z.to(engine.model.device, engine.model.latent_dtype)
+
+
+def _targets(engine: Engine, z: Tensor, text: Text) -> list[Target]:
+    features = engine.calls.activations(z.flip(0) * 0.9, TIMESTEP, text)
+    return [Target(one.k.clone(), one.v.clone(), one.q.clone()) for one in features]
+
+
+def runs(bench: Bench) -> dict[str, Any]:
+    """Whole runs, compiled if that stage has compiled, against one pair at a time with features for every pair.
+
+    The first step, which warms up, does not count. Images a second are those of the preset's own number of steps.
+    """
+    engine = bench.engine("sd15", **bench.best)
+    size = 2 if bench.toy else 16
+    ways = {
+        "guided 50 × 1": ("guided-transfer", {}),
+        "guided 50 × 1, CFG 7.5": ("guided-transfer", {"guidance_scale": 7.5}),
+    }
+    ways["optimization 200 × 1"] = ("style-transfer", {})
+    found = {}
+    for name, (preset, changes) in ways.items():
+        settings = Sampling(**{**PRESETS[preset], **changes})
+        naive = _run(bench, bench.engine("sd15", deterministic=False), settings, (1, 1), 1)
+        row: dict[str, Any] = {"naive": naive}
+        for tile in ((2, 2),) if bench.toy else ((8, 8), (16, 16)) if name == "guided 50 × 1" else ((8, 8),):
+            row["×".join(map(str, tile))] = one = _run(bench, engine, settings, tile, size)
+            one["times naive"] = one["images/s"] / naive["images/s"]
+        found[name] = row
+        bench.note(f"{name}: {_short(row)}")
+    return found
+
+
+def _run(bench: Bench, engine: Engine, settings: Sampling, tile: tuple[int, int], micro_batch: int) -> dict[str, float]:
+    """Seconds of a step of `tile` (contents × styles), and from them those of a whole run."""
+    pairs, engine.micro_batch = _tile(bench.size("sd15"), *tile), micro_batch
+    engine.passes.clear()
+    with bench.peak() as memory:
+        start, durations = time.perf_counter(), []
+        counted = 3 if len(pairs) < 100 else 1
+        for state in engine.sample(pairs, settings):
+            bench.wait()
+            durations.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            if state.step - (settings.steps - _steps(settings)) > counted:
+                break
+        images = engine.decode(state)
+        decoding = time.perf_counter() - start
+    assert all(image is not None for image in images), state.failures
+    step = statistics.median(durations[1:])
+    seconds = durations[0] - step + _steps(settings) * step + decoding
+    work = _step_tflop(settings, len(pairs), sum(tile) if min(tile) > 1 else 2)
+    return {
+        "images/s": len(pairs) / seconds,
+        "s/image": seconds / len(pairs),
+        "ms a pair and step": 1000 * step / len(pairs),
+        "decoding and encoding, share": (durations[0] - step + decoding) / seconds,
+        "TFLOP/s": work / step,
+        "utilisation": work / step / bench.matrix_rate,
+    } | memory
+
+
+def _steps(settings: Sampling) -> int:
+    return settings.steps - settings.first_step
+
+
+def _step_tflop(settings: Sampling, pairs: int, images: int) -> float:
+    copies = 0 if settings.method == "optimization" else 1 + (settings.guidance_scale > 1)
+    forward = pairs * (copies + settings.iterations) + images
+    return forward * FORWARD_TFLOP["sd15"] + pairs * settings.iterations * BACKWARD_TFLOP["sd15"]
+
+
+def _tile(side: int, contents: int, styles: int) -> list[Pair]:
+    images = random_images(contents + styles, side)
+    return [Pair((style,), (side, side), content) for content in images[:contents] for style in images[contents:]]
+
+
+def compiled(bench: Bench) -> dict[str, Any]:
+    """Compile the calls, and measure them at sizes that all use the same graphs."""
+    options = {"compiled": True}
+    cache = bench.options.compile_cache
+    if cache and cache.exists():
+        torch.compiler.load_cache_artifacts(cache.read_bytes())
+    engine = bench.engine("sd15", **options)
+    z, text = _latents(engine, bench.size("sd15"), 2 if bench.toy else 16), engine.model.encode_text("")
+    found: dict[str, Any] = {"from cache": bool(cache and cache.exists())}
+    with repeatable(1):
+        start = time.perf_counter()
+        targets = _targets(engine, z, text)
+        bench.wait()
+        found["denoise and features: s to compile"] = time.perf_counter() - start
+        bench.note(_short(found))
+        ones = torch.ones(len(z), device=z.device)
+        start = time.perf_counter()
+        gradient = _gradient(engine, z, text, targets, 0.25 * ones, 2.0**16 * ones)
+        bench.wait()
+        found["gradient: s to compile"] = time.perf_counter() - start
+        eager = _gradient(bench.engine("sd15"), z, text, targets, 0.25 * ones, 2.0**16 * ones)
+    found["cosine to eager"] = torch.nn.functional.cosine_similarity(eager.flatten(1), gradient.flatten(1)).min().item()
+    bench.note(_short(found))
+    bench.best = options
+    found["calls"] = calls(bench, "sd15", **options)
+    if bench.options.save_compile_cache and (artifacts := torch.compiler.save_cache_artifacts()):
+        bench.options.save_compile_cache.write_bytes(artifacts[0])
+        found["cache MB"] = len(artifacts[0]) / 1e6
+    return found
+
+
+def no_waiting(bench: Bench) -> dict[str, Any]:
+    """No operation of a step waits for the device: torch raises an error if one does."""
+    engine, settings = bench.engine("sd15", **bench.best), Sampling(steps=4)
+    engine.micro_batch = 2
+    states = engine.sample(_tile(bench.size("sd15"), 2, 2), settings)
+    state = next(states)
+    sampler = engine._sampler(state, settings, Noise(0))
+    with repeatable(1):
+        sampler.take_step(state)  # its constants are on the device from now on
+        if bench.on_cuda:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            sampler.queue_step(state)
+        finally:
+            if bench.on_cuda:
+                torch.cuda.set_sync_debug_mode("default")
+    return {"operations that wait": 0}
+
+
+def determinism(bench: Bench) -> dict[str, Any]:
+    """The same latents twice, and after stop and resume; and what deterministic gradients cost."""
+    settings, found = Sampling(steps=6), {}
+    for deterministic in (True, False):
+        engine = bench.engine("sd15", **(bench.best if deterministic else {"deterministic": False}))
+        engine.micro_batch, pairs = 2 if bench.toy else 8, _tile(bench.size("sd15"), 2, 4)
+        first, again = (_last(engine, pairs, settings) for _ in range(2))
+        name = "deterministic" if deterministic else "fastest"
+        found[f"{name}: same bits twice"] = torch.equal(first.latents, again.latents)
+        if deterministic:
+            states = engine.sample(pairs, settings)
+            next(states)
+            state = next(states)
+            inputs, progress = state.export_inputs(), state.export_progress()
+            facts = json.loads(json.dumps((inputs[1], progress[1])))
+            resumed = SampleState.restore(inputs[0], facts[0], progress[0], facts[1])
+            *_, resumed = engine.sample([], settings, resumed)
+            found["same bits after resume"] = torch.equal(first.latents, resumed.latents)
+    assert found["deterministic: same bits twice"], found
+    assert found["same bits after resume"], found
+    return found
+
+
+def _last(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> SampleState:
+    *_, state = engine.sample(pairs, settings)
+    return state
+
+
+def half_precision(bench: Bench) -> dict[str, Any]:
+    """Gradients in half precision against float32 over a run."""
+    steps = 2 if bench.toy else bench.options.precision_steps
+    model = bench.engine("sd15").model
+    exact = Engine(replace(model, unet=torch.nn.Module.to(copy.deepcopy(model.unet), torch.float32)))
+    halves = {name: in_precision(exact, dtype) for name, dtype in HALVES.items()}
+    rows = list(
+        agreements(exact, list(halves.values()), content_style_pairs(1, bench.size("sd15")), Sampling(steps=steps))
+    )
+    return {
+        name: {
+            "least cosine": min(one.cosine for one in column),
+            "most zeros over float32": max(one.zeros for one in column),
+            "broken": sum(one.broken for one in column),
+            "steps": steps,
+        }
+        for name, column in zip(halves, zip(*rows, strict=True), strict=True)
+    }
+
+
+def calibration(bench: Bench) -> dict[str, Any]:
+    """The micro-batch that the engine chooses for itself."""
+    engine = bench.engine("sd15", **bench.best)
+    start = time.perf_counter()
+    chosen = engine.calibrate((bench.size("sd15"),) * 2)
+    return {"micro-batch": chosen, "seconds": time.perf_counter() - start}
+
+
+def sdxl(bench: Bench) -> dict[str, Any]:
+    """SDXL's dimensions, without compiling."""
+    bench.forget("sdxl")
+    try:
+        return calls(bench, "sdxl")
+    finally:
+        bench.forget("sdxl")
+
+
+def profile(bench: Bench) -> dict[str, Any]:
+    """Where the time of a gradient and of a denoising call goes, by kernel."""
+    engine = bench.engine("sd15", **bench.best)
+    z, text = _latents(engine, bench.size("sd15"), 2 if bench.toy else 16), engine.model.encode_text("")
+    found = {}
+    with repeatable(1):
+        targets, ones = _targets(engine, z, text), torch.ones(len(z), device=z.device)
+        for name, work in {
+            "denoise": lambda: engine.calls.predict_noise(z, TIMESTEP, text),
+            "gradient": lambda: _gradient(engine, z, text, targets, 0.25 * ones, 2.0**16 * ones),
+        }.items():
+            work()
+            bench.wait()
+            activity = torch.profiler.ProfilerActivity
+            with torch.profiler.profile(activities=[activity.CUDA if bench.on_cuda else activity.CPU]) as profiler:
+                work()
+                bench.wait()
+            found[name] = _kernels(profiler.key_averages(), bench.on_cuda)
+            bench.note(f"{name}\n" + "\n".join(found[name]))
+    return found
+
+
+def _kernels(events: Any, on_cuda: bool, most: int = 28) -> list[str]:
+    def duration(event: Any) -> float:
+        return float(event.self_device_time_total if on_cuda else event.self_cpu_time_total)
+
+    ordered, total = sorted(events, key=duration, reverse=True), sum(map(duration, events))
+    lines = [f"{duration(one) / total:6.1%} {one.count:4d} {one.key[:100]}" for one in ordered[:most]]
+    return [f"{total / 1000:.1f} ms in all", *lines]
+
+
+def eager(bench: Bench) -> dict[str, Any]:
+    """Calls without compiling: deterministic gradients, and the fastest ones."""
+    return {"deterministic": calls(bench), "fastest": calls(bench, "sd15", deterministic=False)}
+
+
+STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "rates": rates,
+    "smoke": smoke,
+    "eager": eager,
+    "compiled": compiled,
+    "runs": runs,
+    "no_waiting": no_waiting,
+    "determinism": determinism,
+    "profile": profile,
+    "sdxl": sdxl,
+    "half_precision": half_precision,
+    "calibration": calibration,
+}
+
+
+def main() -> None:
+    options = _parse()
+    prepare_cuda()
+    if options.rehearse:
+        unet_calls.BACKEND = "aot_eager"  # the compiler of a CPU takes minutes
+    bench = Bench(options, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    name = torch.cuda.get_device_name() if bench.on_cuda else "cpu"
+    bench.results["machine"] = {
+        "device": name,
+        "date": time.strftime("%Y-%m-%d"),
+        **{module.__name__: module.__version__ for module in (torch, diffusers, transformers, np)},
+    }
+    bench.note(json.dumps(bench.results["machine"]))
+    for stage in options.stages:
+        if time.perf_counter() - bench.started > options.seconds:
+            bench.results[stage] = "not started: out of time"
+            continue
+        bench.note(f"stage {stage}")
+        try:
+            bench.results[stage] = STAGES[stage](bench)
+            bench.note(f"{stage}: {_short(bench.results[stage])}" if stage != "profile" else "profile: done")
+        except Exception:
+            bench.results[stage] = traceback.format_exc()
+            bench.note(f"{stage} failed\n{bench.results[stage]}")
+        if options.json:
+            options.json.write_text(json.dumps(bench.results, indent=1) + "\n")
+    failed = [stage for stage, found in bench.results.items() if isinstance(found, str)]
+    bench.note(f"failed or not started: {', '.join(failed)}" if failed else "all stages done")
+    sys.exit(bool(failed))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {_short(item)}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--json", type=Path, help="file for the results, written after each stage")
+    parser.add_argument("--seconds", type=float, default=600, help="no stage is started after this time")
+    parser.add_argument("--sizes", type=int, nargs="+", help="micro-batches of the stages that measure calls")
+    parser.add_argument("--precision-steps", type=int, default=50, help="steps of the stage half_precision")
+    parser.add_argument("--compile-cache", type=Path, help="file with what an earlier run compiled")
+    parser.add_argument("--save-compile-cache", type=Path, help="file for what this run compiles")
+    parser.add_argument("--rehearse", metavar="FOLDER", help="toy sizes; the folder gets small untrained models")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

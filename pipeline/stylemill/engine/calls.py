@@ -1,0 +1,208 @@
+"""The three ways in which the engine calls the UNet: to predict noise, to read activations, and for losses.
+
+Each is a function of tensors alone, so that torch.compile makes one graph of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from stylemill.engine.attention import Activations, Layer, Target, ideal_attention, inject_attention, record_attention
+from stylemill.engine.kernels import constant, repeatable_backward
+from stylemill.engine.memory import is_out_of_memory
+from stylemill.engine.unet.controlnet import Control
+from stylemill.engine.unet.model import DiffusionModel
+from stylemill.engine.unet.text import Text
+from stylemill.errors import ModelError
+
+T = TypeVar("T")
+BACKEND = "inductor"  # of torch.compile
+
+
+def ad_loss(
+    q: Tensor,
+    out: Tensor,
+    style_k: Tensor,
+    style_v: Tensor,
+    query_scale: float = 1.0,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """L_AD of one layer (eq. 4 of arXiv 2502.20235): distance of attention output and ideal attention -> (B,)."""
+    return _mean_l1(out, ideal_attention(q, style_k, style_v, query_scale, allowed))
+
+
+def content_loss(q: Tensor, content_q: Tensor) -> Tensor:
+    """L_content of one layer (eq. 5): distance of the queries to the content's queries -> (B,)."""
+    return _mean_l1(q, content_q)
+
+
+def _mean_l1(a: Tensor, b: Tensor) -> Tensor:
+    """mean |a − b| of each pair over heads, tokens and channels: (B, heads, N, d) -> (B,).
+
+    Computed in fp32 at least: in half precision, the mean of a million terms would be inexact.
+    """
+    difference = a - b if a.dtype == torch.float64 else a.float() - b.float()
+    return difference.abs().mean(dim=(1, 2, 3))
+
+
+class UNetCalls:
+    """Calls of one loaded UNet, of which `layers` are recorded; created once, because compiling takes minutes.
+
+    `repeatable` gradients have the same bits every time. With `compiled`, each way of calling is compiled when it is
+    used first, for batches of every size; `eager` are the same calls without.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, layers: Sequence[Layer], repeatable: bool = True, compiled: bool = False
+    ) -> None:
+        self.model = model
+        self.layers = tuple(layers)
+        self.repeatable = repeatable
+        self.eager = UNetCalls(model, layers, repeatable) if compiled else self
+        self._predict_noise = self._noise
+        self._predict_injected_noise = self._injected_noise
+        self._read_activations = self._activations
+        self._sum_losses = self._losses
+        if compiled:
+            # One graph for noise and activations: another one would take as long to compile, and save hardly any work.
+            both = _compile(self._noise_and_activations)
+            self._predict_noise = lambda *arguments: both(*arguments)[0]
+            self._read_activations = lambda *arguments: both(*arguments)[1]
+            self._predict_injected_noise = _compile(self._injected_noise)
+            self._sum_losses = _compile(self._losses)
+
+    @torch.no_grad()
+    def predict_noise(
+        self,
+        latents: Tensor,
+        timestep: int,
+        text: Text,
+        control: Control | None = None,
+        targets: Sequence[Target] | None = None,
+        query_scale: float = 1.0,
+    ) -> Tensor:
+        """ε(z, t, text): latents (B, C, h, w), a batch of B texts or one for all -> (B, C, h, w).
+
+        The model's ControlNets act only with `control`. The layers attend to `targets`, if there are any.
+        """
+        t = self._timestep(timestep)
+        conditions = self.model.conditions(latents, text) | self.model.residuals(latents, t, text, control)
+        if targets is None:
+            return self._predict_noise(latents, t, conditions).contiguous()
+        return self._predict_injected_noise(latents, t, conditions, targets, query_scale).contiguous()
+
+    @torch.no_grad()
+    def activations(self, latents: Tensor, timestep: int, text: Text) -> list[Activations]:
+        """What each layer computes of latents (B, C, h, w)."""
+        t = self._timestep(timestep)
+        return self._read_activations(latents, t, self.model.conditions(latents, text))
+
+    def gradient(
+        self,
+        latents: Tensor,
+        timestep: int,
+        text: Text,
+        targets: Sequence[Target],
+        content_weights: Tensor,
+        layer_weights: Sequence[float],
+        query_scale: float,
+        scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """∂L/∂z of L = L_AD + λ L_content of each pair, summed over the layers with their weights, and L itself.
+
+        Latents (B, C, h, w), λ = `content_weights` (B,) -> (B, C, h, w), (B,). In the backward pass the loss of each
+        pair is multiplied by its `scales` (B,), and its gradient divided by it afterwards.
+        """
+        t = self._timestep(timestep)
+        conditions = self.model.conditions(latents, text)
+        with torch.enable_grad(), repeatable_backward(self.repeatable):
+            z = latents.detach().requires_grad_(True)
+            losses = self._sum_losses(z, t, conditions, targets, content_weights, tuple(layer_weights), query_scale)
+            (gradient,) = torch.autograd.grad((losses * scales).sum(), z)
+        # Contiguous: the order of a sum over latents must not depend on the graph that computed them.
+        return gradient.contiguous() / scales[:, None, None, None], losses.detach()
+
+    def _timestep(self, timestep: int) -> Tensor:
+        return constant((timestep,), torch.long, self.model.device)[0]
+
+    def _noise(self, z: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> Tensor:
+        return self.model.predict_noise(z, timestep, conditions)
+
+    def _injected_noise(
+        self, z: Tensor, timestep: Tensor, conditions: dict[str, Any], targets: Sequence[Target], query_scale: float
+    ) -> Tensor:
+        with inject_attention(self.layers, targets, query_scale):
+            return self.model.predict_noise(z, timestep, conditions)
+
+    def _activations(self, z: Tensor, timestep: Tensor, conditions: dict[str, Any]) -> list[Activations]:
+        with record_attention(self.layers) as recorded:
+            self.model.predict_noise(z, timestep, conditions)
+        return recorded
+
+    def _noise_and_activations(
+        self, z: Tensor, timestep: Tensor, conditions: dict[str, Any]
+    ) -> tuple[Tensor, list[Activations]]:
+        with record_attention(self.layers) as recorded:
+            epsilon = self.model.predict_noise(z, timestep, conditions)
+        return epsilon, recorded
+
+    def _losses(
+        self,
+        z: Tensor,
+        timestep: Tensor,
+        conditions: dict[str, Any],
+        targets: Sequence[Target],
+        content_weights: Tensor,
+        layer_weights: Sequence[float],
+        query_scale: float,
+    ) -> Tensor:
+        ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+        layers = self._activations(z, timestep, conditions)
+        for activations, target, weight in zip(layers, targets, layer_weights, strict=True):
+            style = target.style_k, target.style_v
+            ad = ad + weight * ad_loss(activations.q, activations.out, *style, query_scale, target.allowed)
+            if target.content_q is not None:
+                content = content + weight * content_loss(activations.q, target.content_q)
+        return ad + content_weights * content
+
+
+def _compile(call: Callable[..., T]) -> Callable[..., T]:
+    """`call` as one graph for batches of all sizes. Raises ModelError if torch cannot compile it."""
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+
+    def call_compiled(*arguments: Any) -> T:
+        from torch._dynamo import mark_dynamic  # not at the top of the module: it takes a second
+        from torch._dynamo.exc import TorchDynamoException
+
+        alone = len(arguments[0]) == 1  # torch would make another graph for this size
+        # Contiguous: torch would make another graph for other strides.
+        arguments = _map_batches(lambda x: torch.cat([x, x]) if alone else x.contiguous(), arguments)
+        _map_batches(lambda x: mark_dynamic(x, 0), arguments)
+        try:
+            result: T = compiled(*arguments)
+        except TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()
+            raise ModelError(
+                f"torch.compile: {reason[0] if reason else error!r}; set model.compile to false"
+            ) from error
+        return _map_batches(lambda x: x[:1], result) if alone else result
+
+    return call_compiled
+
+
+def _map_batches(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with every batch in it, in tuples, lists and dictionaries, changed: every tensor that has dimensions."""
+    if isinstance(value, Tensor):
+        return change(value) if value.ndim else value
+    if isinstance(value, dict):
+        return {key: _map_batches(change, item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_map_batches(change, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
