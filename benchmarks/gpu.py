@@ -71,6 +71,11 @@ class Bench:
         return bool(self.options.rehearse)
 
     @property
+    def micro_batch(self) -> int:
+        """Of whole runs, and of compiled engines, where each size would be compiled anew."""
+        return 2 if self.toy else int(self.options.micro_batch)
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.float16 if self.on_cuda else torch.float32
 
@@ -172,8 +177,9 @@ def smoke(bench: Bench) -> dict[str, Any]:
 def calls(bench: Bench, family: str = "sd15", **options: Any) -> dict[str, Any]:
     """Seconds, rate and memory of each call of the UNet, at several micro-batches."""
     engine, found = bench.engine(family, **options), {}
-    sizes = bench.options.sizes or ([1, 2, 4, 8] if family == "sdxl" else [1, 8, 16, 32])
-    for size in [1, 2] if bench.toy else sizes:
+    sizes = [1, 2] if bench.toy else [1, 2, 4, 8] if family == "sdxl" else bench.options.sizes
+    for size in [bench.micro_batch] if engine.compiled else sizes:
+        engine.calls.slot = size
         try:
             found[str(size)] = _measure_calls(bench, engine, family, size)
         except torch.OutOfMemoryError:
@@ -223,56 +229,63 @@ def _targets(engine: Engine, z: Tensor, text: Text) -> list[Target]:
 
 
 def runs(bench: Bench) -> dict[str, Any]:
-    """Whole runs, compiled if that stage has compiled, against one pair at a time with features for every pair.
-
-    The first step, which warms up, does not count. Images a second are those of the preset's own number of steps.
-    """
-    engine = bench.engine("sd15", **bench.best)
-    size = 2 if bench.toy else 16
+    """Whole runs of SD 1.5, compiled if that stage ran before, against one pair at a time."""
+    guided = PRESETS["guided-transfer"]
     ways = {
-        "guided 50 × 1": ("guided-transfer", {}),
-        "guided 50 × 1, CFG 7.5": ("guided-transfer", {"guidance_scale": 7.5}),
+        "guided 50 × 1": (Sampling(**guided), [(2, 2)] if bench.toy else bench.options.tiles),
+        "guided 50 × 1, CFG 7.5": (Sampling(**{**guided, "guidance_scale": 7.5}), bench.options.tiles[:1]),
+        "optimization 200 × 1": (Sampling(**PRESETS["style-transfer"]), bench.options.tiles[:1]),
     }
-    ways["optimization 200 × 1"] = ("style-transfer", {})
-    found = {}
-    for name, (preset, changes) in ways.items():
-        settings = Sampling(**{**PRESETS[preset], **changes})
-        naive = _run(bench, bench.engine("sd15", deterministic=False), settings, (1, 1), 1)
-        row: dict[str, Any] = {"naive": naive}
-        for tile in ((2, 2),) if bench.toy else ((8, 8), (16, 16)) if name == "guided 50 × 1" else ((8, 8),):
-            row["×".join(map(str, tile))] = one = _run(bench, engine, settings, tile, size)
-            one["times naive"] = one["images/s"] / naive["images/s"]
-        found[name] = row
-        bench.note(f"{name}: {_short(row)}")
+    return {
+        name: _against_naive(bench, "sd15", name, settings, tiles, bench.micro_batch)
+        for name, (settings, tiles) in ways.items()
+    }
+
+
+def _against_naive(
+    bench: Bench, family: str, name: str, settings: Sampling, tiles: Sequence[tuple[int, int]], micro_batch: int
+) -> dict[str, Any]:
+    """Lockstep runs of `tiles` against what the reference code does: one pair, whose features every step computes.
+
+    The naive way has the fastest kernels, and the same engine: batching and sharing are all that differs.
+    """
+    naive = _run(bench, bench.engine(family, deterministic=False), family, settings, (1, 1), 1)
+    found: dict[str, Any] = {"naive": naive}
+    bench.note(f"{family} {name} naive: {_short(naive)}")
+    engine = bench.engine(family, **bench.best) if family == "sd15" else bench.engine(family)
+    for tile in tiles:
+        found["×".join(map(str, tile))] = one = _run(bench, engine, family, settings, tile, micro_batch)
+        one["times naive"] = one["images/s"] / naive["images/s"]
+        bench.note(f"{family} {name} {tile}: {_short(one)}")
     return found
 
 
-def _run(bench: Bench, engine: Engine, settings: Sampling, tile: tuple[int, int], micro_batch: int) -> dict[str, float]:
-    """Seconds of a step of `tile` (contents × styles), and from them those of a whole run."""
-    pairs, engine.micro_batch = _tile(bench.size("sd15"), *tile), micro_batch
-    engine.passes.clear()
+def _run(
+    bench: Bench, engine: Engine, family: str, settings: Sampling, tile: tuple[int, int], micro_batch: int
+) -> dict[str, Any]:
+    """Some steps of `tile` (contents × styles); from their median, without the first, the seconds of a whole run."""
+    pairs, engine.micro_batch = _tile(bench.size(family), *tile), micro_batch
     with bench.peak() as memory:
         start, durations = time.perf_counter(), []
-        counted = 3 if len(pairs) < 100 else 1
-        for state in engine.sample(pairs, settings):
-            bench.wait()
+        for state in engine.sample(pairs, settings):  # noqa: B007
             durations.append(time.perf_counter() - start)
             start = time.perf_counter()
-            if state.step - (settings.steps - _steps(settings)) > counted:
+            if len(durations) > (3 if len(pairs) < 100 else 1):
                 break
         images = engine.decode(state)
         decoding = time.perf_counter() - start
-    assert all(image is not None for image in images), state.failures
     step = statistics.median(durations[1:])
-    seconds = durations[0] - step + _steps(settings) * step + decoding
-    work = _step_tflop(settings, len(pairs), sum(tile) if min(tile) > 1 else 2)
+    rest = max(durations[0] - step, 0) + decoding
+    seconds = _steps(settings) * step + rest
+    work = _step_tflop(family, settings, len(pairs), sum(tile))
     return {
         "images/s": len(pairs) / seconds,
         "s/image": seconds / len(pairs),
         "ms a pair and step": 1000 * step / len(pairs),
-        "decoding and encoding, share": (durations[0] - step + decoding) / seconds,
+        "encoding and decoding, share": rest / seconds,
         "TFLOP/s": work / step,
         "utilisation": work / step / bench.matrix_rate,
+        "images lost": sum(image is None for image in images),
     } | memory
 
 
@@ -280,10 +293,10 @@ def _steps(settings: Sampling) -> int:
     return settings.steps - settings.first_step
 
 
-def _step_tflop(settings: Sampling, pairs: int, images: int) -> float:
+def _step_tflop(family: str, settings: Sampling, pairs: int, images: int) -> float:
     copies = 0 if settings.method == "optimization" else 1 + (settings.guidance_scale > 1)
     forward = pairs * (copies + settings.iterations) + images
-    return forward * FORWARD_TFLOP["sd15"] + pairs * settings.iterations * BACKWARD_TFLOP["sd15"]
+    return forward * FORWARD_TFLOP[family] + pairs * settings.iterations * BACKWARD_TFLOP[family]
 
 
 def _tile(side: int, contents: int, styles: int) -> list[Pair]:
@@ -298,7 +311,8 @@ def compiled(bench: Bench) -> dict[str, Any]:
     if cache and cache.exists():
         torch.compiler.load_cache_artifacts(cache.read_bytes())
     engine = bench.engine("sd15", **options)
-    z, text = _latents(engine, bench.size("sd15"), 2 if bench.toy else 16), engine.model.encode_text("")
+    z, text = _latents(engine, bench.size("sd15"), bench.micro_batch), engine.model.encode_text("")
+    engine.calls.slot = bench.micro_batch
     found: dict[str, Any] = {"from cache": bool(cache and cache.exists())}
     with repeatable(1):
         start = time.perf_counter()
@@ -325,7 +339,7 @@ def compiled(bench: Bench) -> dict[str, Any]:
 def no_waiting(bench: Bench) -> dict[str, Any]:
     """No operation of a step waits for the device: torch raises an error if one does."""
     engine, settings = bench.engine("sd15", **bench.best), Sampling(steps=4)
-    engine.micro_batch = 2
+    engine.micro_batch = bench.micro_batch
     states = engine.sample(_tile(bench.size("sd15"), 2, 2), settings)
     state = next(states)
     sampler = engine._sampler(state, settings, Noise(0))
@@ -343,10 +357,10 @@ def no_waiting(bench: Bench) -> dict[str, Any]:
 
 def determinism(bench: Bench) -> dict[str, Any]:
     """The same latents twice, and after stop and resume; and what deterministic gradients cost."""
-    settings, found = Sampling(steps=6), {}
+    settings, found = Sampling(steps=4), {}
     for deterministic in (True, False):
         engine = bench.engine("sd15", **(bench.best if deterministic else {"deterministic": False}))
-        engine.micro_batch, pairs = 2 if bench.toy else 8, _tile(bench.size("sd15"), 2, 4)
+        engine.micro_batch, pairs = bench.micro_batch, _tile(bench.size("sd15"), 2, bench.micro_batch // 2)
         first, again = (_last(engine, pairs, settings) for _ in range(2))
         name = "deterministic" if deterministic else "fastest"
         found[f"{name}: same bits twice"] = torch.equal(first.latents, again.latents)
@@ -398,10 +412,12 @@ def calibration(bench: Bench) -> dict[str, Any]:
 
 
 def sdxl(bench: Bench) -> dict[str, Any]:
-    """SDXL's dimensions, without compiling."""
-    bench.forget("sdxl")
+    """SDXL's dimensions, without compiling: its calls, and a run against one pair at a time."""
+    bench.forget("sd15")
+    settings, tile = Sampling(**PRESETS["guided-transfer"]), (2, 2) if bench.toy else (4, 4)
     try:
-        return calls(bench, "sdxl")
+        run = _against_naive(bench, "sdxl", "guided 50 × 1", settings, [tile], 2 if bench.toy else 8)
+        return {"guided 50 × 1": run, "calls": calls(bench, "sdxl")}
     finally:
         bench.forget("sdxl")
 
@@ -409,8 +425,8 @@ def sdxl(bench: Bench) -> dict[str, Any]:
 def profile(bench: Bench) -> dict[str, Any]:
     """Where the time of a gradient and of a denoising call goes, by kernel."""
     engine = bench.engine("sd15", **bench.best)
-    z, text = _latents(engine, bench.size("sd15"), 2 if bench.toy else 16), engine.model.encode_text("")
-    found = {}
+    z, text = _latents(engine, bench.size("sd15"), bench.micro_batch), engine.model.encode_text("")
+    engine.calls.slot, found = bench.micro_batch, {}
     with repeatable(1):
         targets, ones = _targets(engine, z, text), torch.ones(len(z), device=z.device)
         for name, work in {
@@ -447,13 +463,13 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "smoke": smoke,
     "eager": eager,
     "compiled": compiled,
-    "runs": runs,
-    "no_waiting": no_waiting,
     "determinism": determinism,
+    "no_waiting": no_waiting,
+    "runs": runs,
     "profile": profile,
-    "sdxl": sdxl,
     "half_precision": half_precision,
     "calibration": calibration,
+    "sdxl": sdxl,
 }
 
 
@@ -489,6 +505,11 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
+def _sides(text: str) -> tuple[int, int]:
+    contents, styles = map(int, text.split("x"))
+    return contents, styles
+
+
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key} {_short(item)}" for key, item in value.items())
@@ -501,7 +522,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", help="cuda if there is one, else cpu")
     parser.add_argument("--json", type=Path, help="file for the results, written after each stage")
     parser.add_argument("--seconds", type=float, default=600, help="no stage is started after this time")
-    parser.add_argument("--sizes", type=int, nargs="+", help="micro-batches of the stages that measure calls")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 16, 32, 64], help="micro-batches of `eager`")
+    parser.add_argument("--micro-batch", type=int, default=32, help="of whole runs and of compiled calls")
+    parser.add_argument("--tiles", type=_sides, nargs="+", default=[(8, 8), (16, 16)], help="contents × styles: 8x8")
     parser.add_argument("--precision-steps", type=int, default=50, help="steps of the stage half_precision")
     parser.add_argument("--compile-cache", type=Path, help="file with what an earlier run compiled")
     parser.add_argument("--save-compile-cache", type=Path, help="file for what this run compiles")

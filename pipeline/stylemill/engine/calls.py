@@ -53,7 +53,7 @@ class UNetCalls:
     """Calls of one loaded UNet, of which `layers` are recorded; created once, because compiling takes minutes.
 
     `repeatable` gradients have the same bits every time. With `compiled`, each way of calling is compiled when it is
-    used first, for batches of every size; `eager` are the same calls without.
+    used first, for batches of `slot` rows; `eager` are the same calls without.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class UNetCalls:
         self.model = model
         self.layers = tuple(layers)
         self.repeatable = repeatable
+        self.slot = 1
         self.eager = UNetCalls(model, layers, repeatable) if compiled else self
         self._predict_noise = self._noise
         self._predict_injected_noise = self._injected_noise
@@ -69,11 +70,11 @@ class UNetCalls:
         self._sum_losses = self._losses
         if compiled:
             # One graph for noise and activations: another one would take as long to compile, and save hardly any work.
-            both = _compile(self._noise_and_activations)
+            both = self._compile(self._noise_and_activations)
             self._predict_noise = lambda *arguments: both(*arguments)[0]
             self._read_activations = lambda *arguments: both(*arguments)[1]
-            self._predict_injected_noise = _compile(self._injected_noise)
-            self._sum_losses = _compile(self._losses)
+            self._predict_injected_noise = self._compile(self._injected_noise)
+            self._sum_losses = self._compile(self._losses)
 
     @torch.no_grad()
     def predict_noise(
@@ -169,40 +170,47 @@ class UNetCalls:
                 content = content + weight * content_loss(activations.q, target.content_q)
         return ad + content_weights * content
 
+    def _compile(self, call: Callable[..., T]) -> Callable[..., T]:
+        """`call` as one graph, which takes batches of `slot` rows: longer ones are split, shorter ones padded.
 
-def _compile(call: Callable[..., T]) -> Callable[..., T]:
-    """`call` as one graph for batches of all sizes. Raises ModelError if torch cannot compile it."""
-    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)
+        Raises ModelError if torch cannot compile it.
+        """
+        compiled = torch.compile(call, fullgraph=True, dynamic=False, backend=BACKEND)
 
-    def call_compiled(*arguments: Any) -> T:
-        from torch._dynamo import mark_dynamic  # not at the top of the module: it takes a second
-        from torch._dynamo.exc import TorchDynamoException
+        def call_compiled(*arguments: Any) -> T:
+            from torch._dynamo.exc import TorchDynamoException  # not at the top of the module: it takes a second
 
-        alone = len(arguments[0]) == 1  # torch would make another graph for this size
-        # Contiguous: torch would make another graph for other strides.
-        arguments = _map_batches(lambda x: torch.cat([x, x]) if alone else x.contiguous(), arguments)
-        _map_batches(lambda x: mark_dynamic(x, 0), arguments)
-        try:
-            result: T = compiled(*arguments)
-        except TorchDynamoException as error:
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).strip().splitlines()
-            raise ModelError(
-                f"torch.compile: {reason[0] if reason else error!r}; set model.compile to false"
-            ) from error
-        return _map_batches(lambda x: x[:1], result) if alone else result
+            count, results = len(arguments[0]), []
+            try:
+                for start in range(0, count, self.slot):
+                    rows = slice(start, start + self.slot)
+                    padded = _map_batches(lambda x, rows=rows: _pad(x[rows], self.slot), arguments)
+                    results.append(compiled(*padded))
+            except TorchDynamoException as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                raise ModelError(f"torch.compile: {reason}; set model.compile to false") from error
+            whole: T = _map_batches(lambda *parts: torch.cat(parts)[:count], *results)
+            return whole
 
-    return call_compiled
+        return call_compiled
 
 
-def _map_batches(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value` with every batch in it, in tuples, lists and dictionaries, changed: every tensor that has dimensions."""
+def _pad(tensor: Tensor, size: int) -> Tensor:
+    """The tensor with its last row repeated until it has `size` rows."""
+    missing = size - len(tensor)
+    return tensor.contiguous() if missing == 0 else torch.cat([tensor, *[tensor[-1:]] * missing])
+
+
+def _map_batches(change: Callable[..., Any], *values: Any) -> Any:
+    """`change` of every batch in equal structures of tuples, lists and dictionaries: every tensor with dimensions."""
+    value = values[0]
     if isinstance(value, Tensor):
-        return change(value) if value.ndim else value
+        return change(*values) if value.ndim else value
     if isinstance(value, dict):
-        return {key: _map_batches(change, item) for key, item in value.items()}
+        return {key: _map_batches(change, *(other[key] for other in values)) for key in value}
     if isinstance(value, tuple | list):
-        items = [_map_batches(change, item) for item in value]
+        items = [_map_batches(change, *items) for items in zip(*values, strict=True)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from stylemill.engine.distances import Distances, measure_distances, style_input
 from stylemill.engine.initial_state import create_initial_state
 from stylemill.engine.inputs import Pair
 from stylemill.engine.kernels import prepare_cuda, repeatable, repeatable_backward
-from stylemill.engine.memory import measured_micro_batch, translate_out_of_memory
+from stylemill.engine.memory import fastest_micro_batch, measured_micro_batch, translate_out_of_memory
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
@@ -238,27 +239,41 @@ class Engine:
         """Choose, set and return the micro-batch for images of `size` (width, height) in pixels.
 
         Call it once a run, because the micro-batch is part of the numerics. On a CPU it follows from the size. On CUDA
-        it is the largest power of two, at most 64, that fits into 80% of what this process may use, by the memory that
-        steps of one and of two grey pairs take, and beside `feature_budget_mb`. The process may use `share` of the GPU
-        (0 to 1), and of that what is free.
+        powers of two, at most 64, are measured, without compiling: those fit that take up to 80% of what this process
+        may use, beside `feature_budget_mb`, by the memory that steps of one and of two grey pairs take; and of those
+        that fit, the smallest within 5% of the fastest is chosen. The process may use `share` of the GPU (0 to 1), and
+        of that what is free.
         """
         if self.model.device.type == "cuda":
-            blank = InputImage("grey", np.full((size[1], size[0], 3), 127, np.uint8))
-            pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controlnets))
-
-            def sample(count: int) -> None:
-                self.micro_batch = count
-                for _ in self.sample([pair] * count, Sampling(steps=1, guidance_scale=2.0, content_weight=1.0)):
-                    pass
-
-            height, width = (side // self.model.pixels_per_latent for side in reversed(size))
-            # The features of the grey image are in the memory of the steps.
-            features = max(self.feature_budget_mb * 2**20 - self._feature_bytes((height, width), True, True), 0)
-            measured = measured_micro_batch(self.model.device, sample, features, share)
-            self.micro_batch = 1 if self.micro_batch == 1 else measured  # 1: it was halved, since two did not fit
+            calls, self.calls = self.calls, self.calls.eager
+            try:
+                self.micro_batch = self._measured_micro_batch(size, share)
+            finally:
+                self.calls = calls
         else:
             self.micro_batch = cpu_micro_batch(size)
         return self.micro_batch
+
+    def _measured_micro_batch(self, size: tuple[int, int], share: float) -> int:
+        blank = InputImage("grey", np.full((size[1], size[0], 3), 127, np.uint8))
+        pair = Pair((blank,), size, content=blank, controls=(blank,) * len(self.model.controlnets))
+
+        def step_seconds(count: int) -> float:
+            """Of the second step of `count` pairs: the first one warms up."""
+            self.micro_batch = count
+            states = self.sample([pair] * count, Sampling(steps=2, guidance_scale=2.0, content_weight=1.0))
+            next(states)
+            start = time.perf_counter()
+            next(states)
+            return time.perf_counter() - start
+
+        height, width = (side // self.model.pixels_per_latent for side in reversed(size))
+        # The features of the grey image are in the memory of the steps.
+        features = max(self.feature_budget_mb * 2**20 - self._feature_bytes((height, width), True, True), 0)
+        fitting = measured_micro_batch(self.model.device, step_seconds, features, share)
+        if self.micro_batch == 1:  # it was halved, since two did not fit
+            return 1
+        return fastest_micro_batch(fitting, step_seconds)
 
     def _step(
         self, sampler: Sampler, state: SampleState, settings: Sampling, noise: Noise
@@ -294,6 +309,7 @@ class Engine:
         return Sampler(objective, settings, noise, self._blocks(windows.inputs), windows)
 
     def _calls(self, windows: Windows) -> UNetCalls:
+        self.calls.slot = self.micro_batch
         return self.calls if windows.tiling == "none" else self.calls.eager  # circular padding changes the modules
 
     def _blocks(self, inputs: ShardInputs) -> list[Block]:

@@ -22,7 +22,9 @@ _ALLOCATION_FAILED = re.compile(
 )
 
 
-def measured_micro_batch(device: torch.device, sample: Callable[[int], None], features: int, share: float = 1.0) -> int:
+def measured_micro_batch(
+    device: torch.device, sample: Callable[[int], object], features: int, share: float = 1.0
+) -> int:
     """The micro-batch that fits on a GPU, from what `sample`, called with 1 and with 2 pairs, takes there.
 
     `features` and `share` as in `gpu_micro_batch`.
@@ -41,7 +43,18 @@ def measured_micro_batch(device: torch.device, sample: Callable[[int], None], fe
     )
 
 
-def _peak_bytes(device: torch.device, sample: Callable[[int], None], count: int) -> int:
+def fastest_micro_batch(largest: int, seconds: Callable[[int], float]) -> int:
+    """The smallest power of two, at most `largest`, whose pairs a second are within 5% of the most.
+
+    `seconds` measures a step of that many pairs. The size is not that of the most: memory that brings little is better
+    left free, and the last micro-batch of a shard is then less often a small one.
+    """
+    sizes = [1 << power for power in range(largest.bit_length()) if 1 << power <= largest]
+    rates = {size: size / seconds(size) for size in sizes[-5:]}  # the others are slower
+    return min(size for size, rate in rates.items() if rate >= 0.95 * max(rates.values()))
+
+
+def _peak_bytes(device: torch.device, sample: Callable[[int], object], count: int) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

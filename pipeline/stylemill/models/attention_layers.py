@@ -26,7 +26,7 @@ class AttentionLayer(NamedTuple):
     name: str
 
     def elements(self, latent_size: tuple[int, int]) -> int:
-        """Number of scalars in q, and as many in k and in v, of one image with latents of `latent_size` (width, height)."""
+        """Number of scalars in q, as in k and in v, of one image with latents of `latent_size` (width, height)."""
         width, height = latent_size
         return (height >> self.level) * (width >> self.level) * self.channels
 
