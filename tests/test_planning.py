@@ -261,12 +261,12 @@ def test_the_engine_makes_the_planned_passes(job, tmp_path, folder, engine32, se
 def test_features_above_the_budget_are_split_into_blocks(job):
     rows = [Row(i, i, str(i), ImageRef(f"c{i}"), (ImageRef(f"s{i}"),)) for i in range(8)]  # no shared image
     shape = _shape(SD15)
-    image = shape.feature_elements(None, (64, 64)) * 4  # 16.9 million scalars in float32
-    budget = 4 * image // 2**20 + 1  # enough for the four images of two pairs
+    part = shape.feature_elements(None, (64, 64)) * 4  # Q, K or V of an image: 5.9 million scalars in float32
+    budget = 6 * part // 2**20 + 1  # enough for two pairs: K and V of a style, Q of a content
     blocked = _with(job, cluster={"feature_budget_mb": budget, "micro_batch": 2})
     cost = count_cost(blocked, [rows], shape)
     assert (cost.blocks, cost.shared_features, cost.unshared_features) == (4, 16 * 50, 16 * 50)
-    assert cost.memory.features == 4 * image
+    assert cost.memory.features == 6 * part
 
     tile = [Row(i, i, str(i), ImageRef(f"c{i // 4}"), (ImageRef(f"s{i % 4}"),)) for i in range(8)]
     cost = count_cost(blocked, [tile], shape)
@@ -278,10 +278,10 @@ def test_layers_and_their_feature_sizes_follow_from_the_configuration():
     assert (len(sd15.attention), len(sdxl.attention)) == (16, 70)
     assert sd15.attention[6] == (3, 1280, "mid_block.attentions.0.transformer_blocks.0.attn1")
     assert [layer[:2] for layer in sd15.attention[10:]] == [(1, 640)] * 3 + [(0, 320)] * 3
-    assert sd15.feature_elements(None, (64, 64)) == 3 * (3 * 1024 * 640 + 3 * 4096 * 320)
-    assert sd15.feature_elements((6,), (64, 32)) == 3 * 8 * 4 * 1280
-    # 16 × 16 tile in fp16: K, V of styles and Q of contents are half of this, 0.5 GiB
-    assert 32 * sd15.feature_elements(None, (64, 64)) * 2 / 2**30 == pytest.approx(1.05, abs=0.01)
+    assert sd15.feature_elements(None, (64, 64)) == 3 * 1024 * 640 + 3 * 4096 * 320
+    assert sd15.feature_elements((6,), (64, 32)) == 8 * 4 * 1280
+    # 16 × 16 tile in fp16: K, V of styles and Q of contents
+    assert 3 * 16 * sd15.feature_elements(None, (64, 64)) * 2 / 2**30 == pytest.approx(0.53, abs=0.01)
 
 
 def test_memory_is_estimated_from_the_headers_of_the_weights(job):
@@ -289,7 +289,7 @@ def test_memory_is_estimated_from_the_headers_of_the_weights(job):
     assert memory.dtype == "float32"
     assert memory.weights == 3 * 1_000_000 * 4
     assert memory.state == (8 + 6) * 4 * 64 * 64 * 4
-    assert memory.features == 6 * 3 * (3 * 1024 * 640 + 3 * 4096 * 320) * 4
+    assert memory.features == (4 * 2 + 2) * (3 * 1024 * 640 + 3 * 4096 * 320) * 4  # K, V of 4 styles, Q of 2 contents
     assert memory.activations / 2**30 == pytest.approx(4.4, abs=0.1)
     halved = plan(_with(job, model={"dtype": "float16"}, cluster={"micro_batch": 1})).cost().memory
     assert halved.weights * 2 == memory.weights

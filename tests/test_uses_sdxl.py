@@ -105,10 +105,11 @@ def test_texts_are_stacked_to_a_batch(engine: Engine) -> None:
 def test_layers_64_to_69_are_used_and_the_plan_knows_their_size(engine: Engine, sdxl_folder: Path) -> None:
     layers, shape = self_attention_layers(engine.model.unet), read_shape(sdxl_folder)
     assert len(layers) == len(shape.attention) == 70
-    assert [layer.attention for layer in engine.layers] == [layer.attention for layer in layers[64:]]
-    assert [(layer.level, layer.attention.inner_dim) for layer in layers] == [layer[:2] for layer in shape.attention]
-    elements = sum(layer.feature_bytes(16, 8) for layer in engine.layers) // 8
-    assert elements == shape.feature_elements(None, (8, 16)) == 6 * 3 * 32 * (8 * 4)
+    assert [layer.processor for layer in engine.layers] == [layer.processor for layer in layers[64:]]
+    widths = [engine.model.unet.get_submodule(layer.name).inner_dim for layer in layers]
+    assert list(zip([layer.level for layer in layers], widths, strict=True)) == [layer[:2] for layer in shape.attention]
+    elements = sum(layer.config.elements((8, 16)) for layer in engine.layers)
+    assert elements == shape.feature_elements(None, (8, 16)) == 6 * 32 * (8 * 4)
     assert engine.model.grid == shape.grid == 32
 
 
