@@ -477,7 +477,7 @@ def main() -> None:
     options = _parse()
     prepare_cuda()
     if options.rehearse:
-        unet_calls.BACKEND = "aot_eager"  # the compiler of a CPU takes minutes
+        unet_calls.COMPILER = {"backend": "aot_eager"}  # the compiler of a CPU takes minutes
     bench = Bench(options, options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     name = torch.cuda.get_device_name() if bench.on_cuda else "cpu"

@@ -38,7 +38,8 @@ class CheckpointSettings(StrictModel):
 class ClusterSettings(StrictModel):
     """Where the job runs, and with how many workers.
 
-    The number of workers never changes a byte of the output; threads, micro_batch and feature_budget_mb may.
+    The number of workers never changes a byte of the output; threads, micro_batch, feature_budget_mb, compile and
+    deterministic may.
     """
 
     address: str | None = None  # of a Ray cluster; None: Ray starts and stops with the run, on this machine
@@ -52,6 +53,8 @@ class ClusterSettings(StrictModel):
         Count | Auto, Field(description="a number of pairs in one UNet call, 1 or more, or auto")
     ] = "auto"
     feature_budget_mb: Count = 4096  # features in memory at once; a larger shard is sampled in blocks
+    compile: bool = False  # the UNet, by torch.compile: fewer and faster kernels on a GPU, after minutes of compiling
+    deterministic: bool = True  # false: faster gradients on a GPU, whose low bits differ each time
     # Seconds without progress after which a worker is killed. step_timeout: in a sampling step, or 20 times the slowest
     # step before it where that is longer. stage_timeout: in any other stage, and in the first step.
     step_timeout: Annotated[float, Field(gt=0)] = 600.0

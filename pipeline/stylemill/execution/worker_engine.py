@@ -50,6 +50,8 @@ def load_engine(run: Run, auto: AutoSettings) -> Engine:
         threads=cluster.threads,
         micro_batch=cluster.micro_batch,
         feature_budget_mb=cluster.feature_budget_mb,
+        compiled=cluster.compile,
+        deterministic=cluster.deterministic,
     )
     if cluster.micro_batch == "auto":
         if size := auto.micro_batches.get(str(engine.numerics["device"])):

@@ -205,7 +205,7 @@ def _memory(job: Job, shape: ModelShape, counter: _ShardCounter) -> Memory:
         weights=shape.parameters * BYTES[dtype],
         features=counter.most_feature_bytes,
         state=4 * shape.latent_channels * (latents + image_latents),  # in float32
-        activations=shape.activations * shape.channels * slot_positions * BYTES[dtype],
+        activations=shape.activations(assumes_gpu(job)) * shape.channels * slot_positions * BYTES[dtype],
         micro_batch=assumed_micro_batch(job),
     )
 
@@ -220,9 +220,13 @@ def assumed_dtype(job: Job) -> str:
     """The job's dtype; for "auto" the one that a worker on this machine would choose, determined without torch."""
     if job.model.dtype != "auto":
         return job.model.dtype
+    return "float16" if assumes_gpu(job) else "float32"
+
+
+def assumes_gpu(job: Job) -> bool:
+    """Whether the job's workers use a GPU; for "auto" whether this machine has one, determined without torch."""
     gpus = job.cluster.gpus_per_worker
-    on_gpu = Path("/dev/nvidiactl").exists() if gpus == "auto" else gpus > 0
-    return "float16" if on_gpu else "float32"
+    return Path("/dev/nvidiactl").exists() if gpus == "auto" else gpus > 0
 
 
 def _latent_size(size: Size, shape: ModelShape | None) -> Size:

@@ -25,7 +25,8 @@ def compute_fingerprint(
     """Collect what must be the same each time a run is started.
 
     Workers, address, retries and checkpoint settings are left out, because they do not affect images. Threads,
-    micro-batch and feature budget are left out too: they affect low bits only, and are recorded as numerics.
+    micro-batch, feature budget, compile and deterministic are left out too: they affect low bits only, and are recorded
+    as numerics.
     """
     width, height = job.image.width_height
     values: Fingerprint = {

@@ -15,10 +15,11 @@ from stylemill.models.safetensors_file import count_parameters
 from stylemill.plural import counted
 
 PIXELS_PER_LATENT = 8  # of all models of Stable Diffusion 1.x to XL; assumed while a model is not on this machine
-# Scalars that autograd keeps in a backward pass through the UNet, for each latent position and channel of the first
-# block. Measured: 790 for Stable Diffusion 1.5 at 512², 960 for the demo model.
-_ACTIVATIONS = 900
-_ACTIVATIONS_OF_SDXL = 1250  # not measured: by a count, autograd keeps 1.37 times as much as for Stable Diffusion 1.5
+# Scalars in memory in a backward pass through the UNet, for each latent position and channel of the first block.
+# Measured on a CPU: 790 for Stable Diffusion 1.5 at 512², 960 for the demo model. SDXL on a CPU was not measured: by a
+# count, autograd keeps 1.37 times as much. Measured on a GPU by benchmarks/gpu.py: 368, and 490 for SDXL at 1024².
+_ACTIVATIONS = {"cpu": 900, "gpu": 400}
+_ACTIVATIONS_OF_SDXL = {"cpu": 1250, "gpu": 530}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class ModelShape:
     latent_channels: int
     pixels_per_latent: int
     parameters: int  # of UNet, VAE and text encoders together
-    activations: int = _ACTIVATIONS
+    is_sdxl: bool = False
 
     @property
     def grid(self) -> int:
         """The number of pixels that an image's sides must be multiples of."""
         return pixel_grid(self.pixels_per_latent, self.levels)
+
+    def activations(self, on_gpu: bool) -> int:
+        """Scalars in memory in a backward pass of one pair, for each latent position and channel of the first block."""
+        return (_ACTIVATIONS_OF_SDXL if self.is_sdxl else _ACTIVATIONS)["gpu" if on_gpu else "cpu"]
 
     def select_layers(self, selection: Sequence[int | str] | None) -> list[AttentionLayer]:
         """The layers that `model.layers` selects; None selects the last six. Raises ModelError for an unknown layer."""
@@ -64,7 +69,7 @@ def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:
             latent_channels=int(unet["in_channels"]),
             pixels_per_latent=pixels_per_latent(vae),
             parameters=sum(map(count_parameters, weights)),
-            activations=_ACTIVATIONS_OF_SDXL if is_sdxl(unet) else _ACTIVATIONS,
+            is_sdxl=is_sdxl(unet),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{folder}: unet/ or vae/config.json is not Stable Diffusion's: {error!r}") from error
