@@ -104,7 +104,7 @@ class SelfAttention:
 
     def __init__(self) -> None:
         self.recorded: list[Activations] | None = None  # gets the activations of each call
-        self.is_last = False  # of the layers that are recorded
+        self.ends_pass = False  # after it has recorded
         self.target: Target | None = None  # whose K and V, and Q if it has any, replace the layer's own
         self.query_scale = 1.0
 
@@ -133,27 +133,28 @@ class SelfAttention:
         if self.recorded is not None:
             self.recorded.append(Activations(q, k, v, out))
             # A compiled pass needs no end: what its result does not depend on is not computed.
-            if self.is_last and not torch.compiler.is_compiling():
+            if self.ends_pass and not torch.compiler.is_compiling():
                 raise AllRecordedError
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 
 
 @contextmanager
-def record_attention(layers: Sequence[Layer]) -> Iterator[list[Activations]]:
+def record_attention(layers: Sequence[Layer], whole_pass: bool = False) -> Iterator[list[Activations]]:
     """Yield a list that gets the Activations of each of `layers`, which are in running order, from one UNet pass.
 
-    The pass ends after the last of them, and with it the block.
+    The pass ends after the last of them, and with it the block, unless the `whole_pass` is needed.
     """
     recorded: list[Activations] = []
     for layer in layers:
-        layer.processor.recorded, layer.processor.is_last = recorded, layer is layers[-1]
+        layer.processor.recorded = recorded
+        layer.processor.ends_pass = layer is layers[-1] and not whole_pass
     try:
         yield recorded
     except AllRecordedError:
         pass
     finally:
         for layer in layers:
-            layer.processor.recorded, layer.processor.is_last = None, False
+            layer.processor.recorded, layer.processor.ends_pass = None, False
 
 
 @contextmanager

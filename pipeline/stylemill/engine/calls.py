@@ -157,7 +157,7 @@ class UNetCalls:
     def _noise_and_activations(
         self, z: Tensor, timestep: Tensor, conditions: dict[str, Any]
     ) -> tuple[Tensor, list[Activations]]:
-        with record_attention(self.layers) as recorded:
+        with record_attention(self.layers, whole_pass=True) as recorded:
             epsilon = self.model.predict_noise(z, timestep, conditions)
         return epsilon, recorded
 
