@@ -34,7 +34,7 @@ import transformers
 from torch import Tensor
 
 from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision, random_images
-from random_models import BACKWARD_TFLOP, FORWARD_TFLOP, SIZE, random_model
+from stylemill.bench.random_models import BACKWARD_TFLOP, FORWARD_TFLOP, SIZE, random_model
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, Noise, Pair, SampleState

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from random_models import random_model
+from stylemill.bench.random_models import random_model
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair

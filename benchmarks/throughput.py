@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from random_models import random_model
+from stylemill.bench.random_models import random_model
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
