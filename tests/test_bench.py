@@ -191,7 +191,7 @@ def test_where_the_operations_are_known_the_table_has_rates(run: Run, monkeypatc
         (["--micro-batch", "0"], "--micro-batch 0: take a number of pairs, 1 or more"),
         (["--tile", "1x2", "--micro-batch", "4"], "--micro-batch 4: the tile 1x2 has 2 pairs; take a larger --tile"),
         (["--preset", "texture-expansion", "--size", "1024"], "take --size 512, the size of a window"),
-        (["--json", "/nowhere/bench.json"], "--json /nowhere/bench.json: cannot be written: No such file"),
+        (["--json", "/nowhere/bench.json"], "--json /nowhere/bench.json: cannot be written; name a file in a folder"),
     ],
 )
 def test_bad_input_is_refused_with_what_to_do(

@@ -73,8 +73,9 @@ def benchmark(options: BenchOptions, show: Callable[[str], None]) -> BenchResult
     _check_micro_batches(options.micro_batches, tile)
     engine, model = _load(options, device)
     size = _size(options, engine, settings)
-    rates = device_rates(device) if known_pass_cost(engine.model.unet.config, size) else {}
-    bench = _Bench(engine, settings, tile, size, known_pass_cost(engine.model.unet.config, size), rates)
+    pass_cost = known_pass_cost(engine.model.unet.config, size)
+    rates = device_rates(device) if pass_cost else {}
+    bench = _Bench(engine, settings, tile, size, pass_cost, rates)
     result = BenchResult(
         date=time.strftime("%Y-%m-%d"),
         device=str(engine.numerics["device"]),
@@ -119,8 +120,7 @@ class _Bench:
         return self._row("lockstep", self.engine, self.tile, micro_batch, naive)
 
     def naive(self) -> BenchRow:
-        """One pair at a time, whose features every step reads; with the fastest kernels, so that sharing and batching
-        are all that differs."""
+        """One pair at a time, whose features every step reads, with the fastest kernels."""
         fastest = Engine(self.engine.model, threads=self.engine.threads, deterministic=False)
         return self._row("naive", fastest, (1, 1), 1, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,7 +74,9 @@ def measure(
     """Measure the speed and memory of a model on this machine."""
     from stylemill.bench.benchmark import BenchOptions, benchmark
 
-    file = None if json_file in (None, "-") else _writable(Path(str(json_file)))
+    file = None if json_file in (None, "-") else Path(str(json_file))
+    if file:
+        _check_writable(file)
     options = BenchOptions(
         model=model,
         random=random,
@@ -97,10 +100,7 @@ def measure(
     return 0
 
 
-def _writable(path: Path) -> Path:
-    """The path. Raises OutputError, before minutes of measuring, if no file can be written there."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise OutputError(f"--json {path}: cannot be written: {error.strerror}; name another file") from error
-    return path
+def _check_writable(path: Path) -> None:
+    """Raise OutputError, before minutes of measuring, if no file can be written at `path`."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"--json {path}: cannot be written; name a file in a folder that exists and is writable")
