@@ -6,7 +6,7 @@
 
 Needs torch, transformers, pyarrow and diffusers, no Ray and no download: Stable Diffusion 1.5 and SDXL have their real
 dimensions and random weights. A stage that fails does not stop the others. The table at the end, and the JSON file,
-have what was measured; a rate counts only what the method needs, as in `random_models`.
+have what was measured; a rate counts only what the method needs. `stylemill.bench` measures, as in `stylemill bench`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
-import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,19 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
-from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision, random_images
-from random_models import BACKWARD_TFLOP, FORWARD_TFLOP, SIZE, random_model
+from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision
+from stylemill.bench.measure import CallInputs, device_rates, matrix_rate, measure_calls, measure_run, wait
+from stylemill.bench.pass_cost import PASS_COST
+from stylemill.bench.random_models import SIZE, random_model
+from stylemill.bench.tile import tile_pairs
 from stylemill.config.sampling import PRESETS, Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, Noise, Pair, SampleState
 from stylemill.engine import calls as unet_calls
-from stylemill.engine.attention import Target
 from stylemill.engine.kernels import prepare_cuda, repeatable
-from stylemill.engine.unet.text import Text
-
-TIMESTEP = 401
-REPEATS = 3
+from stylemill.engine.memory import translate_out_of_memory
+from stylemill.errors import DeviceMemoryError
 
 
 @dataclass
@@ -109,31 +108,8 @@ class Bench:
         if self.on_cuda:
             torch.cuda.empty_cache()
 
-    def seconds(self, work: Callable[[], Any], repeats: int = REPEATS) -> float:
-        """The median duration of `work`, after one call to warm up."""
-        work()
-        durations = []
-        for _ in range(repeats):
-            self.wait()
-            start = time.perf_counter()
-            work()
-            self.wait()
-            durations.append(time.perf_counter() - start)
-        return statistics.median(durations)
-
     def wait(self) -> None:
-        if self.on_cuda:
-            torch.cuda.synchronize()
-
-    @contextmanager
-    def peak(self) -> Iterator[dict[str, float]]:
-        """Yield a dictionary that gets the peak memory of the block, in GiB."""
-        found: dict[str, float] = {}
-        if self.on_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        yield found
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if self.on_cuda else 0.0
+        wait(torch.device(self.device))
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -141,16 +117,8 @@ class Bench:
 
 def rates(bench: Bench) -> dict[str, Any]:
     """The card's own rates: a product of matrices in half precision, and a copy."""
-    side, elements = (8192, 2**30) if bench.on_cuda else (256, 2**20)
-    found = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        a, b = (torch.randn(side, side, device=bench.device).to(dtype) for _ in range(2))
-        seconds = bench.seconds(lambda a=a, b=b: [a @ b for _ in range(10)]) / 10
-        found[f"{dtype} TFLOP/s".removeprefix("torch.")] = 2 * side**3 / seconds / 1e12
-    source = torch.randn(elements, device=bench.device)
-    target = torch.empty_like(source)
-    found["copy TB/s"] = 2 * source.nbytes / bench.seconds(lambda: target.copy_(source)) / 1e12
-    bench.matrix_rate = max(found["float16 TFLOP/s"], found["bfloat16 TFLOP/s"])
+    found = device_rates(torch.device(bench.device))
+    bench.matrix_rate = matrix_rate(found)
     return found
 
 
@@ -179,53 +147,28 @@ def calls(bench: Bench, family: str = "sd15", **options: Any) -> dict[str, Any]:
     engine, found = bench.engine(family, **options), {}
     sizes = [1, 2] if bench.toy else [1, 2, 4, 8] if family == "sdxl" else bench.options.sizes
     for size in [bench.micro_batch] if engine.compiled else sizes:
-        engine.calls.slot = size
-        try:
-            found[str(size)] = _measure_calls(bench, engine, family, size)
-        except torch.OutOfMemoryError:
-            found[str(size)] = "out of memory"
+        found[str(size)] = _fitting(partial(_calls_at, bench, engine, family, size))
         bench.note(f"{family} {options} micro-batch {size}: {_short(found[str(size)])}")
     return found
 
 
-def _measure_calls(bench: Bench, engine: Engine, family: str, size: int) -> dict[str, float]:
-    z, text = _latents(engine, bench.size(family), size), engine.model.encode_text("")
-    found: dict[str, float] = {}
-    with repeatable(1):
-        for name, work in {
-            "denoise": lambda: engine.calls.predict_noise(z, TIMESTEP, text),
-            "features": lambda: engine.calls.activations(z, TIMESTEP, text),
-        }.items():
-            with bench.peak() as memory:
-                seconds = bench.seconds(work)
-            found |= {f"{name} ms": 1000 * seconds / size, f"{name} GiB": memory["peak_gib"]}
-            found[f"{name} TFLOP/s"] = FORWARD_TFLOP[family] * size / seconds
-        targets = _targets(engine, z, text)
-        weights, scales = torch.full((size,), 0.25, device=z.device), torch.full((size,), 2.0**16, device=z.device)
-        with bench.peak() as memory:
-            seconds = bench.seconds(lambda: _gradient(engine, z, text, targets, weights, scales))
-        found |= {"gradient ms": 1000 * seconds / size, "gradient GiB": memory["peak_gib"]}
-        found["gradient TFLOP/s"] = (FORWARD_TFLOP[family] + BACKWARD_TFLOP[family]) * size / seconds
-    step = (found["denoise ms"] + found["gradient ms"]) / 1000
-    work = 2 * FORWARD_TFLOP[family] + BACKWARD_TFLOP[family]
-    return found | {"step ms": 1000 * step, "TFLOP/s": work / step, "utilisation": work / step / bench.matrix_rate}
+def _calls_at(bench: Bench, engine: Engine, family: str, size: int) -> dict[str, float]:
+    cost, found = PASS_COST[family], dict[str, float]()
+    measured = measure_calls(engine, bench.size(family), size)
+    for name, call in measured.items():
+        found |= {f"{name} ms": 1000 * call.seconds, f"{name} GiB": call.peak_gib}
+        found[f"{name} TFLOP/s"] = cost.tflop({name: 1}) / call.seconds
+    step = measured["denoise"].seconds + measured["gradient"].seconds
+    rate = cost.tflop({"denoise": 1, "gradient": 1}) / step
+    return found | {"step ms": 1000 * step, "TFLOP/s": rate, "utilisation": rate / bench.matrix_rate}
 
 
-def _gradient(engine: Engine, z: Tensor, text: Text, targets: list[Target], weights: Tensor, scales: Tensor) -> Tensor:
-    layer_weights = (1.0,) * len(engine.layers)
-    return engine.calls.gradient(z, TIMESTEP, text, targets, weights, layer_weights, 1.0, scales)[0]
-
-
-def _latents(engine: Engine, side: int, count: int) -> Tensor:
-    latent_side = side // engine.model.pixels_per_latent
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(count, engine.model.latent_channels, latent_side, latent_side, generator=generator)
-    return z.to(engine.model.device, engine.model.latent_dtype)
-
-
-def _targets(engine: Engine, z: Tensor, text: Text) -> list[Target]:
-    features = engine.calls.activations(z.flip(0) * 0.9, TIMESTEP, text)
-    return [Target(one.k.clone(), one.v.clone(), one.q.clone()) for one in features]
+def _fitting(measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """What `measure` finds, or "out of memory"."""
+    try:
+        return translate_out_of_memory(measure)
+    except DeviceMemoryError:
+        return "out of memory"
 
 
 def runs(bench: Bench) -> dict[str, Any]:
@@ -254,8 +197,10 @@ def _against_naive(
     bench.note(f"{family} {name} naive: {_short(naive)}")
     engine = bench.engine(family, **bench.best) if family == "sd15" else bench.engine(family)
     for tile in tiles:
-        found["×".join(map(str, tile))] = one = _run(bench, engine, family, settings, tile, micro_batch)
-        one["times naive"] = one["images/s"] / naive["images/s"]
+        one = _fitting(partial(_run, bench, engine, family, settings, tile, micro_batch))
+        found["×".join(map(str, tile))] = one
+        if isinstance(one, dict):
+            one["times naive"] = one["images/s"] / naive["images/s"]
         bench.note(f"{family} {name} {tile}: {_short(one)}")
     return found
 
@@ -264,44 +209,19 @@ def _run(
     bench: Bench, engine: Engine, family: str, settings: Sampling, tile: tuple[int, int], micro_batch: int
 ) -> dict[str, Any]:
     """Some steps of `tile` (contents × styles); from their median, without the first, the seconds of a whole run."""
-    pairs, engine.micro_batch = _tile(bench.size(family), *tile), micro_batch
-    with bench.peak() as memory:
-        start, durations = time.perf_counter(), []
-        for state in engine.sample(pairs, settings):  # noqa: B007
-            durations.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            if len(durations) > (3 if len(pairs) < 100 else 1):
-                break
-        images = engine.decode(state)
-        decoding = time.perf_counter() - start
-    step = statistics.median(durations[1:])
-    rest = max(durations[0] - step, 0) + decoding
-    seconds = _steps(settings) * step + rest
-    work = _step_tflop(family, settings, len(pairs), sum(tile))
+    timed_steps = 3 if math.prod(tile) < 100 else 1
+    run = measure_run(engine, settings, tile, bench.size(family), micro_batch, timed_steps)
+    rate = run.tflops(PASS_COST[family])
     return {
-        "images/s": len(pairs) / seconds,
-        "s/image": seconds / len(pairs),
-        "ms a pair and step": 1000 * step / len(pairs),
-        "encoding and decoding, share": rest / seconds,
-        "TFLOP/s": work / step,
-        "utilisation": work / step / bench.matrix_rate,
-        "images lost": sum(image is None for image in images),
-    } | memory
-
-
-def _steps(settings: Sampling) -> int:
-    return settings.steps - settings.first_step
-
-
-def _step_tflop(family: str, settings: Sampling, pairs: int, images: int) -> float:
-    copies = 0 if settings.method == "optimization" else 1 + (settings.guidance_scale > 1)
-    forward = pairs * (copies + settings.iterations) + images
-    return forward * FORWARD_TFLOP[family] + pairs * settings.iterations * BACKWARD_TFLOP[family]
-
-
-def _tile(side: int, contents: int, styles: int) -> list[Pair]:
-    images = random_images(contents + styles, side)
-    return [Pair((style,), (side, side), content) for content in images[:contents] for style in images[contents:]]
+        "images/s": run.images_per_second,
+        "s/image": 1 / run.images_per_second,
+        "ms a pair and step": 1000 * run.step_seconds / run.pairs,
+        "encoding and decoding, share": run.other_seconds / run.seconds,
+        "TFLOP/s": rate,
+        "utilisation": rate / bench.matrix_rate,
+        "images lost": run.images_lost,
+        "peak_gib": run.peak_gib,
+    }
 
 
 def compiled(bench: Bench) -> dict[str, Any]:
@@ -311,21 +231,19 @@ def compiled(bench: Bench) -> dict[str, Any]:
     if cache and cache.exists():
         torch.compiler.load_cache_artifacts(cache.read_bytes())
     engine = bench.engine("sd15", **options)
-    z, text = _latents(engine, bench.size("sd15"), bench.micro_batch), engine.model.encode_text("")
-    engine.calls.slot = bench.micro_batch
+    inputs = CallInputs(engine, bench.size("sd15"), bench.micro_batch)
     found: dict[str, Any] = {"from cache": bool(cache and cache.exists())}
     with repeatable(1):
         start = time.perf_counter()
-        targets = _targets(engine, z, text)
+        targets = inputs.targets()
         bench.wait()
         found["denoise and features: s to compile"] = time.perf_counter() - start
         bench.note(_short(found))
-        ones = torch.ones(len(z), device=z.device)
         start = time.perf_counter()
-        gradient = _gradient(engine, z, text, targets, 0.25 * ones, 2.0**16 * ones)
+        gradient = inputs.gradient(targets)
         bench.wait()
         found["gradient: s to compile"] = time.perf_counter() - start
-        eager = _gradient(bench.engine("sd15"), z, text, targets, 0.25 * ones, 2.0**16 * ones)
+        eager = CallInputs(bench.engine("sd15"), bench.size("sd15"), bench.micro_batch).gradient(targets)
     found["cosine to eager"] = torch.nn.functional.cosine_similarity(eager.flatten(1), gradient.flatten(1)).min().item()
     bench.note(_short(found))
     bench.best = options
@@ -340,7 +258,7 @@ def no_waiting(bench: Bench) -> dict[str, Any]:
     """No operation of a step waits for the device: torch raises an error if one does."""
     engine, settings = bench.engine("sd15", **bench.best), Sampling(steps=4)
     engine.micro_batch = bench.micro_batch
-    states = engine.sample(_tile(bench.size("sd15"), 2, 2), settings)
+    states = engine.sample(tile_pairs((2, 2), bench.size("sd15")), settings)
     state = next(states)
     sampler = engine._sampler(state, settings, Noise(0))
     with repeatable(1):
@@ -360,7 +278,7 @@ def determinism(bench: Bench) -> dict[str, Any]:
     settings, found = Sampling(steps=4), {}
     for deterministic in (True, False):
         engine = bench.engine("sd15", **(bench.best if deterministic else {"deterministic": False}))
-        engine.micro_batch, pairs = bench.micro_batch, _tile(bench.size("sd15"), 2, bench.micro_batch // 2)
+        engine.micro_batch, pairs = bench.micro_batch, tile_pairs((2, bench.micro_batch // 2), bench.size("sd15"))
         first, again = (_last(engine, pairs, settings) for _ in range(2))
         name = "deterministic" if deterministic else "fastest"
         found[f"{name}: same bits twice"] = torch.equal(first.latents, again.latents)
@@ -425,14 +343,10 @@ def sdxl(bench: Bench) -> dict[str, Any]:
 def profile(bench: Bench) -> dict[str, Any]:
     """Where the time of a gradient and of a denoising call goes, by kernel."""
     engine = bench.engine("sd15", **bench.best)
-    z, text = _latents(engine, bench.size("sd15"), bench.micro_batch), engine.model.encode_text("")
-    engine.calls.slot, found = bench.micro_batch, {}
+    inputs, found = CallInputs(engine, bench.size("sd15"), bench.micro_batch), dict[str, Any]()
     with repeatable(1):
-        targets, ones = _targets(engine, z, text), torch.ones(len(z), device=z.device)
-        for name, work in {
-            "denoise": lambda: engine.calls.predict_noise(z, TIMESTEP, text),
-            "gradient": lambda: _gradient(engine, z, text, targets, 0.25 * ones, 2.0**16 * ones),
-        }.items():
+        targets = inputs.targets()
+        for name, work in {"denoise": inputs.denoise, "gradient": lambda: inputs.gradient(targets)}.items():
             work()
             bench.wait()
             activity = torch.profiler.ProfilerActivity

@@ -19,15 +19,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from random_models import random_model
+from stylemill.bench.random_models import random_model
+from stylemill.bench.tile import random_images
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
-from stylemill.engine import Engine, InputImage, Pair
+from stylemill.engine import Engine, Pair
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -74,14 +74,6 @@ def alone_against_batch(engine: Engine, pairs: Sequence[Pair], settings: Samplin
     engine.micro_batch = micro_batch
     alone, together = gradients
     return ((together - alone).norm(dim=1) / alone.norm(dim=1)).max().item()
-
-
-def random_images(count: int, size: int) -> list[InputImage]:
-    """Images of large patches with noise."""
-    rng = np.random.default_rng(0)
-    patches = [np.kron(rng.integers(30, 226, (8, 8, 3)), np.ones((size // 8, size // 8, 1))) for _ in range(count)]
-    noisy = [patch + rng.integers(-30, 30, patch.shape) for patch in patches]
-    return [InputImage(f"image {number}", pixels.astype(np.uint8)) for number, pixels in enumerate(noisy)]
 
 
 def content_style_pairs(count: int, size: int) -> list[Pair]:

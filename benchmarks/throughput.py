@@ -19,13 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from random_models import random_model
+from stylemill.bench.pass_cost import PASS_COST
+from stylemill.bench.random_models import random_model
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine import Engine, InputImage, Pair
-
-# Of a pass of SD 1.5 at 512², counted on its architecture: forward, and backward to the latent.
-TFLOP = {"denoise": 0.803, "feature": 0.803, "gradient": 0.803 + 0.923}
 
 
 def main() -> None:
@@ -69,8 +67,7 @@ def _device_figures(engine: Engine, options: argparse.Namespace, seconds: float)
     memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     if options.model != "sd15" or options.size != 512:
         return memory
-    work = sum(TFLOP[kind] * count for kind, count in engine.passes.items())
-    return f"{memory}, {work / seconds:.0f} TFLOP/s"
+    return f"{memory}, {PASS_COST['sd15'].tflop(engine.passes) / seconds:.0f} TFLOP/s"
 
 
 def _engine(options: argparse.Namespace) -> Engine:

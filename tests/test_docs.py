@@ -42,6 +42,7 @@ NOT_RUN = {
     "git clone": "needs network",
     "stylemill run jobs/style-transfer.yaml --output runs/sd15": "needs network, and hours",
     "STYLEMILL_FAILPOINTS='after-record": "kills its process",
+    "stylemill bench": "takes minutes, or needs network",
     "import datasets, fsspec": "needs a bucket",
 }
 TOY = {"model": "toy-model", "sampling.steps": 2, "image.size": 64, "cluster.micro_batch": 2}

@@ -48,10 +48,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "plural", "config", "testing", "manifest", "models", "images", "store", "engine"),
         *("planning", "report"),
     },
+    "bench": {"errors", "plural", "config", "models", "images", "engine", "demo"},
     "cluster": {"errors", "plural", "config", "store", "execution"},
     "cli": {
         *("errors", "plural", "config", "manifest", "images", "store", "engine", "demo"),
-        *("planning", "report", "execution"),
+        *("planning", "report", "execution", "bench"),
     },
     "__main__": {"cli"},
 }
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 EXCEPTIONS = {"stylemill.execution.driver": {"cluster"}}
 
 # Where the heavy libraries may be imported, and nowhere else.
-TORCH_PARTS = {"engine", "demo"}
+TORCH_PARTS = {"engine", "demo", "bench"}
 ONLY_IN: dict[str, set[str]] = {
     "torch": TORCH_PARTS,
     "diffusers": TORCH_PARTS,

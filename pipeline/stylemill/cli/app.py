@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stylemill import __version__
-from stylemill.cli import job, manifest, model, runs
+from stylemill.cli import bench, job, manifest, model, runs
 from stylemill.cli.terminal import write_any_character
 from stylemill.errors import StylemillError
 
@@ -23,6 +23,7 @@ app.add_typer(manifest.app, name="manifest")
 app.add_typer(job.app)
 app.add_typer(runs.app)
 app.add_typer(model.app)
+app.add_typer(bench.app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

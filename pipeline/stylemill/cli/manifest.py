@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from stylemill.cli.command import Command
+from stylemill.cli.options import Tile
 from stylemill.plural import counted
 
 if TYPE_CHECKING:
@@ -19,19 +20,6 @@ app = typer.Typer(
 )
 
 ManifestArgument = Annotated[str, typer.Argument(metavar="MANIFEST", help="Parquet file of the manifest.")]
-
-
-class Tile(NamedTuple):
-    contents: int
-    styles: int
-
-    @classmethod
-    def parse(cls, text: str) -> Tile:
-        """The tile of a text such as 16x16."""
-        contents, _, styles = text.partition("x")
-        if not (contents.isdecimal() and styles.isdecimal()):
-            raise typer.BadParameter(f"{text!r}: write contents x styles, such as 16x16")
-        return cls(int(contents), int(styles))
 
 
 @app.command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -38,6 +38,19 @@ Settings = Annotated[
 Inline = Annotated[bool, typer.Option("--inline", help="Work in this process, without Ray.")]
 FailuresOk = Annotated[bool, typer.Option("--failures-ok", help="Exit with 0 even if rows failed for good.")]
 Deep = Annotated[bool, typer.Option("--deep", help="Also decode every image.")]
+
+
+class Tile(NamedTuple):
+    contents: int
+    styles: int
+
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """The tile of a text such as 16x16."""
+        contents, _, styles = text.partition("x")
+        if not (contents.isdecimal() and styles.isdecimal()):
+            raise typer.BadParameter(f"{text!r}: write contents x styles, such as 16x16")
+        return cls(int(contents), int(styles))
 
 
 def job_overrides(

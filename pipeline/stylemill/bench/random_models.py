@@ -12,11 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from stylemill.demo.untrained import write_demo_model
 from stylemill.engine.unet.model import DiffusionModel
 
-# Of one UNet pass of one pair, counted on the architecture: forward, and backward to the latent. SD 1.5 at 512², SDXL
-# at 1024².
-FORWARD_TFLOP = {"sd15": 0.803, "sdxl": 6.76}
-BACKWARD_TFLOP = {"sd15": 0.923, "sdxl": 7.46}
-SIZE = {"sd15": 512, "sdxl": 1024}
+SIZE = {"sd15": 512, "sdxl": 1024}  # the side of an image in pixels
 
 
 def random_model(family: str, device: str, dtype: torch.dtype, seed: int = 0) -> DiffusionModel:
