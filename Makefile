@@ -1,6 +1,7 @@
 # make quickstart   real photos × real styles, from manifest to contact sheet; type it again to resume
 # make test         the whole test suite; ARGS="-k resume" is passed to pytest
 # make chaos        200 random faults over a job, and 20 over the demo model; ARGS="--seed 7" repeats those of a seed
+# make gpu          the engine on this machine's GPU: gradients, speed, memory, determinism; ARGS="--stages smoke eager"
 # make check        format, lint, types, import rules
 # make demo-model   the embedded model, trained anew into runs/demo: hours on 2 cores
 #
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test chaos check demo-model
+.PHONY: help quickstart test chaos gpu check demo-model
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -27,6 +28,9 @@ test: $(VENV)/.test
 chaos: $(VENV)/.test
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
 	$(BIN)/python benchmarks/chaos.py --engine demo --faults 20 --pairs 48 $(ARGS)
+
+gpu: $(VENV)/.run
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -4,8 +4,8 @@
     make gpu ARGS="--stages smoke calls --json gpu.json"
     python benchmarks/gpu.py --rehearse --device cpu           # toy sizes, to find mistakes before a GPU is at hand
 
-Needs torch, transformers, pyarrow and diffusers, no Ray and no download: Stable Diffusion 1.5 and SDXL have their real
-dimensions and random weights. A stage that fails does not stop the others. The table at the end, and the JSON file,
+Needs no Ray and no download, and stylemill need not be installed: torch, transformers, diffusers, pyarrow, pydantic and
+cachetools are enough. Stable Diffusion 1.5 and SDXL have their real dimensions and random weights. A stage that fails does not stop the others. The table at the end, and the JSON file,
 have what was measured; a rate counts only what the method needs. `stylemill.bench` measures, as in `stylemill bench`.
 """
 
