@@ -1,12 +1,13 @@
 """What the engine does on this GPU: right gradients, seconds and memory of each UNet call, whole runs, determinism.
 
-    make gpu                                                   # all stages, some 8 minutes on an H100 or H200
-    make gpu ARGS="--stages smoke calls --json gpu.json"
-    python benchmarks/gpu.py --rehearse --device cpu           # toy sizes, to find mistakes before a GPU is at hand
+    make gpu                                                           # all stages, some 8 minutes on an H100 or H200
+    make gpu ARGS="--stages smoke eager --json gpu.json"
+    python benchmarks/gpu.py --rehearse runs/rehearsal --device cpu    # toy sizes, to find mistakes without a GPU
 
 Needs no Ray and no download, and stylemill need not be installed: torch, transformers, diffusers, pyarrow, pydantic and
-cachetools are enough. Stable Diffusion 1.5 and SDXL have their real dimensions and random weights. A stage that fails does not stop the others. The table at the end, and the JSON file,
-have what was measured; a rate counts only what the method needs. `stylemill.bench` measures, as in `stylemill bench`.
+cachetools are enough. Stable Diffusion 1.5 and SDXL have their real dimensions and random weights. A stage that fails
+does not stop the others. Lines are printed as they are measured, and `--json` writes all. A rate counts only what the
+method needs. `stylemill.bench` measures, as in `stylemill bench`; the rates of a rehearsal mean nothing.
 """
 
 from __future__ import annotations
