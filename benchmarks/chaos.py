@@ -146,7 +146,8 @@ class ChaosRun:
         self.injected.update(driver.injected)
         self.injected_on_ray += len(driver.injected) * plan.on_ray
         harmful = sum(not any(name in fault for name in HARMLESS) for fault in driver.injected)
-        driver.may_repeat += harmful * self.setting.every * (self.setting.workers if plan.on_ray else 1)
+        steps = self.setting.every + 1  # a step is taken while the checkpoint before it is written
+        driver.may_repeat += harmful * steps * (self.setting.workers if plan.on_ray else 1)
         where = "on Ray" if plan.on_ray else "inline"
         print(f"{self.injected.total():4} start {self.starts} {where} ended {code}: {', '.join(driver.injected)}")
         sys.stdout.flush()

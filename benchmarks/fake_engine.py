@@ -133,11 +133,11 @@ def _initial_state(pairs: Sequence[Pair], settings: Sampling) -> SampleState:
     )
 
 
-def install() -> None:
-    """Make workers of this process load the fake engine."""
+def install(engine: type[FakeEngine] = FakeEngine) -> None:
+    """Make workers of this process load the fake engine, or a subclass of it."""
     import stylemill.engine
 
-    stylemill.engine.Engine = FakeEngine  # type: ignore[misc, assignment]
+    stylemill.engine.Engine = engine  # type: ignore[misc, assignment]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ from stylemill.execution.attempt import AutoSettings
 class FakeEngineWorker(Worker):
     """A worker with the fake engine."""
 
+    install = staticmethod(fake_engine.install)
+
     def load(self, auto: AutoSettings) -> LoadedModel:
-        fake_engine.install()
+        self.install()
         return super().load(auto)
 
     def _import_engine(self) -> None:

@@ -2,7 +2,8 @@
 
 `ForkedCommands` forks processes from a server that has imported torch once, and runs the command line in them. What a
 kill leaves behind follows from the file changes before it, so a moment is a number of changes: "before the third change
-that shard 1 makes while it is sampled". Where the change creates a file, a part of that file is left.
+that shard 1 makes while it is sampled". Where the change creates a file, a part of that file is left. So that changes
+have one order, these processes work on one shard at a time, unless `constants` says otherwise.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from PIL import Image
 
 import fake_engine
 from store_shards import files
+from stylemill.execution.interruption import Interruption
 
 STEPS, EVERY_STEPS, PAIRS_PER_SHARD, SHARDS = 5, 2, 3, 3
+ONE_SHARD_AT_A_TIME: dict[str, object] = {"stylemill.execution.local:SHARDS_AT_A_TIME": 1}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 ABSENT = 3  # the row whose content is not there
 CARRIED: dict[str, list[Any]] = {
@@ -241,7 +244,7 @@ def _run(
     tempfile.tempdir = None  # so that it is read from TMPDIR again
     if with_fake_engine:
         fake_engine.install()
-    for constant, value in constants.items():
+    for constant, value in (ONE_SHARD_AT_A_TIME | constants).items():
         module, name = constant.split(":")
         setattr(importlib.import_module(module), name, value)
     with open(log.with_suffix(".out"), "w") as out:
@@ -310,7 +313,10 @@ class _FolderWatcher:
             number, self.at = self.at.signal, None
             if torn and number == signal.SIGKILL:
                 torn.write_bytes(b"torn")
+            handler = signal.getsignal(number)
             os.kill(os.getpid(), number)
+            if isinstance(interruption := getattr(handler, "__self__", None), Interruption):
+                interruption.stopping.wait()  # the main thread handles the signal, and this may be another one
 
     def _stage(self, event: str, path: str) -> Stage:
         self.ending |= "contact-sheet" in path

@@ -827,6 +827,7 @@ def test_a_full_disk_loses_nothing(run_command, here, disk, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(stylemill.execution.local, "process_shard", fill_before_shard_1)
+        patch.setattr(stylemill.execution.local, "SHARDS_AT_A_TIME", 1)  # so that shard 0 is committed by then
         result = run_command(*command)
     assert result.code == 1, result
     assert "Traceback" not in result.err

@@ -98,7 +98,7 @@ class AutoSettings:
 
 
 class Listener(Protocol):
-    """Receives the events of a run, on the driver's side. Called from one thread."""
+    """Receives the events of a run, on the driver's side. One call at a time; `progress` may come during another."""
 
     @property
     def auto_settings(self) -> AutoSettings:

@@ -1,10 +1,10 @@
-"""The local executor: shards one after another in this process, without Ray. For debugging and notebooks."""
+"""The local executor: shards in this process, without Ray, sampled one after another. For debugging and notebooks."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,61 +27,115 @@ if TYPE_CHECKING:
     from stylemill.engine import Engine
 
 LONGEST_PAUSE = 30.0  # seconds before another attempt at a shard
+SHARDS_AT_A_TIME = 2  # one is sampled while the inputs of the next are read, or the images of the last are written
 
 
 def run_inline(
     run: Run, shards: Sequence[int], occurrences: Mapping[int, int], listener: Listener, stopping: threading.Event
 ) -> dict[int, str]:
-    """Commit every shard, or return {shard: why it is open}. Leaves with a checkpoint once `stopping` is set."""
+    """Commit every shard, or return {shard: why it is open}. Leaves with a checkpoint once `stopping` is set.
+
+    Shards are sampled in their order. Each has a thread, so that its files are read and written while another is
+    sampled. An error that no retry can cure ends the run, and the other shard leaves with a checkpoint.
+    """
     auto = listener.auto_settings
     listener.phase(loading_phase(run, auto))
     engine = load_engine(run, auto)
     listener.record_numerics(numerics(engine))
     listener.phase("sampling")
-    reasons: dict[int, str] = {}
-    for shard in shards:
-        if stopping.is_set():
-            break
+    executor = _Executor(run, occurrences, engine, listener, stopping)
+    executor.process(shards)
+    return executor.reasons
+
+
+class _Executor:
+    """Processes shards in threads, of which one at a time has the device."""
+
+    def __init__(
+        self, run: Run, occurrences: Mapping[int, int], engine: Engine, listener: Listener, stopping: threading.Event
+    ) -> None:
+        self.reasons: dict[int, str] = {}  # why a shard is open
+        self._run = run
+        self._occurrences = occurrences
+        self._engine = engine
+        self._listener = listener
+        self._listening = threading.Lock()  # the listener is called from one thread at a time, except for progress
+        self._stopping = stopping
+        self._device = threading.Lock()
+        self._error: BaseException | None = None  # that ends the run
+
+    def process(self, shards: Sequence[int]) -> None:
+        """Start a thread for each shard in turn: when the shard before it has got the device, and another has ended."""
+        free = threading.Semaphore(SHARDS_AT_A_TIME)
         try:
-            _with_retries(run, shard, occurrences, engine, listener, stopping)
+            for shard in shards:
+                free.acquire()
+                has_device = threading.Event()
+                # A daemon: a second Ctrl-C ends the process without waiting for a step.
+                arguments = (shard, has_device, free)
+                threading.Thread(target=self._thread, args=arguments, name=f"shard {shard}", daemon=True).start()
+                has_device.wait()
+                if self._leaving():
+                    break
+            for _ in range(SHARDS_AT_A_TIME):
+                free.acquire()  # all have ended
+        except BaseException as error:
+            self._error = error
+        if self._error:
+            raise self._error
+
+    def _leaving(self) -> bool:
+        return self._stopping.is_set() or self._error is not None
+
+    def _thread(self, shard: int, has_device: threading.Event, free: threading.Semaphore) -> None:
+        try:
+            self._with_retries(shard, has_device)
         except TransientError as error:
-            reasons[shard] = str(error)
-    return reasons
+            self.reasons[shard] = str(error)
+        except BaseException as error:
+            self._error = self._error or error
+        finally:
+            has_device.set()
+            free.release()
 
+    def _with_retries(self, shard: int, has_device: threading.Event) -> None:
+        """Make attempts at a shard until it is committed, or until asked to stop. Raises the last TransientError."""
+        attempts = 1 + self._run.job.retries
 
-def _with_retries(
-    run: Run,
-    shard: int,
-    occurrences: Mapping[int, int],
-    engine: Engine,
-    listener: Listener,
-    stopping: threading.Event,
-) -> None:
-    """Make attempts at a shard until it is committed, or until asked to stop. Raises the last TransientError."""
-    attempts = 1 + run.job.retries
+        def warn(state: RetryCallState) -> None:
+            error = state.outcome and state.outcome.exception()
+            with self._listening:
+                self._listener.warn(f"shard {shard}, attempt {state.attempt_number} of {attempts}: {error}")
 
-    def warn(state: RetryCallState) -> None:
-        error = state.outcome and state.outcome.exception()
-        listener.warn(f"shard {shard}, attempt {state.attempt_number} of {attempts}: {error}")
+        retrying = Retrying(
+            retry=retry_if_exception_type(TransientError),
+            stop=stop_after_attempt(attempts) | stop_when_event_set(self._stopping),
+            wait=wait_exponential(max=LONGEST_PAUSE),
+            sleep=sleep_using_event(self._stopping),
+            after=warn,
+            reraise=True,
+        )
 
-    retrying = Retrying(
-        retry=retry_if_exception_type(TransientError),
-        stop=stop_after_attempt(attempts) | stop_when_event_set(stopping),
-        wait=wait_exponential(max=LONGEST_PAUSE),
-        sleep=sleep_using_event(stopping),
-        after=warn,
-        reraise=True,
-    )
+        def attempt() -> None:
+            if not self._leaving():  # else it was asked to during the pause
+                self._attempt(shard, retrying.statistics["attempt_number"] == attempts, has_device)
 
-    def attempt() -> None:
-        if stopping.is_set():  # during the pause
-            return
-        last = retrying.statistics["attempt_number"] == attempts
-        new = replace(run.new_attempt(shard, occurrences), last=last)
-        record = listener.committed_record(new)
+        retrying(attempt)
+
+    def _attempt(self, shard: int, last: bool, has_device: threading.Event) -> None:
+        new = replace(self._run.new_attempt(shard, self._occurrences), last=last)
+        with self._listening:
+            record = self._listener.committed_record(new)
         if record is None:
-            record = process_shard(run, new, engine, nullcontext(), listener.progress, stopping.is_set)
+            device, progress = _holding(self._device, has_device), self._listener.progress
+            record = process_shard(self._run, new, self._engine, device, progress, self._leaving)
         if record is not None:
-            listener.committed(record)
+            with self._listening:
+                self._listener.committed(record)
 
-    retrying(attempt)
+
+@contextmanager
+def _holding(device: threading.Lock, has_device: threading.Event) -> Iterator[None]:
+    with device:
+        has_device.set()
+        yield

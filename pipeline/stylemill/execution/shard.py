@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from stylemill.execution.attempt import Attempt, Progress, Run
@@ -107,7 +107,8 @@ class _Stages:
         if probe and probe.stage == "read":
             return True
         self._report("wait", self._state)
-        with self._device:
+        # The device is left at once, and the block only when the last checkpoint is written.
+        with self._checkpoints or nullcontext(), self._device:
             if self._stopping():  # while it waited for the device: no step, no new checkpoint
                 return False
             if not self._sample():
@@ -148,6 +149,8 @@ class _Stages:
                 self._pairs, self._run.job.sampling, self._state, excluded=poison_pairs(self._rows)
             )
             for state in states:
+                if self._checkpoints:
+                    self._checkpoints.wait()  # it was written while the device took this step
                 self._state = state
                 self._report("sample", state)
                 failpoint("mid-sample", shard=shard, step=state.step, row=row_numbers(self._rows))
@@ -155,7 +158,6 @@ class _Stages:
                 if self._checkpoints and (stopping or state.step % every_steps == 0 or state.step == self._steps):
                     failpoint("before-checkpoint", shard=shard, step=state.step)
                     self._checkpoints.save(state, self._rows)
-                    failpoint("after-checkpoint", shard=shard, step=state.step)
                 if state.step >= self._last_step:
                     return True
                 if stopping:
