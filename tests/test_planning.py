@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,18 @@ def test_layers_and_their_feature_sizes_follow_from_the_configuration():
     assert sd15.feature_elements((6,), (64, 32)) == 8 * 4 * 1280
     # 16 × 16 tile in fp16: K, V of styles and Q of contents
     assert 3 * 16 * sd15.feature_elements(None, (64, 64)) * 2 / 2**30 == pytest.approx(0.53, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("unet", "side", "measured"),  # GiB in fp16 that each further pair took: benchmarks/README.md, On a GPU
+    [(SD15, 64, (59.60 - 3.00) / 63), (SDXL, 128, (45.00 - 11.46) / 7)],
+    ids=["SD 1.5 at 512²", "SDXL at 1024²"],
+)
+def test_the_memory_of_a_gradient_on_a_gpu_is_estimated_a_little_above_what_was_measured(unet, side, measured):
+    shape = replace(_shape(unet), is_sdxl=unet is SDXL)
+    estimate = shape.activations(on_gpu=True) * shape.channels * side**2 * 2 / 2**30
+    assert measured <= estimate <= 1.2 * measured
+    assert shape.activations(on_gpu=False) > 2 * shape.activations(on_gpu=True)
 
 
 def test_memory_is_estimated_from_the_headers_of_the_weights(job):

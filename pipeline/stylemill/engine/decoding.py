@@ -118,7 +118,7 @@ def _decoder_for(
     if style is None:
         yield True
         return
-    others = ("micro_batch", "kernels", "gradients", "decoding")
+    others = ("micro_batch", "kernels", "decoding")  # of the UNet, and of whole images
     relevant = {name: value for name, value in numerics.items() if name not in others}
     settings = {"steps": inputs.refine_steps, "rate": inputs.refine_rate, **relevant}
     digest = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

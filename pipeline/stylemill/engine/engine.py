@@ -20,13 +20,7 @@ from torch import Tensor
 from stylemill.config.model import ControlNet, DType, Lora
 from stylemill.config.sampling import Sampling
 from stylemill.engine.attention import self_attention_layers
-from stylemill.engine.batching import (
-    Block,
-    blocks,
-    cpu_micro_batch,
-    feature_parts,
-    micro_batches,
-)
+from stylemill.engine.batching import Block, blocks, cpu_micro_batch, feature_parts, micro_batches
 from stylemill.engine.calls import COMPILED_MICRO_BATCH, UNetCalls
 from stylemill.engine.decoding import ImageDecoder, decode_shard
 from stylemill.engine.distances import Distances, measure_distances, style_inputs

@@ -59,7 +59,6 @@ def resize_labels(mask: LabelImage, grid: tuple[int, int]) -> Tensor:
     return nearest(torch.from_numpy(np.ascontiguousarray(mask.labels, np.int32)), grid)
 
 
-@lru_cache(maxsize=1024)  # a mask of a shard is resized once for each level, and not in each step
 def nearest(labels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize labels (H, W) to `grid` (h, w), in integers: a float32 cannot hold every label."""
     rows, columns = (
@@ -108,11 +107,14 @@ def attention_masks(inputs: ShardInputs, pairs: Sequence[PairInputs], levels: Se
 
 def _token_labels(inputs: ShardInputs, pair: PairInputs, level: int) -> tuple[Tensor, Tensor]:
     """Labels of the target's tokens (N,), and of all styles' tokens (Ns,) in the order in which K and V are joined."""
-    target, *styles = (
-        nearest(labels, (labels.shape[0] >> level, labels.shape[1] >> level)).flatten()
-        for labels in (inputs.masks[mask] for mask in pair.masks)
-    )
+    target, *styles = (_at_level(labels, level) for labels in (inputs.masks[mask] for mask in pair.masks))
     return target, torch.cat(styles)
+
+
+@lru_cache(maxsize=256)  # resized once a shard, and not for each micro-batch of each step; keyed by the tensor itself
+def _at_level(labels: Tensor, level: int) -> Tensor:
+    """The labels on a latent grid (h, w), resized to the grid of layers at `level`, flat."""
+    return nearest(labels, (labels.shape[0] >> level, labels.shape[1] >> level)).flatten()
 
 
 def _allowed(target: Tensor, style: Tensor) -> Tensor:
