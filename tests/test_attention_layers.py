@@ -27,8 +27,12 @@ def unet(folder: Path) -> Any:
 
 
 def names_of(unet: Any, layers: list[Any]) -> list[str]:
-    names = {module: name for name, module in unet.named_modules()}
-    return [names[layer.attention] for layer in layers]
+    names = {processor: name.removesuffix(".processor") for name, processor in unet.attn_processors.items()}
+    return [names[layer.processor] for layer in layers]
+
+
+def modules_of(unet: Any, layers: list[Any]) -> list[Any]:
+    return [unet.get_submodule(name) for name in names_of(unet, layers)]
 
 
 def test_names_levels_and_channels_of_the_configuration_are_those_of_the_unet_as_it_runs(
@@ -37,7 +41,7 @@ def test_names_levels_and_channels_of_the_configuration_are_those_of_the_unet_as
     planned = read_shape(folder).attention
     layers = self_attention_layers(unet)
     assert [layer.name for layer in planned] == names_of(unet, layers) == [layer.name for layer in layers]
-    assert [layer.channels for layer in planned] == [layer.attention.inner_dim for layer in layers]
+    assert [layer.channels for layer in planned] == [module.inner_dim for module in modules_of(unet, layers)]
     attn1 = [name for name, _ in unet.named_modules() if name.endswith(".attn1")]
     assert sorted(attn1) == sorted(names_of(unet, layers))
     ran: list[Any] = []
@@ -47,13 +51,13 @@ def test_names_levels_and_channels_of_the_configuration_are_those_of_the_unet_as
         ran.append(module)
         tokens.append(arguments[0].shape[1])
 
-    hooks = [layer.attention.register_forward_pre_hook(record) for layer in layers]
+    hooks = [module.register_forward_pre_hook(record) for module in modules_of(unet, layers)]
     text = torch.zeros(1, 2, unet.config.cross_attention_dim)
     added = {"text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}
     unet(torch.zeros(1, 4, 8, 8), 0, text, added_cond_kwargs=added)
     for hook in hooks:
         hook.remove()
-    assert ran == [layer.attention for layer in layers]
+    assert ran == modules_of(unet, layers)
     assert tokens == [(8 >> layer.level) ** 2 for layer in planned]
     assert [layer.level for layer in layers] == [layer.level for layer in planned]
 

@@ -113,5 +113,6 @@ def test_a_pruned_sdxl_has_the_layers_that_the_plan_counts(demo_models: dict[str
     folder = copy_with(demo_models["sdxl"], tmp_path / "pruned", UNET, **pruned)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
     planned = [(layer.level, layer.channels) for layer in read_shape(folder).attention]
-    assert planned == [(layer.level, layer.attention.inner_dim) for layer in self_attention_layers(unet)]
+    layers = self_attention_layers(unet)
+    assert planned == [(layer.level, unet.get_submodule(layer.name).inner_dim) for layer in layers]
     assert len(planned) == 4 + 8 + 13 + 4
