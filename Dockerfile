@@ -7,8 +7,9 @@
 # It needs an NVIDIA driver of release 580 or newer and the NVIDIA container toolkit on the host.
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 
+# gcc and the headers: torch.compile (cluster.compile) builds with them.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 python3-venv \
+ && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/*
 
 ENV PATH=/opt/stylemill/bin:$PATH \
