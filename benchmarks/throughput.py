@@ -1,6 +1,7 @@
 """Images a second: the lockstep engine over a tile against naive sampling, in one process.
 
     python benchmarks/throughput.py                                  # demo model, 8 × 8 tile, this CPU
+    python benchmarks/throughput.py --model embedded --tile 4x4
     python benchmarks/throughput.py --model sd15 --size 512 --steps 4 --device cuda --micro-batch auto
 
 Naive sampling is what the method's reference code does: one pair at a time, with style and content features computed
@@ -75,6 +76,8 @@ def _engine(options: argparse.Namespace) -> Engine:
     if options.model == "sd15":
         model = random_model("sd15", options.device, torch.float16 if options.device == "cuda" else torch.float32)
         return Engine(model, threads=options.threads, micro_batch=micro_batch)
+    if options.model == "embedded":
+        return Engine.load("demo", device=options.device, threads=options.threads, micro_batch=micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         model_folder = write_demo_model(Path(folder) / "demo")
         return Engine.load(model_folder, device=options.device, threads=options.threads, micro_batch=micro_batch)
@@ -96,7 +99,10 @@ def _tile(options: argparse.Namespace) -> list[Pair]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", choices=["demo", "sd15"], default="demo", help="sd15: the dimensions of SD 1.5, random weights"
+        "--model",
+        choices=["demo", "embedded", "sd15"],
+        default="demo",
+        help="demo: untrained and small; embedded: the quickstart's; sd15: the dimensions of SD 1.5, random weights",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=256, help="pixels")
