@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import transformers
 
-from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision
+from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision, latent_shape
 from stylemill.bench.measure import CallInputs, device_rates, matrix_rate, measure_calls, measure_run, wait
 from stylemill.bench.pass_cost import PASS_COST
 from stylemill.bench.random_models import SIZE, random_model
@@ -128,8 +128,7 @@ def smoke(bench: Bench) -> dict[str, Any]:
     side, settings = (64 if bench.toy else 256), Sampling(steps=10)
     pairs = content_style_pairs(2, side)
     exact = Engine.load("demo", device="cpu", dtype="float32", threads=os.cpu_count() or 1)
-    shape = exact.model.latent_channels, *(side // exact.model.pixels_per_latent,) * 2
-    latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, *latent_shape(exact, pairs[0]), generator=torch.Generator().manual_seed(0))
     expected = exact.gradient(pairs, settings, latents, 3)
     found = {}
     for dtype in ("float32", "float16", "bfloat16"):
@@ -226,7 +225,7 @@ def _run(
 
 
 def compiled(bench: Bench) -> dict[str, Any]:
-    """Compile the calls, and measure them at sizes that all use the same graphs."""
+    """Compile the calls, and measure them at the micro-batch that they are compiled for."""
     options = {"compiled": True}
     cache = bench.options.compile_cache
     if cache and cache.exists():
@@ -305,8 +304,7 @@ def _last(engine: Engine, pairs: Sequence[Pair], settings: Sampling) -> SampleSt
 def half_precision(bench: Bench) -> dict[str, Any]:
     """Gradients in half precision against float32 over a run."""
     steps = 2 if bench.toy else bench.options.precision_steps
-    model = bench.engine("sd15").model
-    exact = Engine(replace(model, unet=torch.nn.Module.to(copy.deepcopy(model.unet), torch.float32)))
+    exact = in_precision(bench.engine("sd15"), torch.float32)
     halves = {name: in_precision(exact, dtype) for name, dtype in HALVES.items()}
     rows = list(
         agreements(exact, list(halves.values()), content_style_pairs(1, bench.size("sd15")), Sampling(steps=steps))

@@ -67,7 +67,7 @@ def agreements(
 
 def alone_against_batch(engine: Engine, pairs: Sequence[Pair], settings: Sampling, step: int) -> float:
     """|difference| / |gradient| of a pair's gradients alone and in one batch with all others, for the worst pair."""
-    latents = torch.randn(len(pairs), *_latent_shape(engine, pairs[0]), generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(len(pairs), *latent_shape(engine, pairs[0]), generator=torch.Generator().manual_seed(0))
     micro_batch, gradients = engine.micro_batch, []
     for engine.micro_batch in (1, len(pairs)):
         gradients.append(engine.gradient(pairs, settings, latents, step).double().flatten(1))
@@ -108,7 +108,8 @@ def main() -> None:
         print(f"{name}: alone against in a batch of {len(batch)}: {max(differences):.2g} of the gradient")
 
 
-def _latent_shape(engine: Engine, pair: Pair) -> tuple[int, int, int]:
+def latent_shape(engine: Engine, pair: Pair) -> tuple[int, int, int]:
+    """(C, h, w) of the pair's latents."""
     width, height = (side // engine.model.pixels_per_latent for side in pair.size)
     return engine.model.latent_channels, height, width
 

@@ -17,21 +17,22 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from stylemill.bench.pass_cost import PASS_COST
 from stylemill.bench.random_models import random_model
+from stylemill.bench.tile import tile_pairs
 from stylemill.config.sampling import Sampling
 from stylemill.demo.untrained import write_demo_model
-from stylemill.engine import Engine, InputImage, Pair
+from stylemill.engine import Engine, Pair
 
 
 def main() -> None:
     options = _parse()
     engine = _engine(options)
     micro_batch = engine.calibrate((options.size,) * 2) if options.micro_batch == "auto" else engine.micro_batch
-    pairs = _tile(options)
+    contents, styles = map(int, options.tile.split("x"))
+    pairs = tile_pairs((contents, styles), options.size)
     naive_pairs = pairs[:: max(1, len(pairs) // options.naive_pairs)][: options.naive_pairs]
     settings = Sampling(steps=options.steps)
     print(f"{options.model}, {options.size}² pixels, {options.tile} tile, {options.steps} steps; {engine.numerics}")
@@ -81,19 +82,6 @@ def _engine(options: argparse.Namespace) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         model_folder = write_demo_model(Path(folder) / "demo")
         return Engine.load(model_folder, device=options.device, threads=options.threads, micro_batch=micro_batch)
-
-
-def _tile(options: argparse.Namespace) -> list[Pair]:
-    contents, styles = (int(side) for side in options.tile.split("x"))
-    size = options.size, options.size
-    rng = np.random.default_rng(0)
-
-    def image(name: str) -> InputImage:
-        return InputImage(name, rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-
-    style_images = [image(f"style {number}") for number in range(styles)]
-    content_images = [image(str(number)) for number in range(contents)]
-    return [Pair((style,), size, content) for content in content_images for style in style_images]
 
 
 def _parse() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stylemill.engine.attention import Activations, Layer, Target, ideal_attention, inject_attention, record_attention
 from stylemill.engine.kernels import constant, repeatable_backward
 from stylemill.engine.memory import is_out_of_memory
-from stylemill.engine.unet.controlnet import Control
+from stylemill.engine.unet.controlnet import Control, controlnet_residuals
 from stylemill.engine.unet.model import DiffusionModel
 from stylemill.engine.unet.text import Text
 from stylemill.errors import ModelError
@@ -96,7 +96,9 @@ class UNetCalls:
         The model's ControlNets act only with `control`. The layers attend to `targets`, if there are any.
         """
         t = self._timestep(timestep)
-        conditions = self.model.conditions(latents, text) | self.model.residuals(latents, t, text, control)
+        conditions = self.model.conditions(latents, text)
+        if control is not None:
+            conditions |= controlnet_residuals(self.model.controlnets, latents, t, conditions, control)
         if targets is None:
             return self._predict_noise(latents, t, conditions).contiguous()
         return self._predict_injected_noise(latents, t, conditions, targets, query_scale).contiguous()

@@ -31,7 +31,7 @@ from stylemill.engine.memory import fastest_micro_batch, measured_micro_batch, t
 from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
-from stylemill.engine.state import SampleState, ShardInputs
+from stylemill.engine.state import SampleState, ShardInputs, styles_and_contents
 from stylemill.engine.unet.controlnet import load_controlnet
 from stylemill.engine.unet.decoder_refinement import DecoderCache, RecentDecoders
 from stylemill.engine.unet.lora import fuse_lora
@@ -314,8 +314,7 @@ class Engine:
     def _blocks(self, inputs: ShardInputs) -> list[Block]:
         batches = micro_batches(inputs.kinds(), self.micro_batch)
         images_of = [pair.feature_images for pair in inputs.pairs]
-        styles = {style for pair in inputs.pairs for style in pair.styles}
-        contents = {pair.content for pair in inputs.pairs if pair.uses_content}
+        styles, contents = styles_and_contents(inputs.pairs)
         sizes = [
             self._feature_bytes(image.shape, number in styles, number in contents)
             for number, image in enumerate(inputs.images)

@@ -14,7 +14,7 @@ from stylemill.engine.attention import Target
 from stylemill.engine.batching import Batch, micro_batches
 from stylemill.engine.calls import UNetCalls
 from stylemill.engine.masks import attention_masks
-from stylemill.engine.state import ShardInputs
+from stylemill.engine.state import ShardInputs, styles_and_contents
 from stylemill.engine.unet.text import Text
 from stylemill.errors import ModelError
 
@@ -78,9 +78,7 @@ class Objective:
         `latents` has the noised or clean latents (C, h, w) of each image by its number. An image takes one UNet pass,
         even if several pairs use it, or use it both as style and as content.
         """
-        pairs = [inputs.pairs[index] for batch in batches for index in batch]
-        contents = {pair.content for pair in pairs if pair.uses_content}
-        styles = {style for pair in pairs for style in pair.styles}
+        styles, contents = styles_and_contents(inputs.pairs[index] for batch in batches for index in batch)
         layers = self.calls.layers
         features = Features([{} for _ in layers], [{} for _ in layers], [layer.level for layer in layers])
         numbers = list(latents)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,13 @@ class PairInputs:
     def feature_images(self) -> set[int]:
         """The images whose features this pair needs."""
         return {*self.styles} if self.content is None or not self.uses_content else {self.content, *self.styles}
+
+
+def styles_and_contents(pairs: Iterable[PairInputs]) -> tuple[set[int], set[int]]:
+    """The images whose K and V the pairs need, as styles, and those whose Q, as contents. An image may be in both."""
+    pairs = list(pairs)
+    contents = {pair.content for pair in pairs if pair.content is not None and pair.uses_content}
+    return {style for pair in pairs for style in pair.styles}, contents
 
 
 @dataclass(frozen=True)

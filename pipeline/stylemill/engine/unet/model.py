@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from stylemill.engine.kernels import constant
-from stylemill.engine.unet.controlnet import Control, LoadedControlNet, controlnet_residuals
+from stylemill.engine.unet.controlnet import LoadedControlNet
 from stylemill.engine.unet.loading import load_parts
 from stylemill.engine.unet.text import Text
 from stylemill.errors import ModelError
@@ -178,9 +178,3 @@ class DiffusionModel:
                 "time_ids": time_ids.repeat(len(latents), 1),
             }
         return conditions
-
-    def residuals(self, latents: Tensor, timestep: Tensor, text: Text, control: Control | None) -> dict[str, Any]:
-        """Further arguments of the UNet, by the model's ControlNets; none without `control`."""
-        if control is None:
-            return {}
-        return controlnet_residuals(self.controlnets, latents, timestep, self.conditions(latents, text), control)
