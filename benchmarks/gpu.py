@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import transformers
 
+from attention_kernels import measure_attention
 from precision import HALVES, Agreement, agreements, content_style_pairs, in_precision, latent_shape
 from stylemill.bench.measure import CallInputs, device_rates, matrix_rate, measure_calls, measure_run, wait
 from stylemill.bench.pass_cost import PASS_COST
@@ -227,12 +229,9 @@ def _run(
 def compiled(bench: Bench) -> dict[str, Any]:
     """Compile the calls, and measure them at the micro-batch that they are compiled for."""
     options = {"compiled": True}
-    cache = bench.options.compile_cache
-    if cache and cache.exists():
-        torch.compiler.load_cache_artifacts(cache.read_bytes())
     engine = bench.engine("sd15", **options)
     inputs = CallInputs(engine, bench.size("sd15"), bench.micro_batch)
-    found: dict[str, Any] = {"from cache": bool(cache and cache.exists())}
+    found: dict[str, Any] = {}
     with repeatable(1):
         start = time.perf_counter()
         targets = inputs.targets()
@@ -248,9 +247,6 @@ def compiled(bench: Bench) -> dict[str, Any]:
     bench.note(_short(found))
     bench.best = options
     found["calls"] = calls(bench, "sd15", **options)
-    if bench.options.save_compile_cache and (artifacts := torch.compiler.save_cache_artifacts()):
-        bench.options.save_compile_cache.write_bytes(artifacts[0])
-        found["cache MB"] = len(artifacts[0]) / 1e6
     return found
 
 
@@ -340,30 +336,64 @@ def sdxl(bench: Bench) -> dict[str, Any]:
 
 
 def profile(bench: Bench) -> dict[str, Any]:
-    """Where the time of a gradient and of a denoising call goes, by kernel."""
+    """Where the time of a gradient and of a denoising call goes: by kind of kernel, by kernel, and what copies."""
     engine = bench.engine("sd15", **bench.best)
     inputs, found = CallInputs(engine, bench.size("sd15"), bench.micro_batch), dict[str, Any]()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.on_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with repeatable(1):
         targets = inputs.targets()
         for name, work in {"denoise": inputs.denoise, "gradient": lambda: inputs.gradient(targets)}.items():
             work()
             bench.wait()
-            activity = torch.profiler.ProfilerActivity
-            with torch.profiler.profile(activities=[activity.CUDA if bench.on_cuda else activity.CPU]) as profiler:
+            with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
                 work()
                 bench.wait()
-            found[name] = _kernels(profiler.key_averages(), bench.on_cuda)
+            found[name] = _kernels(profiler, bench.on_cuda)
             bench.note(f"{name}\n" + "\n".join(found[name]))
     return found
 
 
-def _kernels(events: Any, on_cuda: bool, most: int = 28) -> list[str]:
+# Kinds of kernels, by a part of their names. The first that fits counts.
+KERNELS = {
+    "attention": "flash|sdpa|fmha",
+    "compiled": "triton",
+    "convolutions and matrix products": "nvjet|xmma|gemm|cutlass|conv|mm",
+    "copies": "copy|memcpy",
+    "indexing": "index|sort",
+    "others": "",
+}
+
+
+def _kernels(profiler: Any, on_cuda: bool, most: int = 28) -> list[str]:
+    device = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
+
     def duration(event: Any) -> float:
         return float(event.self_device_time_total if on_cuda else event.self_cpu_time_total)
 
-    ordered, total = sorted(events, key=duration, reverse=True), sum(map(duration, events))
-    lines = [f"{duration(one) / total:6.1%} {one.count:4d} {one.key[:100]}" for one in ordered[:most]]
-    return [f"{total / 1000:.1f} ms in all", *lines]
+    def line(event: Any, text: str) -> str:
+        return f"{duration(event) / total:6.1%} {event.count:4d} {text[:110]}"
+
+    kernels = sorted((one for one in profiler.key_averages() if one.device_type == device), key=duration, reverse=True)
+    total, kinds = sum(map(duration, kernels)), dict.fromkeys(KERNELS, 0.0)
+    for kernel in kernels:
+        kinds[next(kind for kind, part in KERNELS.items() if re.search(part, kernel.key.lower()))] += duration(kernel)
+    copies = [one for one in profiler.key_averages(group_by_input_shape=True) if one.key == "aten::copy_"]
+    copies.sort(key=duration, reverse=True)
+    return [
+        f"{total / 1000:.1f} ms in all: " + ", ".join(f"{kind} {time / total:.1%}" for kind, time in kinds.items()),
+        *(line(kernel, kernel.key) for kernel in kernels[:most]),
+        *(line(copy, f"{copy.key} {copy.input_shapes[:1]}") for copy in copies[: most // 4]),
+    ]
+
+
+def attention(bench: Bench) -> dict[str, Any]:
+    """Ways to compute self-attention and its gradient."""
+    found = measure_attention(torch.device(bench.device), bench.micro_batch)
+    for name, one in found.items():
+        bench.note(f"attention {name}: {_short(one)}")
+    return found
 
 
 def eager(bench: Bench) -> dict[str, Any]:
@@ -380,6 +410,7 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "no_waiting": no_waiting,
     "runs": runs,
     "profile": profile,
+    "attention": attention,
     "half_precision": half_precision,
     "calibration": calibration,
     "sdxl": sdxl,
@@ -439,8 +470,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=32, help="of whole runs and of compiled calls")
     parser.add_argument("--tiles", type=_sides, nargs="+", default=[(8, 8), (16, 16)], help="contents × styles: 8x8")
     parser.add_argument("--precision-steps", type=int, default=50, help="steps of the stage half_precision")
-    parser.add_argument("--compile-cache", type=Path, help="file with what an earlier run compiled")
-    parser.add_argument("--save-compile-cache", type=Path, help="file for what this run compiles")
     parser.add_argument("--rehearse", metavar="FOLDER", help="toy sizes; the folder gets small untrained models")
     return parser.parse_args()
 

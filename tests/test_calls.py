@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision import content_style_pairs
@@ -19,6 +21,7 @@ from stylemill.engine import calls as unet_calls
 from stylemill.engine.attention import Target
 from stylemill.engine.kernels import constant, repeatable, repeatable_backward, to_device
 from stylemill.engine.memory import fastest_micro_batch
+from stylemill.engine.unet.compiling import prepare_for_compiling
 from stylemill.errors import ModelError
 
 SETTINGS = Sampling(steps=3, guidance_scale=2.0)
@@ -26,22 +29,26 @@ PAIRS = content_style_pairs(5, 64)
 GRAPHS = {"backend": "aot_eager"}  # makes the graphs, with their backward passes, and no kernels, which takes minutes
 
 
-def small_engine(engine32: Engine, **options: Any) -> Engine:
-    """An engine with a UNet of three self-attention layers."""
+def small_unet(levels: int = 1) -> UNet2DConditionModel:
+    """With three self-attention layers for each level."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16,),
+            block_out_channels=(16,) * levels,
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",),
+            down_block_types=("CrossAttnDownBlock2D",) * levels,
             mid_block_type=None,
-            up_block_types=("CrossAttnUpBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",) * levels,
             norm_num_groups=4,
             cross_attention_dim=32,
             attention_head_dim=2,
         )
-    return Engine(replace(engine32.model, unet=unet.eval().requires_grad_(False)), micro_batch=3, **options)
+    return unet.eval().requires_grad_(False)
+
+
+def small_engine(engine32: Engine, **options: Any) -> Engine:
+    return Engine(replace(engine32.model, unet=small_unet()), micro_batch=3, **options)
 
 
 def last(engine: Engine, pairs: list[Pair], settings: Sampling = SETTINGS) -> SampleState:
@@ -140,6 +147,41 @@ def test_a_failure_of_the_compiler_says_what_to_do(engine32: Engine, monkeypatch
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(ModelError, match=r"torch.compile: no C compiler.*; set cluster.compile to false"):
         last(small_engine(engine32, compiled=True), PAIRS[:1])
+
+
+@pytest.mark.parametrize("side", [8, 7], ids=["even", "odd"])
+def test_a_unet_prepared_for_compiling_computes_the_same(side: int) -> None:
+    results = []
+    for prepare in (False, True):
+        unet = small_unet(levels=2)
+        if prepare:
+            prepare_for_compiling(unet)
+        results.append(unet_and_gradient(unet, latents(2)[..., :side, :side]))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.usefixtures("no_graphs_left")
+@pytest.mark.parametrize("prepare", [False, True])
+def test_preparing_removes_the_slow_addition_of_gradients(prepare: bool) -> None:
+    operations: list[str] = []
+
+    def collect(graph: torch.fx.GraphModule, _: Any) -> Any:
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    unet = small_unet(levels=2)
+    if prepare:
+        prepare_for_compiling(unet)
+    unet_and_gradient(torch.compile(unet, backend=aot_autograd(fw_compiler=collect)), latents(2))
+    assert any("convolution_backward" in name for name in operations)
+    assert any("index_put" in name for name in operations) != prepare
+
+
+def unet_and_gradient(unet: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    z.requires_grad_()
+    out = unet(z, 401, torch.ones(2, 3, 32), return_dict=False)[0]
+    return out, torch.autograd.grad(out.square().sum(), z)[0]
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------

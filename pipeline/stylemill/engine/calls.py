@@ -24,7 +24,7 @@ T = TypeVar("T")
 # loss was right); a UNet whose weights are channels_last does not need it.
 COMPILER: dict[str, Any] = {"backend": "inductor", "options": {"layout_optimization": False}}
 LEAST_COSINE = 0.98  # of a compiled gradient to that of the eager call: more than what half precision changes
-COMPILED_MICRO_BATCH = 16  # at most: a compiled call has little overhead, and the last one of a shard is padded
+COMPILED_MICRO_BATCH = 32  # at most: the last call of a shard is padded, and so are calls for few features
 
 
 def ad_loss(

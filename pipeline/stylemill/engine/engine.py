@@ -32,6 +32,7 @@ from stylemill.engine.noise import Noise
 from stylemill.engine.objective import Objective
 from stylemill.engine.sampler import Sampler
 from stylemill.engine.state import SampleState, ShardInputs, styles_and_contents
+from stylemill.engine.unet.compiling import prepare_for_compiling
 from stylemill.engine.unet.controlnet import load_controlnet
 from stylemill.engine.unet.decoder_refinement import DecoderCache, RecentDecoders
 from stylemill.engine.unet.lora import fuse_lora
@@ -73,8 +74,8 @@ class Engine:
         compiled: bool = False,
         deterministic: bool = True,
     ) -> None:
-        if compiled and model.device.type == "cuda":
-            model.unet.to(memory_format=torch.channels_last)  # faster only where nothing converts it in between
+        if compiled:
+            prepare_for_compiling(model.unet)
         self.model = model
         self.compiled = compiled
         self.deterministic = deterministic
@@ -239,7 +240,7 @@ class Engine:
         """Choose, set and return the micro-batch for images of `size` (width, height) in pixels.
 
         Call it once a run, because the micro-batch is part of the numerics. On a CPU it follows from the size. On CUDA
-        it is measured, without compiling: the smallest power of two within 5% of the fastest of those, up to 64 (16 if
+        it is measured, without compiling: the smallest power of two within 5% of the fastest of those, up to 64 (32 if
         compiled), that fit into 80% of what this process may use, beside `feature_budget_mb`. The process may use
         `share` of the GPU (0 to 1), and of that what is free.
         """
