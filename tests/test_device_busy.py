@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tenacity import wait_fixed
 
 import stylemill.engine
 import stylemill.execution.checkpointing
@@ -23,6 +24,7 @@ from device_busy import Event, busy_and_idle
 from fake_engine import FakeEngine
 from ray_runs import RecordingListener, data_files, make_run
 from stylemill.cluster.worker import Worker
+from stylemill.errors import TransientError
 from stylemill.execution.attempt import AutoSettings, Run
 from stylemill.execution.local import run_inline
 
@@ -212,6 +214,25 @@ def test_an_error_that_no_retry_cures_ends_the_run_and_the_other_shard_leaves_wi
     assert newest.is_file()
     assert "shard 2" not in {thread for thread, _ in journal.entries}
     assert data_files(run) == {}
+
+
+def test_an_error_that_ends_the_run_ends_the_pause_before_another_attempt(
+    journal: Journal, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def before(thread: str, what: str) -> None:
+        if (thread, what) == ("shard 0", "commit begins"):
+            raise TransientError("the store is busy")
+        if (thread, what) == ("shard 1", "decode begins"):
+            journal.wait_for("shard 0", "pause begins")
+            raise RuntimeError("injected")
+
+    journal.before = before
+    executor = stylemill.execution.local._Executor
+    monkeypatch.setattr(executor, "_pause", journal.around("pause", executor._pause))
+    monkeypatch.setattr(stylemill.execution.local, "wait_exponential", lambda max: wait_fixed(10 * LONGEST_WAIT))
+    with pytest.raises(RuntimeError, match="injected"):
+        process_locally(run)
+    assert journal.of("shard 0")[-1] == "pause ends"
 
 
 def test_the_benchmark_puts_each_wait_of_the_device_down_to_its_cause() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,7 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
-    sleep_using_event,
     stop_after_attempt,
-    stop_when_event_set,
     wait_exponential,
 )
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from stylemill.engine import Engine
 
 LONGEST_PAUSE = 30.0  # seconds before another attempt at a shard
+LOOK_SECONDS = 0.2  # how often a pause looks whether the run ends
 SHARDS_AT_A_TIME = 2  # one is sampled while the inputs of the next are read, or the images of the last are written
 
 
@@ -109,18 +109,24 @@ class _Executor:
 
         retrying = Retrying(
             retry=retry_if_exception_type(TransientError),
-            stop=stop_after_attempt(attempts) | stop_when_event_set(self._stopping),
+            stop=stop_after_attempt(attempts),
             wait=wait_exponential(max=LONGEST_PAUSE),
-            sleep=sleep_using_event(self._stopping),
+            sleep=self._pause,
             after=warn,
             reraise=True,
         )
 
         def attempt() -> None:
-            if not self._leaving():  # else it was asked to during the pause
+            if not self._leaving():  # the run may have ended during the pause
                 self._attempt(shard, retrying.statistics["attempt_number"] == attempts, has_device)
 
         retrying(attempt)
+
+    def _pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the end of the run."""
+        end = time.monotonic() + seconds
+        while not self._leaving() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_SECONDS))
 
     def _attempt(self, shard: int, last: bool, has_device: threading.Event) -> None:
         new = replace(self._run.new_attempt(shard, self._occurrences), last=last)
