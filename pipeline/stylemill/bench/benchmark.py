@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,13 +20,14 @@ from stylemill.bench.measure import (
     device_rates,
     matrix_rate,
     measure_calls,
+    measure_images,
     measure_run,
     needed_passes,
 )
 from stylemill.bench.pass_cost import PassCost, known_pass_cost
 from stylemill.bench.random_models import random_model
-from stylemill.bench.table import BenchResult, BenchRow
-from stylemill.bench.tile import Tile
+from stylemill.bench.result import BenchResult, BenchRow, Tile
+from stylemill.bench.table import BenchTable
 from stylemill.config.job import Job
 from stylemill.config.model import DType
 from stylemill.config.paths import EMBEDDED
@@ -59,49 +60,62 @@ class BenchOptions:
     tile: Tile | None = None
     micro_batches: tuple[int, ...] = ()
     compare_naive: bool = False
+    compiled: bool = False  # as cluster.compile in a job
+    deterministic: bool = True  # as cluster.deterministic
 
 
 def benchmark(options: BenchOptions, show: Callable[[str], None]) -> BenchResult:
     """Measure what the options say. `show` gets each line of the table as soon as it is measured.
 
     A micro-batch that does not fit is a row with an error; without `micro_batches`, it is the last one. Raises JobError
-    for options that do not fit together or the model, ModelError as `Engine.load`, and DeviceMemoryError if the model
-    itself does not fit.
+    for options that do not fit together or the model, ModelError as `Engine.load` and where the UNet cannot be
+    compiled, and DeviceMemoryError if the model itself does not fit.
     """
     settings, device = _sampling(options), _device(options.device)
     tile = options.tile or (GPU_TILE if device.type == "cuda" else CPU_TILE)
     _check_micro_batches(options.micro_batches, tile)
-    engine, model = _load(options, device)
-    size = _size(options, engine, settings)
-    pass_cost = known_pass_cost(engine.model.unet.config, size)
+    eager, name = _load(options, device)
+    model, size = eager.model, _size(options, eager, settings)
+    pass_cost = known_pass_cost(model.unet.config, size)
     rates = device_rates(device) if pass_cost else {}
-    bench = _Bench(engine, settings, tile, size, pass_cost, rates)
+    images = translate_out_of_memory(partial(measure_images, eager, size), "encoding an image", "take a smaller --size")
     result = BenchResult(
         date=time.strftime("%Y-%m-%d"),
-        device=str(engine.numerics["device"]),
-        capability=str(engine.numerics["capability"]),
-        threads=engine.threads,
-        versions=_versions(engine),
-        model=model,
-        random_weights=options.random is not None or (options.model is None and model != EMBEDDED),
-        dtype=str(engine.numerics["dtype"]),
+        device=str(eager.numerics["device"]),
+        capability=str(eager.numerics["capability"]),
+        threads=eager.threads,
+        versions=_versions(eager),
+        model=name,
+        random_weights=options.random is not None or (options.model is None and name != EMBEDDED),
+        unet_parameters=sum(parameter.numel() for parameter in model.unet.parameters()),
+        latent_channels=model.latent_channels,
+        pixels_per_latent=model.pixels_per_latent,
+        dtype=str(eager.numerics["dtype"]),
+        compiled=options.compiled,
+        deterministic=options.deterministic,
         size=size,
         tile=tile,
         preset=options.preset or DEFAULT_PRESET,
         sampling=settings.model_dump(mode="json"),
         rates=rates,
+        encode_seconds=images.encode_seconds,
+        decode_seconds=images.decode_seconds,
     )
-    for line in result.header(options.compare_naive):
+    table = BenchTable(result, options.compare_naive)
+    for line in table.header():
         show(line)
+    bench = _Bench(settings, tile, size, pass_cost, rates)
     naive = None
     if options.compare_naive:
-        naive = bench.naive()
+        naive = bench.naive(eager)
         result.rows.append(naive)
-        show(result.line(naive))
-    for micro_batch in options.micro_batches or _default_micro_batches(device, size, tile):
-        row = bench.lockstep(micro_batch, naive)
+        show(table.line(naive))
+    # After the naive row: for compiled calls, an engine changes the layout of the UNet's weights.
+    engine = Engine(model, threads=eager.threads, compiled=options.compiled, deterministic=options.deterministic)
+    for micro_batch in options.micro_batches or _default_micro_batches(engine, size, tile):
+        row = bench.lockstep(engine, micro_batch, naive)
         result.rows.append(row)
-        show(result.line(row))
+        show(table.line(row))
         if row.error and not options.micro_batches:
             break
     return result
@@ -109,34 +123,37 @@ def benchmark(options: BenchOptions, show: Callable[[str], None]) -> BenchResult
 
 @dataclass(frozen=True)
 class _Bench:
-    engine: Engine
     settings: Sampling
     tile: Tile
     size: int
     pass_cost: PassCost | None
     rates: dict[str, float]
 
-    def lockstep(self, micro_batch: int, naive: BenchRow | None) -> BenchRow:
-        return self._row("lockstep", self.engine, self.tile, micro_batch, naive)
+    def lockstep(self, engine: Engine, micro_batch: int, naive: BenchRow | None) -> BenchRow:
+        return self._row("lockstep", engine, self.tile, micro_batch, naive)
 
-    def naive(self) -> BenchRow:
-        """One pair at a time, whose features every step reads, with the fastest kernels."""
-        fastest = Engine(self.engine.model, threads=self.engine.threads, deterministic=False)
+    def naive(self, eager: Engine) -> BenchRow:
+        """One pair at a time, whose features every step reads, with the fastest kernels and without compiling."""
+        fastest = Engine(eager.model, threads=eager.threads, deterministic=False)
         return self._row("naive", fastest, (1, 1), 1, None)
 
-    def _row(self, way: str, engine: Engine, tile: Tile, micro_batch: int, naive: BenchRow | None) -> BenchRow:
+    def _row(
+        self, way: Literal["lockstep", "naive"], engine: Engine, tile: Tile, micro_batch: int, naive: BenchRow | None
+    ) -> BenchRow:
         try:
             calls, run = translate_out_of_memory(partial(self._measure, engine, tile, micro_batch))
         except DeviceMemoryError:
-            return BenchRow(way, micro_batch, error="out of memory")
+            return BenchRow(way=way, micro_batch=micro_batch, error="out of memory")
         tflops = run.tflops(self.pass_cost) if self.pass_cost else None
         ratio = run.images_per_second / naive.images_per_second if naive and naive.images_per_second else None
         return BenchRow(
-            way,
-            micro_batch,
+            way=way,
+            micro_batch=micro_batch,
             denoise_ms=1000 * calls["denoise"].seconds,
             features_ms=1000 * calls["features"].seconds,
             gradient_ms=1000 * calls["gradient"].seconds,
+            step_seconds=run.step_seconds,
+            step_calls_seconds=self._step_calls_seconds(calls, tile),
             seconds_per_image=1 / run.images_per_second,
             images_per_second=run.images_per_second,
             times_naive=ratio,
@@ -149,11 +166,14 @@ class _Bench:
 
     def _measure(self, engine: Engine, tile: Tile, micro_batch: int) -> tuple[dict[str, CallCost], RunCost]:
         calls = measure_calls(engine, self.size, micro_batch, 3 if engine.model.device.type == "cuda" else 1)
-        passes = needed_passes(self.settings, tile)
-        seconds = {"denoise": calls["denoise"], "feature": calls["features"], "gradient": calls["gradient"]}
-        step = math.prod(tile) * sum(count * seconds[kind].seconds for kind, count in passes.items())
-        timed_steps = 3 if step < LONG_STEP else 1
+        timed_steps = 3 if self._step_calls_seconds(calls, tile) < LONG_STEP else 1
         return calls, measure_run(engine, self.settings, tile, self.size, micro_batch, timed_steps)
+
+    def _step_calls_seconds(self, calls: dict[str, CallCost], tile: Tile) -> float:
+        """Of the calls that a guided step of the tile needs."""
+        seconds = {"denoise": calls["denoise"], "feature": calls["features"], "gradient": calls["gradient"]}
+        passes = needed_passes(self.settings, tile)
+        return math.prod(tile) * sum(count * seconds[kind].seconds for kind, count in passes.items())
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -244,10 +264,15 @@ def _size(options: BenchOptions, engine: Engine, settings: Sampling) -> int:
     return size
 
 
-def _default_micro_batches(device: torch.device, size: int, tile: Tile) -> list[int]:
-    """Powers of two on a GPU; on a CPU, where each takes long, 1 and what a job takes."""
+def _default_micro_batches(engine: Engine, size: int, tile: Tile) -> list[int]:
+    """Powers of two on a GPU; on a CPU, where each takes long, 1 and what a job takes.
+
+    Where each is compiled anew, which takes minutes, only what a job takes.
+    """
     pairs = math.prod(tile)
-    if device.type == "cuda":
+    if engine.compiled:
+        return [min(engine.calibrate((size, size)), pairs)]
+    if engine.model.device.type == "cuda":
         return [1 << power for power in range(min(LARGEST_MICRO_BATCH, pairs).bit_length())]
     return sorted({1, min(cpu_micro_batch((size, size)), pairs)})
 

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stylemill.bench.pass_cost import PassCost
-from stylemill.bench.tile import Tile, tile_pairs
+from stylemill.bench.result import Tile
+from stylemill.bench.tile import tile_pairs
 from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine
 from stylemill.engine.attention import Target
@@ -155,6 +157,31 @@ def _call_cost(inputs: CallInputs, work: Callable[[], Any], repeats: int) -> Cal
     with peak_memory(device) as memory:
         seconds = median_seconds(work, device, repeats)
     return CallCost(seconds / len(inputs.z), memory.gib)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """Seconds of the VAE for one image: to encode it, and to decode its latents."""
+
+    encode_seconds: float
+    decode_seconds: float
+
+
+def measure_images(engine: Engine, size: int, repeats: int = 3) -> ImageCost:
+    """The cost of an image of size × size pixels. The engine encodes and decodes one at a time.
+
+    Raises what torch raises when the memory is too small to encode it, and DeviceMemoryError if it is to decode it.
+    """
+    model, grey = engine.model, np.full((size, size, 3), 127, np.uint8)
+    with repeatable(engine.threads):
+        latents = model.encode_image(grey)
+        return ImageCost(
+            median_seconds(lambda: model.encode_image(grey), model.device, repeats),
+            median_seconds(lambda: engine.decoder.decode(latents, "none"), model.device, repeats),
+        )
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

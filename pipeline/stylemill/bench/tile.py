@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from stylemill.bench.result import Tile
 from stylemill.engine import InputImage, Pair
-
-Tile = tuple[int, int]  # contents × styles
 
 
 def random_images(count: int, size: int) -> list[InputImage]:

@@ -38,7 +38,8 @@ def measure(
         list[int] | None,
         typer.Option(
             metavar="N",
-            help="Pairs in a UNet call. Repeatable. Without it: powers of two on a GPU, until memory runs out.",
+            help="Pairs in a UNet call. Repeatable. Without it: powers of two on a GPU, until memory runs out; with"
+            " --compile, the size that a job takes.",
         ),
     ] = None,
     tile: Annotated[
@@ -62,13 +63,27 @@ def measure(
         typer.Option(help="Precision. auto: float16 on a GPU, else float32."),
     ] = "auto",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cuda, cuda:1, cpu or auto.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the UNet, for minutes a micro-batch, as cluster.compile does.")
+    ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="Gradients with the same bits every time, or the fastest, as cluster.deterministic in a job.",
+        ),
+    ] = True,
     compare: Annotated[
         Literal["naive"] | None,
         typer.Option(help="Also measure one pair at a time, without shared features, and show the ratio."),
     ] = None,
     json_file: Annotated[
         str | None,
-        typer.Option("--json", metavar="FILE", help="Write everything there. -: to stdout, and the table to stderr."),
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write everything there, for plan --bench. -: to stdout, and the table to stderr.",
+        ),
     ] = None,
 ) -> int:
     """Measure the speed and memory of a model on this machine."""
@@ -89,10 +104,12 @@ def measure(
         tile=tile,
         micro_batches=tuple(micro_batch or ()),
         compare_naive=compare == "naive",
+        compiled=compiled,
+        deterministic=deterministic,
     )
     table = sys.stderr if json_file == "-" else sys.stdout
     result = benchmark(options, lambda line: print(line, file=table, flush=True))
-    text = json.dumps(result.as_json(), indent=1)
+    text = json.dumps(result.model_dump(mode="json"), indent=1)
     if file:
         file.write_text(text + "\n")
     elif json_file == "-":
