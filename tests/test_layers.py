@@ -41,8 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"errors", "config", "models", "images"},  # images: only the type of an input image
     "demo": {"errors", "config", "models"},
     # These join them.
-    # engine: only its torch-free modules, as `test_the_driver_runs_without_torch_and_ray` shows.
-    "planning": {"errors", "plural", "config", "manifest", "models", "store", "engine"},
+    # engine, bench: only their torch-free modules, as `test_the_driver_runs_without_torch_and_ray` shows.
+    "planning": {"errors", "plural", "config", "manifest", "models", "store", "engine", "bench"},
     "report": {"errors", "plural", "config", "manifest", "images", "store"},
     "execution": {
         *("errors", "plural", "config", "testing", "manifest", "models", "images", "store", "engine"),

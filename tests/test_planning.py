@@ -253,8 +253,10 @@ def test_the_engine_makes_the_planned_passes(job, tmp_path, folder, engine32, se
             )
             for row in made.manifest.rows(rows.start, rows.stop)
         ]
-        for _ in engine.sample(pairs, made.job.sampling):
-            pass
+        *_, state = engine.sample(pairs, made.job.sampling)
+        engine.distances(state, made.job.sampling)
+    distance = engine.passes.pop("distance")
+    assert 0.6 * cost.distance <= distance <= cost.distance
     planned_passes = {"denoise": cost.denoise, "gradient": cost.gradient, "feature": cost.shared_features}
     assert engine.passes == {kind: passes for kind, passes in planned_passes.items() if passes}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_core import from_json
 
 from stylemill.config.base import StrictModel
 from stylemill.errors import JobError
@@ -84,8 +84,8 @@ def read_bench_result(path: Path) -> BenchResult:
     if len(data) > MAX_FILE_BYTES:
         raise JobError(f"--bench {path}: is larger than {MAX_FILE_BYTES:,} bytes; {WRITTEN_BY}")
     try:
-        values = from_json(data)
-    except ValueError as error:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise JobError(f"--bench {path}: is not JSON: {error}; {WRITTEN_BY}") from None
     if not (isinstance(values, dict) and {"versions", "device", "rows"} <= values.keys()):
         raise JobError(f"--bench {path}: is JSON, but not of `stylemill bench`; {WRITTEN_BY}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from stylemill.cli.command import Command
@@ -33,6 +35,12 @@ def plan_job(
     workers: Workers = None,
     address: Address = None,
     settings: Settings = None,
+    bench: Annotated[
+        str | None,
+        typer.Option(
+            "--bench", metavar="FILE", help="What bench --json wrote: also estimate the time on the device measured."
+        ),
+    ] = None,
 ) -> int:
     """Show what a job will do, without doing it."""
     from stylemill.planning.plan import plan
@@ -40,7 +48,7 @@ def plan_job(
     overrides = job_overrides(
         settings, output=output, manifest=manifest, model=model, preset=preset, workers=workers, address=address
     )
-    print(plan(job, overrides).describe())
+    print(plan(job, overrides).describe(bench))
     return 0
 
 

@@ -24,6 +24,9 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{path}: truncated or not safetensors ({error}); copy or download it again") from error
 
 
-def count_parameters(path: Path) -> int:
-    """The number of scalars in all tensors of a safetensors file. Raises ModelError as `read_tensor_shapes`."""
-    return sum(math.prod(shape) for shape in read_tensor_shapes(path).values())
+def count_parameters(path: Path, prefix: str = "") -> int:
+    """The number of scalars in the tensors of a safetensors file whose names begin with `prefix`.
+
+    Raises ModelError as `read_tensor_shapes`.
+    """
+    return sum(math.prod(shape) for name, shape in read_tensor_shapes(path).items() if name.startswith(prefix))

@@ -16,7 +16,8 @@ from stylemill.models.safetensors_file import read_tensor_shapes
 SD_CONFIG = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 
-_FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
+CHECKPOINT_UNET = "model.diffusion_model."  # before the names of the UNet's tensors
+_FIRST_CONVOLUTION = f"{CHECKPOINT_UNET}input_blocks.0.0.weight"
 _VAE = "first_stage_model."
 _SD_TEXT, _SD2_TEXT = "cond_stage_model.transformer.", "cond_stage_model.model."
 _SDXL_TEXT, _SDXL_TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."

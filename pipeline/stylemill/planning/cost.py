@@ -49,7 +49,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts for a run. A UNet pass is one row of a batch; those of `Engine.distances`, after sampling, do not count.
+    """Counts for a run. A UNet pass is one row of a batch; those of `Engine.distances`, after sampling, are in no sum.
 
     `memory` is None while the model is not on this machine.
     """
@@ -60,6 +60,9 @@ class Cost:
     gradient: int
     shared_features: int
     unshared_features: int
+    pairs: int  # output rows
+    encoded: int  # distinct images of each shard
+    distance: int  # of `Engine.distances`, with two passes for each pair: a little more than it makes
     blocks: int  # the largest number of blocks in a step of any shard
     memory: Memory | None
 
@@ -88,6 +91,9 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
         gradient=counter.pairs * counter.windows * passes.gradient,
         shared_features=counter.shared * passes.features,
         unshared_features=counter.unshared * passes.features,
+        pairs=counter.pairs,
+        encoded=counter.encoded,
+        distance=2 * counter.pairs * counter.windows + counter.shared,
         blocks=counter.most_blocks,
         memory=_memory(job, shape, counter) if shape else None,
     )
@@ -135,6 +141,7 @@ class _ShardCounter:
         self.pairs = 0
         self.shared = 0  # images of all blocks
         self.unshared = 0  # images of all pairs
+        self.encoded = 0  # images of all shards
         self.most_pairs = 0  # of a shard, as all of these
         self.most_images = 0
         self.most_blocks = 0
@@ -159,12 +166,15 @@ class _ShardCounter:
         images_of: list[set[int]] = []
         styles: set[tuple[str, Size]] = set()
         contents: set[tuple[str, Size]] = set()
+        encoded: set[str] = set()
         pairs = 0
         for row in rows:
             pairs += 1
             self.styles.update(hash(style.key) for style in row.styles)
+            encoded.update(style.key for style in row.styles)
             if row.content:
                 self.contents.add(hash(row.content.key))
+                encoded.add(row.content.key)
             needed = feature_images(row, self._job)
             styles |= set(needed[: len(row.styles)])
             contents |= set(needed[len(row.styles) :])
@@ -182,6 +192,7 @@ class _ShardCounter:
         ]
         shard_blocks = blocks(micro_batches(kinds, self._micro_batch), images_of, feature_bytes, self._budget)
         self.pairs += pairs
+        self.encoded += len(encoded)
         self.most_pairs = max(self.most_pairs, pairs)
         self.most_images = max(self.most_images, len(numbers))
         self.most_blocks = max(self.most_blocks, len(shard_blocks))

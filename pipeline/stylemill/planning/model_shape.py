@@ -12,6 +12,7 @@ from stylemill.models.architecture import check_architecture, is_sdxl, pixel_gri
 from stylemill.models.attention_layers import AttentionLayer, attention_layers, select_layers
 from stylemill.models.folder import model_paths
 from stylemill.models.safetensors_file import count_parameters
+from stylemill.models.single_file import CHECKPOINT_UNET
 from stylemill.plural import counted
 
 PIXELS_PER_LATENT = 8  # of all models of Stable Diffusion 1.x to XL; assumed while a model is not on this machine
@@ -33,6 +34,7 @@ class ModelShape:
     pixels_per_latent: int
     parameters: int  # of UNet, VAE and text encoders together
     is_sdxl: bool = False
+    unet_parameters: int = 0
 
     @property
     def grid(self) -> int:
@@ -70,9 +72,17 @@ def read_shape(folder: Path, checkpoint: Path | None = None) -> ModelShape:
             pixels_per_latent=pixels_per_latent(vae),
             parameters=sum(map(count_parameters, weights)),
             is_sdxl=is_sdxl(unet),
+            unet_parameters=_count_unet_parameters(folder, checkpoint),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"{folder}: unet/ or vae/config.json is not Stable Diffusion's: {error!r}") from error
+
+
+def _count_unet_parameters(folder: Path, checkpoint: Path | None) -> int:
+    if checkpoint:
+        return count_parameters(checkpoint, CHECKPOINT_UNET)
+    paths = (path for path in model_paths(folder) if path.startswith("unet/") and path.endswith(".safetensors"))
+    return sum(count_parameters(folder / path) for path in paths)
 
 
 def check_against_model(job: Job, shape: ModelShape) -> None:

@@ -10,6 +10,7 @@ from stylemill.config.job import Job
 from stylemill.manifest import Manifest, open_manifest
 from stylemill.models.resolve import ResolvedModel
 from stylemill.planning.cost import Cost, count_cost
+from stylemill.planning.device_time import DeviceTimes
 from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fingerprint_sha256
 from stylemill.planning.model_shape import ModelShape, check_against_model, read_shape
 from stylemill.planning.models import count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
@@ -58,15 +59,18 @@ class Plan:
         """Count UNet passes and estimate memory. Reads the whole manifest in bounded memory."""
         ranges = (self.rows_of(shard) for shard in range(self.shards))
         rows = (self.manifest.output_rows(rows.start, rows.stop) for rows in ranges)
-        shape = None
-        if self.model.folder:
-            shape = read_shape(self.model.folder, self.model.checkpoint)
+        shape = self._shape()
+        if shape:
             controlnets = sum(map(count_controlnet_parameters, self.controlnets))
             shape = replace(shape, parameters=shape.parameters + controlnets)
         return count_cost(self.job, rows, shape)
 
-    def describe(self) -> str:
-        """The text that `stylemill plan` prints."""
+    def describe(self, bench: str | Path | None = None) -> str:
+        """The text that `stylemill plan` prints. With `bench`, a file of `stylemill bench --json`, also the time.
+
+        Raises JobError for a file that has not measured what this job does.
+        """
+        times = None if bench is None else DeviceTimes.open(Path(bench), self.job, self._shape())
         cost, job = self.cost(), self.job
         width, height = job.image.width_height
         last = len(self.rows_of(self.shards - 1))
@@ -93,9 +97,13 @@ class Plan:
             ("  gradient", f"{cost.gradient:,}"),
             ("  features", f"{cost.shared_features:,} with sharing, {cost.unshared_features:,} without"),
             *_memory_lines(cost),
+            *(times.describe(job, cost, self.shards) if times else []),
             ("output", job.output),
         ]
         return "\n".join(f"{name:<15} {value}" for name, value in lines)
+
+    def _shape(self) -> ModelShape | None:
+        return read_shape(self.model.folder, self.model.checkpoint) if self.model.folder else None
 
 
 def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None) -> Plan:
