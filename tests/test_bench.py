@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from small_unet import small_unet
 from stylemill.bench import benchmark
 from stylemill.bench.measure import measure_run, needed_passes, peak_memory
 from stylemill.bench.pass_cost import PASS_COST, known_pass_cost
 from stylemill.cli.app import main
 from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine
+from stylemill.engine import calls as unet_calls
 from stylemill.errors import DeviceMemoryError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -96,6 +99,56 @@ def test_passes_are_counted_as_the_method_needs_them(engine32: Engine, settings:
     assert found.passes == pytest.approx(passes)
     assert found.needed == pytest.approx(passes) == needed_passes(settings, (2, 3))
     assert (found.pairs, found.steps, found.images_lost) == (6, 2, 0)
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the calls that were compiled, of a small UNet, to graphs: making kernels takes minutes."""
+    real, load, names = torch.compile, Engine.load, []
+
+    def load_small(*words: Any, **options: Any) -> Engine:
+        return Engine(replace(load(*words, **options).model, unet=small_unet()))
+
+    def compile_call(call: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        names.append(call.__name__)
+        return real(call, **options)
+
+    monkeypatch.setattr(Engine, "load", load_small)
+    monkeypatch.setattr(unet_calls, "COMPILER", {"backend": "aot_eager"})
+    monkeypatch.setattr(torch, "compile", compile_call)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield names
+    torch._dynamo.reset()
+
+
+def test_with_compile_the_one_size_of_a_job_is_measured_and_naive_stays_as_it_is(
+    run: Run, compiled_calls: list[str]
+) -> None:
+    code, out, err = run("--compile", "--tile", "1x2", "--compare", "naive", "--json", "-")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["compiled"], found["deterministic"]) == (True, True)
+    assert [(row["way"], row["micro_batch"]) for row in found["rows"]] == [("naive", 1), ("lockstep", 2)]
+    assert "\nengine  compiled UNet, deterministic gradients; naive: UNet not compiled, fastest gradients\n" in err
+    assert compiled_calls.count("_losses") == 1, "of one engine"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "noise and activations; losses"
+
+
+def test_the_fastest_gradients_are_those_of_a_job_that_is_not_deterministic(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = unet_calls.repeatable_backward
+    monkeypatch.setattr(
+        unet_calls, "repeatable_backward", lambda repeatable: asked.append(repeatable) or real(repeatable)
+    )
+    _, out, err = run("--no-deterministic", "--tile", "1x1", "--micro-batch", "1", "--json", "-")
+    assert json.loads(out)["deterministic"] is False
+    assert "\nengine  UNet not compiled, fastest gradients\n" in err
+    assert set(asked) == {False}
+    run("--tile", "1x1", "--micro-batch", "1")
+    assert set(asked) == {False, True}
 
 
 def limit_memory(engine: Engine, pairs: int) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision import content_style_pairs
+from small_unet import small_unet
 from stylemill.config.sampling import Sampling
 from stylemill.engine import Engine, Noise, Pair, SampleState
 from stylemill.engine import calls as unet_calls
@@ -27,24 +27,6 @@ from stylemill.errors import ModelError
 SETTINGS = Sampling(steps=3, guidance_scale=2.0)
 PAIRS = content_style_pairs(5, 64)
 GRAPHS = {"backend": "aot_eager"}  # makes the graphs, with their backward passes, and no kernels, which takes minutes
-
-
-def small_unet(levels: int = 1) -> UNet2DConditionModel:
-    """With three self-attention layers for each level."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16,) * levels,
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",) * levels,
-            mid_block_type=None,
-            up_block_types=("CrossAttnUpBlock2D",) * levels,
-            norm_num_groups=4,
-            cross_attention_dim=32,
-            attention_head_dim=2,
-        )
-    return unet.eval().requires_grad_(False)
 
 
 def small_engine(engine32: Engine, **options: Any) -> Engine:
