@@ -110,7 +110,7 @@ def benchmark(options: BenchOptions, show: Callable[[str], None]) -> BenchResult
         naive = bench.naive(eager)
         result.rows.append(naive)
         show(table.line(naive))
-    # After the naive row: for compiled calls, an engine changes the layout of the UNet's weights.
+    # After the naive row: an engine with compiled calls changes the UNet.
     engine = Engine(model, threads=eager.threads, compiled=options.compiled, deterministic=options.deterministic)
     for micro_batch in options.micro_batches or _default_micro_batches(engine, size, tile):
         row = bench.lockstep(engine, micro_batch, naive)
