@@ -22,6 +22,7 @@ from stylemill.models.single_file import (
     infer_config_id,
     resolve_single_file,
 )
+from stylemill.planning.model_shape import read_shape
 
 Tensors = dict[str, Tensor]
 
@@ -209,6 +210,10 @@ def test_identity_depends_on_the_contents_of_checkpoint_and_configuration(
     copy = shutil.copy(checkpoint, tmp_path / checkpoint.name)
     assert resolve_single_file(str(copy), str(bare)).identity() == resolved.identity()
     assert resolve_single_file(str(copy), str(bare)).label == resolved.label
+
+
+def test_a_checkpoint_has_the_unet_parameters_of_its_folder(checkpoint: Path, folder: Path) -> None:
+    assert read_shape(folder, checkpoint).unet_parameters == read_shape(folder).unet_parameters > 0
 
 
 def test_the_configuration_is_inferred_from_the_tensors(checkpoint: Path, family: ModelFamily) -> None:
