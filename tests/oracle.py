@@ -314,8 +314,11 @@ class NaivePair:
         return self.content_weight * (first * (1 - progress) + last * progress)  # type: ignore[no-any-return]
 
     def is_guided(self, step: int) -> bool:
-        end = self.settings.end_step
-        return step >= self.settings.start_step and (end is None or step < end)
+        settings = self.settings
+        first = self.first_step if settings.init == "content" and settings.method != "optimization" else 0
+        in_range = [i for i in range(first, settings.steps) if i >= settings.start_step]
+        guided = [i for i in in_range if settings.end_step is None or i < settings.end_step]
+        return step in guided[:: settings.guided_every]
 
     def next_timestep(self, step: int) -> int:
         return self.timesteps[step + 1] if step + 1 < len(self.timesteps) else 0

@@ -78,6 +78,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "layer_weights": WEIGHTS,
         "content_schedule": (0.5, 1.5),
     },
+    "guided, every second step": {"steps": 5, "guided_every": 2},
+    "guided, every third step in between": {"steps": 7, "start_step": 1, "end_step": 6, "guided_every": 3},
+    "gradient, every second step, guidance and AdaIN": {
+        **PLAIN,
+        "steps": 4,
+        "start_step": 1,
+        "guided_every": 2,
+        "guidance_scale": 5.0,
+        "adain": True,
+    },
+    "KV injection, every second step": {**INJECT, "steps": 4, "start_step": 1, "guided_every": 2},
     "optimization, sharper": {**OPTIMIZE, "steps": 2, "query_scale": 1.5},
     "optimization, schedule and weights": {
         **OPTIMIZE,
@@ -92,6 +103,7 @@ AT_CONTENT_RUNS: dict[str, dict[str, Any]] = {
     "guided": {**AT_CONTENT, "steps": 3},
     "guided, strength 0.5": {**AT_CONTENT, "steps": 4, "strength": 0.5, "guidance_scale": 3.0, "adain": True},
     "guided, strength 0.1": {**AT_CONTENT, "steps": 4, "strength": 0.1},
+    "guided, strength 0.5, every second step": {**AT_CONTENT, "steps": 6, "strength": 0.5, "guided_every": 2},
     "guided, strength 0.8, late start, schedule": {
         **AT_CONTENT,
         "steps": 5,
@@ -170,11 +182,14 @@ def test_every_setting_has_an_effect(engine: Engine) -> None:
         {"end_step": 1},
         {"start_step": 1},
         {"content_weight": 0.6},
+        {"guided_every": 2},
     ]
     for method, base in plain.items():
         (*_, without), _ = sample_to_end(engine, [FULL], Sampling(steps=2, **base))
         for setting in settings:
             if method == "kv_injection" and {"layer_weights", "content_schedule", "content_weight"} & setting.keys():
+                continue
+            if method == "optimization" and "guided_every" in setting:
                 continue
             (*_, changed), _ = sample_to_end(engine, [FULL], Sampling(steps=2, **base, **setting))
             assert (changed - without).abs().max() > 1e-5, (method, setting)
@@ -207,6 +222,11 @@ PASSES: list[tuple[dict[str, Any], Counter[str]]] = [
         Counter(denoise=2 * P, feature=IMAGES),
     ),
     ({**OPTIMIZE, "steps": 4, "start_step": 1, "end_step": 3}, Counter(feature=2 * IMAGES, gradient=2 * P)),
+    ({"steps": 5, "guided_every": 2}, Counter(denoise=5 * P, feature=3 * IMAGES, gradient=3 * P)),
+    (
+        {**AT_CONTENT, "steps": 6, "strength": 0.5, "start_step": 4, "guided_every": 2},
+        Counter(denoise=3 * P, feature=IMAGES, gradient=P),
+    ),
 ]
 
 
@@ -259,6 +279,8 @@ def test_a_restored_run_continues_to_the_same_bits(engine32: Engine, settings: d
         ({**OPTIMIZE, "adain": True}, ("adain", "optimization")),
         ({**OPTIMIZE, "guidance_scale": 3.0}, ("guidance_scale", "optimization")),
         ({**OPTIMIZE, "iterations": 0}, ("iterations", "optimization")),
+        ({**OPTIMIZE, "guided_every": 2}, ("guided_every 2", "optimization", "lower steps")),
+        ({"guided_every": 0}, ("guided_every", "greater than or equal to 1")),
         ({**OPTIMIZE, **AT_CONTENT, "strength": 0.5}, ("strength", "optimization")),
         ({"strength": 0.5}, ("strength", "init")),
         ({"strength": 0.5, "init": "noise"}, ("strength", "init: noise")),

@@ -40,6 +40,7 @@ class Sampling(StrictModel):
     layer_weights: tuple[float, ...] | None = None  # of the layers used, in running order; None: 1 each
     start_step: Annotated[int, Field(ge=0)] = 0  # the first guided step
     end_step: Annotated[int, Field(ge=1)] | None = None  # the first step after the guided ones; None: all are guided
+    guided_every: Annotated[int, Field(ge=1)] = 1  # of the steps between these two, only every n-th is guided
     init: Init = "auto"  # auto: the content latent for optimization, noise otherwise
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the noise added to the content where init is content
     tiling: Tiling = "none"  # output whose left and right (x) or upper and lower (y) edges continue each other
@@ -115,6 +116,11 @@ class Sampling(StrictModel):
             for name, value, off in (("adain", self.adain, False), ("guidance_scale", self.guidance_scale, 1.0)):
                 if value > off:
                     raise ValueError(f"{name} {value} acts while denoising, and method optimization does not denoise")
+            if self.guided_every > 1:
+                raise ValueError(
+                    f"guided_every {self.guided_every} leaves steps in which method optimization does nothing;"
+                    " to take fewer steps, lower steps"
+                )
         if self.refine_decoder_lr != 1e-4 and not self.refine_decoder_steps:
             raise ValueError(f"refine_decoder_lr {self.refine_decoder_lr} has no effect with refine_decoder_steps 0")
         if self.method == "kv_injection":
@@ -143,8 +149,12 @@ class Sampling(StrictModel):
         return min(self.steps - 1, self.steps - round(self.steps * self.strength)) if denoises_content else 0
 
     def guides(self, step: int) -> bool:
-        """Whether a step is guided: followed by gradient steps on the losses, or done with injected K and V."""
-        return self.start_step <= step < (self.steps if self.end_step is None else self.end_step)
+        """Whether a step is guided: followed by gradient steps on the losses, or done with injected K and V.
+
+        The first guided step is the later of `start_step` and `first_step`.
+        """
+        first, end = max(self.start_step, self.first_step), self.steps if self.end_step is None else self.end_step
+        return first <= step < end and (step - first) % self.guided_every == 0
 
     @property
     def guided_steps(self) -> int:
