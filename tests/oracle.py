@@ -342,9 +342,11 @@ class NaivePair:
         ).sample
 
     @torch.no_grad()
-    def denoise(self, z: Tensor, timestep: int) -> Tensor:
-        """One step of the scheduler, with classifier-free guidance when its scale is above 1."""
+    def denoise(self, z: Tensor, timestep: int, epsilon: Tensor | None = None) -> Tensor:
+        """One step of the scheduler, with classifier-free guidance when its scale is above 1, or with a given ε."""
         scale = self.settings.guidance_scale
+        if epsilon is not None:
+            return self.step(epsilon, self.timesteps.index(timestep), z)
         epsilon = self.predicted(z, timestep, self.pair.prompt)
         if scale > 1:
             negative = self.predicted(z, timestep, self.pair.negative_prompt)
@@ -407,17 +409,23 @@ def adam(z: Tensor, learning_rate: float) -> torch.optim.Adam:
 def naive_guided(model: Model, pair: Any, settings: Any, noise: Any) -> Trace:
     """Guided sampling of one pair: a scheduler step, AdaIN, then a fresh Adam at the timestep that follows.
 
-    With method `gradient`, plain gradient steps instead of Adam's.
+    With method `gradient`, plain gradient steps instead of Adam's. With `reuse_prediction`, a step after a guided one
+    denoises with ε at the latents whose gradient was computed last.
     """
     naive, trace = NaivePair(model, pair, settings, noise), Trace()
     z = naive.noised_start() if settings.init == "content" else naive.initial_latents()
+    epsilon = None
     for step in range(naive.first_step if settings.init == "content" else 0, settings.steps):
-        z = naive.denoise(z, naive.timesteps[step])
+        z = naive.denoise(z, naive.timesteps[step], epsilon)
+        epsilon = None
         if naive.is_guided(step):
             if settings.adain:
                 z = adain(z, naive.noised_styles(step))
             optimizer = adam(z, settings.learning_rate)
             for _ in range(settings.iterations):
+                if settings.reuse_prediction and step + 1 < settings.steps:
+                    with torch.no_grad():
+                        epsilon = naive.predicted(z, naive.next_timestep(step), "")
                 if settings.method == "gradient":
                     z = z - settings.learning_rate * naive.guided_gradient(z, step, trace)
                 else:

@@ -219,10 +219,11 @@ class HostReads(TorchDispatchMode):
     [
         {},
         {"guidance_scale": 1.0, "adain": True, "iterations": 2},
+        {"guidance_scale": 1.0, "reuse_prediction": True},
         {"method": "optimization"},
         {"window": 8, "content_weight": 0.0},
     ],
-    ids=["guided", "adain", "optimization", "windows"],
+    ids=["guided", "adain", "reused predictions", "optimization", "windows"],
 )
 def test_no_operation_of_a_step_reads_a_value(
     engine32: Engine, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def test_a_pair_without_the_content_to_start_from_fails_and_no_other(engine: Eng
 
 
 def test_every_setting_has_an_effect(engine: Engine) -> None:
+    pair = replace(FULL, prompt="")  # `reuse_prediction` takes no other
     plain = {"guided": {}, "gradient": PLAIN, "optimization": OPTIMIZE, "kv_injection": INJECT}
     settings: list[dict[str, Any]] = [
         {"query_scale": 1.5},
@@ -183,15 +185,18 @@ def test_every_setting_has_an_effect(engine: Engine) -> None:
         {"start_step": 1},
         {"content_weight": 0.6},
         {"guided_every": 2},
+        {"reuse_prediction": True},
     ]
     for method, base in plain.items():
-        (*_, without), _ = sample_to_end(engine, [FULL], Sampling(steps=2, **base))
+        (*_, without), _ = sample_to_end(engine, [pair], Sampling(steps=2, **base))
         for setting in settings:
             if method == "kv_injection" and {"layer_weights", "content_schedule", "content_weight"} & setting.keys():
                 continue
+            if method in ("optimization", "kv_injection") and "reuse_prediction" in setting:
+                continue
             if method == "optimization" and "guided_every" in setting:
                 continue
-            (*_, changed), _ = sample_to_end(engine, [FULL], Sampling(steps=2, **base, **setting))
+            (*_, changed), _ = sample_to_end(engine, [pair], Sampling(steps=2, **base, **setting))
             assert (changed - without).abs().max() > 1e-5, (method, setting)
 
 
@@ -388,5 +393,6 @@ def test_the_distances_of_each_row_are_in_its_columns_for_every_method(run_job: 
     assert first["style_distance_before"] == no_weight["style_distance_before"], "one photo, one style"
 
 
-def test_a_restarted_run_has_the_same_rows(run_job: Any) -> None:
-    assert run_job("restarted", stop=2) == run_job("whole")
+@pytest.mark.parametrize("settings", [{}, {"reuse_prediction": True}], ids=str)
+def test_a_restarted_run_has_the_same_rows(run_job: Any, settings: dict[str, Any]) -> None:
+    assert run_job("restarted", stop=2, **settings) == run_job("whole", **settings)

@@ -136,6 +136,10 @@ class Job(StrictModel):
     def _check_controlnet(self) -> Job:
         if self.model.controlnet and self.sampling.method == "optimization":
             raise ValueError("model.controlnet acts while denoising, and sampling.method optimization does not denoise")
+        if self.model.controlnet and self.sampling.reuse_prediction:
+            raise ValueError(
+                "model.controlnet acts while denoising, and sampling.reuse_prediction takes predictions made without it"
+            )
         return self
 
     @classmethod

@@ -41,6 +41,7 @@ class Sampling(StrictModel):
     start_step: Annotated[int, Field(ge=0)] = 0  # the first guided step
     end_step: Annotated[int, Field(ge=1)] | None = None  # the first step after the guided ones; None: all are guided
     guided_every: Annotated[int, Field(ge=1)] = 1  # of the steps between these two, only every n-th is guided
+    reuse_prediction: bool = False  # after a guided step, denoise with the ε that its last gradient pass computed
     init: Init = "auto"  # auto: the content latent for optimization, noise otherwise
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the noise added to the content where init is content
     tiling: Tiling = "none"  # output whose left and right (x) or upper and lower (y) edges continue each other
@@ -131,6 +132,25 @@ class Sampling(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _check_reuse_of_predictions(self) -> Sampling:
+        if not self.reuse_prediction:
+            return self
+        if self.method in ("optimization", "kv_injection"):
+            raise ValueError(f"reuse_prediction is for methods guided and gradient, not for method {self.method}")
+        if not self.iterations:
+            raise ValueError("reuse_prediction takes the prediction of a gradient step, and iterations 0 takes none")
+        if self.guidance_scale > 1:
+            raise ValueError(
+                f"reuse_prediction takes the prediction for the empty prompt alone, and guidance_scale"
+                f" {self.guidance_scale} needs two"
+            )
+        if self.window is not None:
+            raise ValueError(
+                f"reuse_prediction takes the prediction for whole latents, and window {self.window} predicts in windows"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_windows(self) -> Sampling:
         if self.window is None:
             if self.window_stride != 8:
@@ -155,6 +175,10 @@ class Sampling(StrictModel):
         """
         first, end = max(self.start_step, self.first_step), self.steps if self.end_step is None else self.end_step
         return first <= step < end and (step - first) % self.guided_every == 0
+
+    def reuses(self, step: int) -> bool:
+        """Whether a step denoises with the prediction of the last gradient pass of the step before it."""
+        return self.reuse_prediction and self.guides(step - 1)
 
     @property
     def guided_steps(self) -> int:

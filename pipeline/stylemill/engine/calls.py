@@ -1,4 +1,4 @@
-"""The three ways in which the engine calls the UNet: to predict noise, to read activations, and for losses.
+"""The ways in which the engine calls the UNet: to predict noise, to read activations, for losses, for losses and noise.
 
 Each is a function of tensors alone, so that torch.compile makes one graph of it.
 """
@@ -44,6 +44,24 @@ def content_loss(q: Tensor, content_q: Tensor) -> Tensor:
     return _mean_l1(q, content_q)
 
 
+def sum_losses(
+    z: Tensor,
+    layers: Sequence[Activations],
+    targets: Sequence[Target],
+    content_weights: Tensor,
+    layer_weights: Sequence[float],
+    query_scale: float,
+) -> Tensor:
+    """L_AD + λ L_content of each pair, summed over the layers with their weights -> (B,)."""
+    ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    for activations, target, weight in zip(layers, targets, layer_weights, strict=True):
+        style = target.style_k, target.style_v
+        ad = ad + weight * ad_loss(activations.q, activations.out, *style, query_scale, target.allowed)
+        if target.content_q is not None:
+            content = content + weight * content_loss(activations.q, target.content_q)
+    return ad + content_weights * content
+
+
 def _mean_l1(a: Tensor, b: Tensor) -> Tensor:
     """mean |a − b| of each pair over heads, tokens and channels: (B, heads, N, d) -> (B,).
 
@@ -67,12 +85,14 @@ class UNetCalls:
         self.layers = tuple(layers)
         self.repeatable = repeatable
         self.slot = 1
-        self.unchecked = compiled  # whether no compiled gradient was compared with an eager one
+        # Of the two ways to compute a gradient, without and with noise, those not compared with an eager one.
+        self.unchecked = {False, True} if compiled else set()
         self.eager = UNetCalls(model, layers, repeatable) if compiled else self
         self._predict_noise = self._noise
         self._predict_injected_noise = self._injected_noise
         self._read_activations = self._activations
         self._sum_losses = self._losses
+        self._sum_losses_and_predict = self._losses_and_noise
         if compiled:
             # One graph for noise and activations: another one would take as long to compile, and save hardly any work.
             both = self._compile(self._noise_and_activations)
@@ -80,6 +100,7 @@ class UNetCalls:
             self._read_activations = lambda *arguments: both(*arguments)[1]
             self._predict_injected_noise = self._compile(self._injected_noise)
             self._sum_losses = self._compile(self._losses)
+            self._sum_losses_and_predict = self._compile(self._losses_and_noise)
 
     @torch.no_grad()
     def predict_noise(
@@ -119,25 +140,28 @@ class UNetCalls:
         layer_weights: Sequence[float],
         query_scale: float,
         scales: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        with_noise: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """∂L/∂z of L = L_AD + λ L_content of each pair, summed over the layers with their weights, and L itself.
 
         Latents (B, C, h, w), λ = `content_weights` (B,) -> (B, C, h, w), (B,). In the backward pass the loss of each
-        pair is multiplied by its `scales` (B,), and its gradient divided by it afterwards.
+        pair is multiplied by its `scales` (B,), and its gradient divided by it afterwards. `with_noise`, the pass does
+        not end after the last layer, and the third result is ε(z, t, text) (B, C, h, w), a constant.
         """
         t = self._timestep(timestep)
         conditions = self.model.conditions(latents, text)
         with torch.enable_grad(), repeatable_backward(self.repeatable):
             z = latents.detach().requires_grad_(True)
-            losses = self._sum_losses(z, t, conditions, targets, content_weights, tuple(layer_weights), query_scale)
+            known = z, t, conditions, targets, content_weights, tuple(layer_weights), query_scale
+            losses, epsilon = self._sum_losses_and_predict(*known) if with_noise else (self._sum_losses(*known), None)
             (gradient,) = torch.autograd.grad((losses * scales).sum(), z)
         # Contiguous: the order of a sum over latents must not depend on the graph that computed them.
         gradient = gradient.contiguous() / scales[:, None, None, None]
-        if self.unchecked:
-            self.unchecked = False
+        if with_noise in self.unchecked:
+            self.unchecked.remove(with_noise)
             arguments = latents, timestep, text, targets, content_weights, layer_weights, query_scale, scales
             _check_compiled(gradient, self.eager.gradient(*arguments)[0])
-        return gradient, losses.detach()
+        return gradient, losses.detach(), None if epsilon is None else epsilon.contiguous()
 
     def _timestep(self, timestep: int) -> Tensor:
         return constant((timestep,), torch.long, self.model.device)[0]
@@ -163,24 +187,14 @@ class UNetCalls:
             epsilon = self.model.predict_noise(z, timestep, conditions)
         return epsilon, recorded
 
-    def _losses(
-        self,
-        z: Tensor,
-        timestep: Tensor,
-        conditions: dict[str, Any],
-        targets: Sequence[Target],
-        content_weights: Tensor,
-        layer_weights: Sequence[float],
-        query_scale: float,
-    ) -> Tensor:
-        ad = content = torch.zeros(len(z), dtype=z.dtype, device=z.device)
-        layers = self._activations(z, timestep, conditions)
-        for activations, target, weight in zip(layers, targets, layer_weights, strict=True):
-            style = target.style_k, target.style_v
-            ad = ad + weight * ad_loss(activations.q, activations.out, *style, query_scale, target.allowed)
-            if target.content_q is not None:
-                content = content + weight * content_loss(activations.q, target.content_q)
-        return ad + content_weights * content
+    def _losses(self, z: Tensor, timestep: Tensor, conditions: dict[str, Any], *known: Any) -> Tensor:
+        return sum_losses(z, self._activations(z, timestep, conditions), *known)
+
+    def _losses_and_noise(
+        self, z: Tensor, timestep: Tensor, conditions: dict[str, Any], *known: Any
+    ) -> tuple[Tensor, Tensor]:
+        epsilon, layers = self._noise_and_activations(z, timestep, conditions)
+        return sum_losses(z, layers, *known), epsilon.detach()
 
     def _compile(self, call: Callable[..., T]) -> Callable[..., T]:
         """`call` as one graph, which takes batches of `slot` rows: longer ones are split, shorter ones padded.

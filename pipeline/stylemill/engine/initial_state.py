@@ -29,9 +29,11 @@ def create_initial_state(
 
     A pair that cannot be sampled is excluded, with its reason, also if an image or a text of it is encoded to NaN or
     Inf. `layers` decide the grids on which each label of a content mask must be in a style mask. Raises ModelError for
-    sizes off the model's grid, and ValueError for pairs that are inconsistent in themselves or with each other.
+    sizes off the model's grid, and ValueError for pairs that are inconsistent in themselves, with each other or with
+    the settings.
     """
     _check_window(model, settings)
+    _check_predictions(model, pairs, settings)
     for pair in pairs:
         _check_pair(model, pair)
     inputs = _shard_inputs(model, pairs, settings)
@@ -64,6 +66,7 @@ def create_initial_state(
         step=settings.first_step,
         moments_of=[torch.zeros(2, *z.shape, dtype=z.dtype) for z in latents] if one_adam else [],
         history_of=[torch.zeros(n, *z.shape, dtype=z.dtype) for z in latents] if (n := scheduler.history) else [],
+        predictions_of=[torch.zeros_like(z) for z in latents] if settings.reuse_prediction else [],
     )
 
 
@@ -209,6 +212,22 @@ def _check_window(model: DiffusionModel, settings: Sampling) -> None:
         raise ModelError(
             f"sampling.window {settings.window}: must be a multiple of {model.grid // model.pixels_per_latent} latents"
         )
+
+
+def _check_predictions(model: DiffusionModel, pairs: Sequence[Pair], settings: Sampling) -> None:
+    """The prediction of a gradient pass is that of denoising only with the null prompt and without ControlNets."""
+    if not settings.reuse_prediction:
+        return
+    if model.controlnets:
+        raise ValueError(
+            "sampling.reuse_prediction takes predictions made without ControlNets, and this model has some"
+        )
+    for number, pair in enumerate(pairs):
+        if pair.prompt:
+            raise ValueError(
+                f"sampling.reuse_prediction takes predictions for the empty prompt, and pair {number} has the prompt"
+                f" {pair.prompt!r}"
+            )
 
 
 def _check_pair(model: DiffusionModel, pair: Pair) -> None:

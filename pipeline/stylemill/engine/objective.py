@@ -55,6 +55,7 @@ class Features:
 class Objective:
     """L_AD + λ L_content of each pair at the chosen layers, and its gradient with respect to the latents.
 
+    With `reuse_prediction`, the passes of gradients compute ε too; otherwise None is in its place.
     Raises ModelError when `layer_weights` of the settings does not have one number for each layer.
     """
 
@@ -62,6 +63,7 @@ class Objective:
         self.calls = calls
         self.layer_weights = settings.layer_weights or (1.0,) * len(calls.layers)
         self.query_scale = settings.query_scale
+        self.with_noise = settings.reuse_prediction
         self.micro_batch = micro_batch
         self.passes = passes
         if len(self.layer_weights) != len(calls.layers):
@@ -97,16 +99,16 @@ class Objective:
 
     def gradient(
         self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target]
-    ) -> tuple[Tensor, Tensor]:
-        """∂(L_AD + λ L_content)/∂z of each pair, and which pairs' gradients overflowed; z (B, C, h, w), λ (B,).
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """∂(L_AD + λ L_content)/∂z of each pair, which pairs' gradients overflowed, and ε; z (B, C, h, w), λ (B,).
 
         The losses of the pairs are summed, not averaged: a pair's gradient is the same at every batch size. With fp16
         weights the losses are scaled. A gradient has overflowed (B,) if it is not finite although the pair's loss is.
         Where the loss is NaN or Inf, so is the gradient. Nothing waits for the device.
         """
         scales = torch.full_like(weights, self.loss_scale)
-        gradient, losses = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
-        return gradient, ~all_finite(gradient) & losses.isfinite() & (self.loss_scale > 1)
+        gradient, losses, epsilon = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
+        return gradient, ~all_finite(gradient) & losses.isfinite() & (self.loss_scale > 1), epsilon
 
     def gradient_in_range(
         self,
@@ -116,24 +118,24 @@ class Objective:
         weights: Tensor,
         targets: list[Target],
         excluded: Sequence[int] = (),
-    ) -> tuple[Tensor, dict[int, float]]:
+    ) -> tuple[Tensor, dict[int, float], Tensor | None]:
         """As `gradient`, where overflowed pairs get a smaller loss scale, down to 1; each one's by its place in z.
 
         The pass is repeated until no gradient overflows, except those at the `excluded` places. The other pairs keep
-        their gradients of the first pass. This waits for the device.
+        their gradients of the first pass; ε is that of the first pass. This waits for the device.
         """
         scale, lowered_scales = self.loss_scale, dict[int, float]()
         scales = torch.full_like(weights, scale)
-        gradient, overflowed = self.gradient(z, timestep, null_text, weights, targets)
+        gradient, overflowed, epsilon = self.gradient(z, timestep, null_text, weights, targets)
         overflowed[list(excluded)] = False
         while scale > 1 and overflowed.any():
             scale /= LOSS_SCALE_STEP
             scales = torch.where(overflowed, scale, scales)
             lowered_scales |= {place: scale for place, again in enumerate(overflowed.tolist()) if again}
-            repeated, _ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
+            repeated, *_ = self._scaled_gradient(z, timestep, null_text, weights, targets, scales)
             gradient = torch.where(overflowed[:, None, None, None], repeated, gradient)
             overflowed &= ~all_finite(repeated)
-        return gradient, lowered_scales
+        return gradient, lowered_scales, epsilon
 
     @property
     def loss_scale(self) -> float:
@@ -142,11 +144,11 @@ class Objective:
 
     def _scaled_gradient(
         self, z: Tensor, timestep: int, null_text: Text, weights: Tensor, targets: list[Target], scales: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient and the loss of each pair, whose losses have the `scales` (B,) in the backward pass."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradient, loss and ε of each pair, whose losses have the `scales` (B,) in the backward pass."""
         self.passes["gradient"] += len(z)
-        gradient, losses = self.calls.gradient(
-            z, timestep, null_text, targets, weights, self.layer_weights, self.query_scale, scales
+        gradient, losses, epsilon = self.calls.gradient(
+            z, timestep, null_text, targets, weights, self.layer_weights, self.query_scale, scales, self.with_noise
         )
         # The slope of |a − b| at NaN is 0: the pair would be sampled on without guidance, and look like a good one.
-        return torch.where(losses.isfinite()[:, None, None, None], gradient, torch.nan), losses
+        return torch.where(losses.isfinite()[:, None, None, None], gradient, torch.nan), losses, epsilon

@@ -137,7 +137,7 @@ class Sampler:
             for batch in block.batches:
                 targets, weights = features.targets(state.inputs, batch), self._content_weights(latents, state, batch)
                 z = latents[list(batch)]
-                gradient[list(batch)], _ = self.objective.gradient_in_range(
+                gradient[list(batch)], *_ = self.objective.gradient_in_range(
                     z, s, state.inputs.null_text, weights, targets
                 )
         return gradient
@@ -165,7 +165,31 @@ class Sampler:
     def _denoise(
         self, z: Tensor, t: int, state: SampleState, batch: Batch, targets: list[Target] | None = None
     ) -> Tensor:
-        """One scheduler step from t, with classifier-free guidance if its scale is above 1; `targets` are injected."""
+        """One scheduler step from t, by the UNet's prediction at z or by that of the last gradient pass.
+
+        `targets` are injected into the UNet.
+        """
+        if self.settings.reuses(state.step):
+            epsilon = _stacked(state.predictions_of, batch)
+        else:
+            epsilon = self._predict_noise(z, t, state, batch, targets)
+        pairs = [state.inputs.pairs[pair] for pair in batch]
+
+        def draw() -> Tensor:
+            drawn = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
+            return to_device(np.stack(drawn), z)
+
+        history = _stacked(state.history_of, batch) if state.history_of else None
+        z, history = self.scheduler.step(epsilon, z, state.step, history, draw)
+        if history is not None:
+            for place, pair in enumerate(batch):
+                state.history_of[pair] = history[place]
+        return z
+
+    def _predict_noise(
+        self, z: Tensor, t: int, state: SampleState, batch: Batch, targets: list[Target] | None
+    ) -> Tensor:
+        """ε at z (B, C, h, w) with the pairs' prompts, and classifier-free guidance if its scale is above 1."""
         inputs = state.inputs
         pairs = [inputs.pairs[pair] for pair in batch]
         texts = [inputs.texts[pair.prompt] for pair in pairs]
@@ -184,17 +208,7 @@ class Sampler:
         if copies == 2:
             negative, positive = epsilon.chunk(2)
             epsilon = negative + self.settings.guidance_scale * (positive - negative)
-
-        def draw() -> Tensor:
-            drawn = [self.noise.step_noise(pair.identity, state.step, pair.shape) for pair in pairs]
-            return to_device(np.stack(drawn), z)
-
-        history = _stacked(state.history_of, batch) if state.history_of else None
-        z, history = self.scheduler.step(epsilon, z, state.step, history, draw)
-        if history is not None:
-            for place, pair in enumerate(batch):
-                state.history_of[pair] = history[place]
-        return z
+        return epsilon
 
     def _minimize_losses(
         self, state: SampleState, batch: Batch, z: Tensor, moments: Tensor, done: int, s: int, targets: list[Target]
@@ -220,16 +234,22 @@ class Sampler:
     def _gradient(
         self, state: SampleState, batch: Batch, z: Tensor, s: int, weights: Tensor, targets: list[Target]
     ) -> Tensor:
-        """The losses' gradient; whether it overflowed is in `_overflowed`, or it was kept in range."""
+        """The losses' gradient; whether it overflowed is in `_overflowed`, or it was kept in range.
+
+        The ε of its pass, if that computes one, is stored for the next step.
+        """
         excluded = tuple(pair in state.excluded for pair in batch)
         null_text = state.inputs.null_text
         if self._keeps_in_range or any(pair in state.lowered_scales for pair in batch):
             places = [place for place, is_excluded in enumerate(excluded) if is_excluded]
-            gradient, scales = self.objective.gradient_in_range(z, s, null_text, weights, targets, places)
+            gradient, scales, epsilon = self.objective.gradient_in_range(z, s, null_text, weights, targets, places)
             state.record_lowered_scales({batch[place]: scale for place, scale in scales.items()})
-            return gradient
-        gradient, overflowed = self.objective.gradient(z, s, null_text, weights, targets)
-        self._overflowed.append(overflowed & ~constant(excluded, torch.bool, z.device))
+        else:
+            gradient, overflowed, epsilon = self.objective.gradient(z, s, null_text, weights, targets)
+            self._overflowed.append(overflowed & ~constant(excluded, torch.bool, z.device))
+        if epsilon is not None:
+            for place, pair in enumerate(batch):
+                state.predictions_of[pair] = epsilon[place]
         return gradient
 
     def _content_weights(self, z: Tensor, state: SampleState, batch: Batch) -> Tensor:

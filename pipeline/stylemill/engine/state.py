@@ -102,8 +102,9 @@ class SampleState:
     """The pairs of a shard after `step` steps; all are at the same timestep.
 
     `latents_of[i]` is z of pair i, (C, h, w). `moments_of[i]` are Adam's two moments (2, C, h, w) where one Adam spans
-    the run. `lost_at[i]` is the step in which pair i became NaN or Inf, −1 before; it stays on the device, so that a
-    step needs no synchronisation. `excluded` says of each pair that is not sampled, or not decoded, why.
+    the run. `predictions_of[i]` is the ε (C, h, w) of its last gradient pass where `reuse_prediction` is set, and zeros
+    before the first one. `lost_at[i]` is the step in which pair i became NaN or Inf, −1 before; it stays on the device,
+    so that a step needs no synchronisation. `excluded` says of each pair that is not sampled, or not decoded, why.
     `lowered_scales` has the smallest loss scale of each pair whose gradient overflowed at the usual one.
     """
 
@@ -114,6 +115,7 @@ class SampleState:
     step: int = 0
     moments_of: list[Tensor] = field(default_factory=list)
     history_of: list[Tensor] = field(default_factory=list)  # (n, C, h, w) each, for multistep schedulers
+    predictions_of: list[Tensor] = field(default_factory=list)
     lowered_scales: dict[int, float] = field(default_factory=dict)
 
     def record_lowered_scales(self, scales: Mapping[int, float]) -> None:
@@ -140,6 +142,7 @@ class SampleState:
             latents_of=[*self.latents_of],  # steps replace these tensors, they do not write to them
             moments_of=[*self.moments_of],
             history_of=[*self.history_of],
+            predictions_of=[*self.predictions_of],
             lost_at=self.lost_at.clone(),
             lowered_scales={**self.lowered_scales},
         )
@@ -154,7 +157,7 @@ class SampleState:
         Their latents, and the images that no other pair uses, become zeros. They keep their slots, so that the
         micro-batches of the other pairs do not change.
         """
-        for tensors in (self.latents_of, self.moments_of, self.history_of):
+        for tensors in (self.latents_of, self.moments_of, self.history_of, self.predictions_of):
             tensors[:] = [torch.zeros_like(one) if pair in reasons else one for pair, one in enumerate(tensors)]
         kept = [pair for number, pair in enumerate(self.inputs.pairs) if number not in reasons]
         used = {image for pair in kept for image in (pair.content, *pair.styles)}
@@ -190,10 +193,15 @@ class SampleState:
         arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
         arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
         arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
+        arrays |= {f"prediction.{i}": _array(epsilon) for i, epsilon in enumerate(self.predictions_of)}
         arrays |= {"lost_at": _array(self.lost_at)}
         excluded = {str(pair): vars(failure) for pair, failure in self.excluded.items()}
         scales = {str(pair): scale for pair, scale in self.lowered_scales.items()}
-        counts = {"moments": len(self.moments_of), "history": len(self.history_of)}
+        counts = {
+            "moments": len(self.moments_of),
+            "history": len(self.history_of),
+            "predictions": len(self.predictions_of),
+        }
         return arrays, {"step": self.step, **counts, "excluded": excluded, "lowered_scales": scales}
 
     @classmethod
@@ -222,6 +230,7 @@ class SampleState:
             step=int(facts["step"]),
             moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
             history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
+            predictions_of=[torch.from_numpy(arrays[f"prediction.{i}"]) for i in range(facts["predictions"])],
             lowered_scales={int(pair): scale for pair, scale in facts["lowered_scales"].items()},
         )
 
@@ -238,6 +247,7 @@ class SampleState:
         self.latents_of = [z.to(device) for z in self.latents_of]
         self.moments_of = [moments.to(device) for moments in self.moments_of]
         self.history_of = [history.to(device) for history in self.history_of]
+        self.predictions_of = [epsilon.to(device) for epsilon in self.predictions_of]
         self.lost_at = self.lost_at.to(device)
         return self
 

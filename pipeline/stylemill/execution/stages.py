@@ -19,8 +19,8 @@ STEP_LIMIT_FACTOR = 20  # a worker hangs when a step takes this many times the s
 class ProgressReporter:
     """Reports where a shard stands, with the seconds until the next report, after which its worker counts as hanging.
 
-    The limit of a step follows from the slowest step of its kind so far, guided or not. A first step, and any other
-    stage, has `cluster.stage_timeout`.
+    The limit of a step follows from the slowest step of its kind so far: guided or not, with a prediction of its own or
+    a reused one. The first step of a kind, and any other stage, has `cluster.stage_timeout`.
     """
 
     def __init__(self, job: Job, attempt: Attempt, pairs: int, send: Callable[[Progress], None]) -> None:
@@ -28,24 +28,24 @@ class ProgressReporter:
         self._attempt = attempt
         self.pairs = pairs
         self._send = send
-        self._slowest: dict[bool, float] = {}  # seconds of a step, by whether it is a guided one
+        self._slowest: dict[tuple[bool, bool], float] = {}  # seconds of a step, by its kind
         self._last = ("", 0, 0.0)  # stage, step and time of the last report
 
     def __call__(self, stage: str, state: SampleState | None = None) -> None:
         sampling = self._job.sampling
         step, now = state.step if state else sampling.first_step, time.monotonic()
         if stage == "sample" and self._last[:2] == ("sample", step - 1):
-            guided = sampling.guides(step - 1)
-            self._slowest[guided] = max(self._slowest.get(guided, 0.0), now - self._last[2])
+            kind = sampling.guides(step - 1), sampling.reuses(step - 1)
+            self._slowest[kind] = max(self._slowest.get(kind, 0.0), now - self._last[2])
         self._last = (stage, step, now)
         limit = self._limit(stage, step)
         self._send(Progress(self._attempt.shard, self._attempt.id, stage, step, sampling.steps, self.pairs, limit))
 
     def _limit(self, stage: str, step: int) -> float | None:
-        cluster = self._job.cluster
+        cluster, sampling = self._job.cluster, self._job.sampling
         if stage == "wait":
             return None
-        if stage == "sample" and (slowest := self._slowest.get(self._job.sampling.guides(step))):
+        if stage == "sample" and (slowest := self._slowest.get((sampling.guides(step), sampling.reuses(step)))):
             return max(cluster.step_timeout, STEP_LIMIT_FACTOR * slowest)
         return cluster.stage_timeout
 

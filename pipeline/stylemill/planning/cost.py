@@ -110,11 +110,11 @@ class SamplingPasses(NamedTuple):
 def sampling_passes(sampling: Sampling) -> SamplingPasses:
     """The passes of a job's sampling."""
     optimizes, injects = sampling.method == "optimization", sampling.method == "kv_injection"
-    copies = 2 if sampling.guidance_scale > 1 else 1
+    copies, steps = 2 if sampling.guidance_scale > 1 else 1, range(sampling.first_step, sampling.steps)
     iterations = 0 if injects else sampling.iterations
     feature_steps = sampling.guided_steps if injects or iterations else 0
     return SamplingPasses(
-        denoise=0 if optimizes else (sampling.steps - sampling.first_step) * copies,
+        denoise=0 if optimizes else (len(steps) - sum(map(sampling.reuses, steps))) * copies,
         gradient=iterations * feature_steps,
         features=feature_steps,
     )
@@ -208,8 +208,8 @@ def _memory(job: Job, shape: ModelShape, counter: _ShardCounter) -> Memory:
     positions, style_positions, slot_positions = (width * height for width, height in latent_sizes)
     dtype, windows = assumed_dtype(job), counter.windows
     in_windows = 2 * windows * slot_positions if windows > 1 else 0  # before and after the step
-    moments = 2 if job.sampling.method == "optimization" else 0
-    latents = counter.most_pairs * (positions * (1 + moments) + in_windows)
+    kept = 2 if job.sampling.method == "optimization" else int(job.sampling.reuse_prediction)  # moments, or ε
+    latents = counter.most_pairs * (positions * (1 + kept) + in_windows)
     image_latents = counter.most_images * max(positions, style_positions)
     return Memory(
         dtype=dtype,

@@ -52,6 +52,18 @@ def pin_controlnets(job: Job, model: ResolvedModel, manifest: Manifest) -> tuple
     return _with_model(job, {"controlnet": _with_revisions(settings, controlnets)}), controlnets
 
 
+def check_prompts(job: Job, manifest: Manifest) -> None:
+    """Raise JobError where `sampling.reuse_prediction` would ignore a row's prompt. Then all rows are read once."""
+    if not job.sampling.reuse_prediction or "prompt" not in manifest.schema.names:
+        return
+    for row in manifest.rows():
+        if row.prompt:
+            raise JobError(
+                f"sampling.reuse_prediction takes predictions for the empty prompt, and row {row.manifest_row} of "
+                f"{manifest.path} has the prompt {row.prompt!r}; set it to false, or leave out the column 'prompt'"
+            )
+
+
 def pin_loras(job: Job) -> tuple[Job, list[ResolvedModel]]:
     """Resolve the job's LoRAs; return the job with their hub commits, and the LoRAs.
 

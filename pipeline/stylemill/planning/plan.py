@@ -13,7 +13,7 @@ from stylemill.planning.cost import Cost, count_cost
 from stylemill.planning.device_time import DeviceTimes
 from stylemill.planning.fingerprint import Fingerprint, compute_fingerprint, fingerprint_sha256
 from stylemill.planning.model_shape import ModelShape, check_against_model, read_shape
-from stylemill.planning.models import count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
+from stylemill.planning.models import check_prompts, count_controlnet_parameters, pin_controlnets, pin_loras, pin_model
 from stylemill.planning.shard_size import choose_pairs_per_shard, expected_workers
 from stylemill.plural import counted
 from stylemill.store.paths import RunPaths
@@ -122,6 +122,7 @@ def plan(job: Job | str | Path, overrides: dict[str, Any] | None = None) -> Plan
     shape = read_shape(model.folder, model.checkpoint) if model.folder else None
     if shape:
         check_against_model(job, shape)
+    check_prompts(job, manifest)
     job, controlnets = pin_controlnets(job, model, manifest)
     job, loras = pin_loras(job)
     size, reason = _pairs_per_shard(job, manifest, shape)
