@@ -187,6 +187,23 @@ def runs(bench: Bench) -> dict[str, Any]:
     }
 
 
+def opt_ins(bench: Bench) -> dict[str, Any]:
+    """What saves UNet passes of guided sampling and changes its results, against the default."""
+    changes: dict[str, dict[str, Any]] = {
+        "default": {},
+        "reuse_prediction": {"reuse_prediction": True},
+        "guided_every 2": {"guided_every": 2},
+        "both": {"reuse_prediction": True, "guided_every": 2},
+    }
+    found, engine = dict[str, Any](), bench.engine("sd15")  # without compiling: `reuse_prediction` has another graph
+    for name, change in changes.items():
+        settings, tile = Sampling(**PRESETS["guided-transfer"] | change), (2, 2) if bench.toy else (8, 8)
+        found[name] = _run(bench, engine, "sd15", settings, tile, bench.micro_batch)
+        found[name]["times default"] = found[name]["images/s"] / found["default"]["images/s"]
+        bench.note(f"{name}: {_short(found[name])}")
+    return found
+
+
 def _against_naive(
     bench: Bench, family: str, name: str, settings: Sampling, tiles: Sequence[tuple[int, int]], micro_batch: int
 ) -> dict[str, Any]:
@@ -409,6 +426,7 @@ STAGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "determinism": determinism,
     "no_waiting": no_waiting,
     "runs": runs,
+    "opt_ins": opt_ins,
     "profile": profile,
     "attention": attention,
     "half_precision": half_precision,

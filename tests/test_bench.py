@@ -13,7 +13,7 @@ import torch
 
 from small_unet import small_unet
 from stylemill.bench import benchmark
-from stylemill.bench.measure import measure_run, needed_passes, peak_memory
+from stylemill.bench.measure import measure_run, needed_passes, peak_memory, step_seconds
 from stylemill.bench.pass_cost import PASS_COST, known_pass_cost
 from stylemill.cli.app import main
 from stylemill.config.sampling import Sampling
@@ -90,15 +90,26 @@ def test_json_to_stdout_leaves_the_table_to_stderr(run: Run) -> None:
         (Sampling(steps=2, content_weight=0), {"denoise": 1, "feature": 0.5, "gradient": 1}),
         (Sampling(steps=2, method="optimization"), {"feature": 5 / 6, "gradient": 1}),
         (Sampling(steps=2, method="kv_injection"), {"denoise": 1, "feature": 5 / 6}),
+        (
+            Sampling(steps=4, guided_every=2, reuse_prediction=True),
+            {"denoise": 0.5, "feature": 5 / 12, "gradient": 0.5},
+        ),
     ],
-    ids=["guided", "guidance and two iterations", "without content loss", "optimization", "injection"],
+    ids=["guided", "guidance and two iterations", "without content loss", "optimization", "injection", "opt-ins"],
 )
 def test_passes_are_counted_as_the_method_needs_them(engine32: Engine, settings: Sampling, passes: Any) -> None:
     """2 contents × 3 styles: (C + S) / (C·S) = 5/6 features a pair and step."""
     found = measure_run(engine32, settings, (2, 3), 64, 4)
     assert found.passes == pytest.approx(passes)
     assert found.needed == pytest.approx(passes) == needed_passes(settings, (2, 3))
-    assert (found.pairs, found.steps, found.images_lost) == (6, 2, 0)
+    assert (found.pairs, found.steps, found.images_lost) == (6, settings.steps, 0)
+
+
+def test_a_run_is_calculated_from_the_steps_of_each_kind() -> None:
+    assert step_seconds(Sampling(steps=4), [9, 1, 5, 2]) == [2] * 4, "the first step warms up"
+    assert step_seconds(Sampling(steps=6, guided_every=2), [9, 1, 5, 2]) == [5, 1.5] * 3
+    assert step_seconds(Sampling(steps=5, reuse_prediction=True), [9, 1, 3]) == [2] * 5, "no first step was timed"
+    assert step_seconds(Sampling(steps=2), [9]) == [9, 9]
 
 
 @pytest.fixture

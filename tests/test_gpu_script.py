@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 def test_the_stages_that_take_no_compiler_run_and_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "sdxl").write_text("not a folder")
-    stages = ["rates", "sdxl", "eager", "determinism", "no_waiting", "calibration", "profile", "attention"]
+    stages = ["rates", "sdxl", "eager", "determinism", "no_waiting", "calibration", "profile", "attention", "opt_ins"]
     options = ["--device", "cpu", "--rehearse", tmp_path / "models", "--json", tmp_path / "gpu.json"]
     ended = subprocess.run(
         [sys.executable, SCRIPT, "--stages", *stages, *options], capture_output=True, text=True, check=False

@@ -189,11 +189,11 @@ def measure_images(engine: Engine, size: int, repeats: int = 3) -> ImageCost:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a run of a tile takes, from the median of some of its steps. Without reading, distances and writing."""
+    """What a run of a tile takes, from the medians of some of its steps. Without reading, distances and writing."""
 
     pairs: int
     steps: int  # of the whole run
-    step_seconds: float
+    step_seconds: float  # the mean of the run
     other_seconds: float  # to encode and to decode
     passes: dict[str, float]  # UNet passes a pair and step by kind, as the engine counted them
     needed: dict[str, float]  # those that the method needs
@@ -237,12 +237,12 @@ def measure_run(
         start = time.perf_counter()
         images = engine.decode(state)
         decoding = time.perf_counter() - start
-    step = statistics.median(durations[1:] or durations)
+    steps = step_seconds(settings, durations)
     return RunCost(
         pairs=len(pairs),
-        steps=settings.steps - settings.first_step,
-        step_seconds=step,
-        other_seconds=max(durations[0] - step, 0) + decoding,
+        steps=len(steps),
+        step_seconds=statistics.mean(steps),
+        other_seconds=max(durations[0] - steps[0], 0) + decoding,
         passes=passes,
         needed=needed_passes(settings, tile),
         images_lost=sum(image is None for image in images),
@@ -250,17 +250,31 @@ def measure_run(
     )
 
 
+def step_seconds(settings: Sampling, durations: list[float]) -> list[float]:
+    """The seconds of each step of a run whose first steps took `durations`, of which the first one warmed up.
+
+    They are the median of the steps of its kind, or of all if none of its kind was timed.
+    """
+    first = settings.first_step
+    timed = list(enumerate(durations, first))[1:] or [(first, durations[0])]
+
+    def seconds(step: int) -> float:
+        kind = settings.step_kind(step)
+        alike = [duration for other, duration in timed if settings.step_kind(other) == kind]
+        return statistics.median(alike or [duration for _, duration in timed])
+
+    return [seconds(step) for step in range(first, settings.steps)]
+
+
 def needed_passes(settings: Sampling, tile: Tile) -> dict[str, float]:
-    """UNet passes a pair and guided step by kind, where the features of each image of the tile are read once."""
+    """UNet passes a pair and step by kind, in the mean of a run, where the features of each image are read once."""
     contents, styles = tile
-    copies = 1 + (settings.guidance_scale > 1)
-    injects = settings.method == "kv_injection"
-    iterations = 0 if injects else settings.iterations
     images = styles + (contents if settings.content_weight > 0 else 0)
+    run, steps = settings.passes, settings.steps - settings.first_step
     found = {
-        "denoise": 0 if settings.method == "optimization" else copies,
-        "feature": images / (contents * styles) if injects or iterations else 0,
-        "gradient": iterations,
+        "denoise": run.denoise / steps,
+        "feature": images / (contents * styles) * run.features / steps,
+        "gradient": run.gradient / steps,
     }
     return {kind: count for kind, count in found.items() if count}
 

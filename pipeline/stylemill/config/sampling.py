@@ -5,7 +5,7 @@ Source of methods, symbols and published values: attention distillation, arXiv 2
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,14 @@ from stylemill.config.schedulers import SCHEDULERS, scheduler_problem
 Method = Literal["guided", "gradient", "optimization", "kv_injection"]
 Init = Literal["auto", "noise", "content"]
 Tiling = Literal["none", "x", "y", "both"]
+
+
+class SamplingPasses(NamedTuple):
+    """UNet passes in all steps: of a pair (of each of its windows), and of an image whose features are read."""
+
+    denoise: int
+    gradient: int
+    features: int
 
 
 class Sampling(StrictModel):
@@ -180,10 +188,27 @@ class Sampling(StrictModel):
         """Whether a step denoises with the prediction of the last gradient pass of the step before it."""
         return self.reuse_prediction and self.guides(step - 1)
 
+    def step_kind(self, step: int) -> tuple[bool, bool]:
+        """Steps of one kind make the same UNet passes, so that they take about the same time."""
+        return self.guides(step), self.reuses(step)
+
     @property
     def guided_steps(self) -> int:
         """The number of guided steps."""
         return sum(map(self.guides, range(self.first_step, self.steps)))
+
+    @property
+    def passes(self) -> SamplingPasses:
+        """The UNet passes of a run."""
+        optimizes, injects = self.method == "optimization", self.method == "kv_injection"
+        copies, steps = 2 if self.guidance_scale > 1 else 1, range(self.first_step, self.steps)
+        iterations = 0 if injects else self.iterations
+        feature_steps = self.guided_steps if injects or iterations else 0
+        return SamplingPasses(
+            denoise=0 if optimizes else (len(steps) - sum(map(self.reuses, steps))) * copies,
+            gradient=iterations * feature_steps,
+            features=feature_steps,
+        )
 
     def window_starts(self, size: int, axis: Literal["x", "y"]) -> list[int]:
         """The first latents of the windows along an axis of `size` latents.

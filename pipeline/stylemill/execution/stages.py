@@ -19,8 +19,8 @@ STEP_LIMIT_FACTOR = 20  # a worker hangs when a step takes this many times the s
 class ProgressReporter:
     """Reports where a shard stands, with the seconds until the next report, after which its worker counts as hanging.
 
-    The limit of a step follows from the slowest step of its kind so far: guided or not, with a prediction of its own or
-    a reused one. The first step of a kind, and any other stage, has `cluster.stage_timeout`.
+    The limit of a step follows from the slowest step of its kind so far (`Sampling.step_kind`). The first step of a
+    kind, and any other stage, has `cluster.stage_timeout`.
     """
 
     def __init__(self, job: Job, attempt: Attempt, pairs: int, send: Callable[[Progress], None]) -> None:
@@ -35,17 +35,17 @@ class ProgressReporter:
         sampling = self._job.sampling
         step, now = state.step if state else sampling.first_step, time.monotonic()
         if stage == "sample" and self._last[:2] == ("sample", step - 1):
-            kind = sampling.guides(step - 1), sampling.reuses(step - 1)
+            kind = sampling.step_kind(step - 1)
             self._slowest[kind] = max(self._slowest.get(kind, 0.0), now - self._last[2])
         self._last = (stage, step, now)
         limit = self._limit(stage, step)
         self._send(Progress(self._attempt.shard, self._attempt.id, stage, step, sampling.steps, self.pairs, limit))
 
     def _limit(self, stage: str, step: int) -> float | None:
-        cluster, sampling = self._job.cluster, self._job.sampling
+        cluster = self._job.cluster
         if stage == "wait":
             return None
-        if stage == "sample" and (slowest := self._slowest.get((sampling.guides(step), sampling.reuses(step)))):
+        if stage == "sample" and (slowest := self._slowest.get(self._job.sampling.step_kind(step))):
             return max(cluster.step_timeout, STEP_LIMIT_FACTOR * slowest)
         return cluster.stage_timeout
 

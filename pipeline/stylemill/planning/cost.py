@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from stylemill.config.job import Job
-from stylemill.config.sampling import Sampling
 from stylemill.engine.batching import (
     PairKind,
     blocks,
@@ -83,7 +81,7 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
     counter = _ShardCounter(job, shape)
     for rows in shards:
         counter.add(rows)
-    passes = sampling_passes(job.sampling)
+    passes = job.sampling.passes
     return Cost(
         contents=len(counter.contents),
         styles=len(counter.styles),
@@ -96,27 +94,6 @@ def count_cost(job: Job, shards: Iterable[Iterable[Row]], shape: ModelShape | No
         distance=2 * counter.pairs * counter.windows + counter.shared,
         blocks=counter.most_blocks,
         memory=_memory(job, shape, counter) if shape else None,
-    )
-
-
-class SamplingPasses(NamedTuple):
-    """UNet passes in all steps: of a pair (of each of its windows), and of an image whose features are read."""
-
-    denoise: int
-    gradient: int
-    features: int
-
-
-def sampling_passes(sampling: Sampling) -> SamplingPasses:
-    """The passes of a job's sampling."""
-    optimizes, injects = sampling.method == "optimization", sampling.method == "kv_injection"
-    copies, steps = 2 if sampling.guidance_scale > 1 else 1, range(sampling.first_step, sampling.steps)
-    iterations = 0 if injects else sampling.iterations
-    feature_steps = sampling.guided_steps if injects or iterations else 0
-    return SamplingPasses(
-        denoise=0 if optimizes else (len(steps) - sum(map(sampling.reuses, steps))) * copies,
-        gradient=iterations * feature_steps,
-        features=feature_steps,
     )
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from stylemill.config.job import Job
 from stylemill.manifest import Manifest
-from stylemill.planning.cost import Size, count_windows, feature_images, sampling_passes
+from stylemill.planning.cost import Size, count_windows, feature_images
 from stylemill.planning.model_shape import ModelShape
 
 MAX_PAIRS_PER_SHARD = 256  # a tile of 16 × 16
@@ -58,7 +58,7 @@ def choose_pairs_per_shard(job: Job, manifest: Manifest, shape: ModelShape | Non
     Reads the manifest, or a sample of it where it is large. Without `shape`, latents are assumed to be those of Stable
     Diffusion. Raises ManifestError for a bad row.
     """
-    passes = sampling_passes(job.sampling)
+    passes = job.sampling.passes
     pair = count_windows(job, shape) * (passes.denoise + GRADIENT * passes.gradient)
     return fastest_size(manifest.num_output_rows, expected_workers(job), pair, passes.features, _images(job, manifest))
 
