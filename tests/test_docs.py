@@ -34,7 +34,7 @@ NO_CODE = (
     "24 of 24 images done",  # what make quickstart prints last
     "manifest ── plan ──> shards",  # the data flow
     "pyproject.toml  constraints.txt",  # the tree
-    "time            12 to 14 hours",  # what plan --bench adds
+    "time            4 to 4.4 minutes",  # what plan --bench adds
     "errors  s3  plural  config  testing",  # the layers
     "<output>/job.json",  # the run folder
 )
@@ -44,7 +44,7 @@ NOT_RUN = {
     "stylemill run jobs/style-transfer.yaml --output runs/sd15": "needs network, and hours",
     "STYLEMILL_FAILPOINTS='after-record": "kills its process",
     "stylemill bench": "takes minutes, or needs network",
-    "stylemill plan job.yaml --workers 4 --bench": "needs what bench wrote",
+    "stylemill plan jobs/quickstart.yaml --workers 2 --bench": "needs what bench wrote",
     "import datasets, fsspec": "needs a bucket",
 }
 TOY = {"model": "toy-model", "sampling.steps": 2, "image.size": 64, "cluster.micro_batch": 2}
