@@ -154,7 +154,12 @@ _COLUMNS = (
         lambda kind: _is_image(kind.value_type) if is_list(kind) else _is_image(kind),
         required=True,
     ),
-    Column("prompt", "string", "the prompt for denoising", _is_string),
+    Column(
+        "prompt",
+        "string",
+        "the prompt for denoising; with `sampling.reuse_prediction` it must be null or empty",
+        _is_string,
+    ),
     Column("negative_prompt", "string", "the negative prompt of classifier-free guidance", _is_string),
     Column(
         "seed", "integer", "seed of the pair's initial latents, 0 or more; null: from the job's seed", pt.is_integer
