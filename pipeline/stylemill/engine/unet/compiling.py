@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 
 def prepare_for_compiling(unet: Any) -> None:
@@ -24,10 +23,9 @@ def prepare_for_compiling(unet: Any) -> None:
 def _enlarge(upsample: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Do the interpolation of an Upsample2D before it is called."""
     hidden_states, output_size = (*args, kwargs.get("output_size"))[:2]
-    doubled = [2 * side for side in hidden_states.shape[-2:]]
-    if output_size is None or list(output_size) == doubled:
-        return (_double(hidden_states),), {}
-    return (interpolate(hidden_states, size=tuple(output_size), mode="nearest"),), {}
+    doubled = _double(hidden_states)
+    height, width = output_size or doubled.shape[-2:]  # of the level above: double, or one less where that is odd
+    return (doubled[..., :height, :width],), {}
 
 
 def _double(x: Tensor) -> Tensor:
