@@ -16,6 +16,7 @@ from stylemill.engine.batching import PairKind, uses_content
 from stylemill.engine.unet.text import Text
 
 Arrays = dict[str, npt.NDArray[Any]]
+PER_PAIR = ("latents", "moments", "history", "predictions")  # fields of SampleState, without "_of"
 _LOST = (
     "latents became NaN or Inf in step {step}; lower learning_rate or content_weight, or set model.dtype to bfloat16 or"
     " float32 if it is float16"
@@ -118,6 +119,11 @@ class SampleState:
     predictions_of: list[Tensor] = field(default_factory=list)
     lowered_scales: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def per_pair(self) -> dict[str, list[Tensor]]:
+        """The lists that have a tensor for each pair, or are empty, by their names in a checkpoint."""
+        return {name: getattr(self, f"{name}_of") for name in PER_PAIR}
+
     def record_lowered_scales(self, scales: Mapping[int, float]) -> None:
         """Keep the smallest loss scale of each pair that is not excluded; an excluded one is sampled with zeros."""
         for pair, scale in scales.items():
@@ -137,15 +143,9 @@ class SampleState:
 
     def copy(self) -> SampleState:
         """A copy that a step can change while this state stays the same."""
-        return replace(
-            self,
-            latents_of=[*self.latents_of],  # steps replace these tensors, they do not write to them
-            moments_of=[*self.moments_of],
-            history_of=[*self.history_of],
-            predictions_of=[*self.predictions_of],
-            lost_at=self.lost_at.clone(),
-            lowered_scales={**self.lowered_scales},
-        )
+        # Copies of the lists alone: steps replace these tensors, they do not write to them.
+        lists: dict[str, Any] = {f"{name}_of": [*tensors] for name, tensors in self.per_pair.items()}
+        return replace(self, **lists, lost_at=self.lost_at.clone(), lowered_scales={**self.lowered_scales})
 
     def assign(self, other: SampleState) -> None:
         """Take over all fields of `other`, which must not be used afterwards."""
@@ -157,7 +157,7 @@ class SampleState:
         Their latents, and the images that no other pair uses, become zeros. They keep their slots, so that the
         micro-batches of the other pairs do not change.
         """
-        for tensors in (self.latents_of, self.moments_of, self.history_of, self.predictions_of):
+        for tensors in self.per_pair.values():
             tensors[:] = [torch.zeros_like(one) if pair in reasons else one for pair, one in enumerate(tensors)]
         kept = [pair for number, pair in enumerate(self.inputs.pairs) if number not in reasons]
         used = {image for pair in kept for image in (pair.content, *pair.styles)}
@@ -190,24 +190,22 @@ class SampleState:
 
     def export_progress(self) -> tuple[Arrays, dict[str, Any]]:
         """The state after this step as arrays and JSON values."""
-        arrays = {f"latents.{i}": _array(z) for i, z in enumerate(self.latents_of)}
-        arrays |= {f"moments.{i}": _array(moments) for i, moments in enumerate(self.moments_of)}
-        arrays |= {f"history.{i}": _array(history) for i, history in enumerate(self.history_of)}
-        arrays |= {f"prediction.{i}": _array(epsilon) for i, epsilon in enumerate(self.predictions_of)}
-        arrays |= {"lost_at": _array(self.lost_at)}
+        arrays = {
+            f"{name}.{i}": _array(tensor) for name, tensors in self.per_pair.items() for i, tensor in enumerate(tensors)
+        }
+        arrays["lost_at"] = _array(self.lost_at)
         excluded = {str(pair): vars(failure) for pair, failure in self.excluded.items()}
         scales = {str(pair): scale for pair, scale in self.lowered_scales.items()}
-        counts = {
-            "moments": len(self.moments_of),
-            "history": len(self.history_of),
-            "predictions": len(self.predictions_of),
-        }
+        counts = {name: len(tensors) for name, tensors in self.per_pair.items()}
         return arrays, {"step": self.step, **counts, "excluded": excluded, "lowered_scales": scales}
 
     @classmethod
     def restore(cls, inputs: Arrays, input_facts: dict[str, Any], arrays: Arrays, facts: dict[str, Any]) -> SampleState:
         """The state that was exported, on the CPU; `Engine.sample(state=…)` moves it to its device and continues it."""
         pairs = [PairInputs(**_with_tuples(pair)) for pair in input_facts["pairs"]]
+        lists: dict[str, Any] = {
+            f"{name}_of": [torch.from_numpy(arrays[f"{name}.{i}"]) for i in range(facts[name])] for name in PER_PAIR
+        }
         digests = list(input_facts["digests"])
         return cls(
             inputs=ShardInputs(
@@ -224,13 +222,10 @@ class SampleState:
                 refine_steps=input_facts["refine_steps"],
                 refine_rate=input_facts["refine_rate"],
             ),
-            latents_of=[torch.from_numpy(arrays[f"latents.{i}"]) for i in range(len(pairs))],
+            **lists,
             lost_at=torch.from_numpy(arrays["lost_at"]),
             excluded={int(pair): PairFailure(**failure) for pair, failure in facts["excluded"].items()},
             step=int(facts["step"]),
-            moments_of=[torch.from_numpy(arrays[f"moments.{i}"]) for i in range(facts["moments"])],
-            history_of=[torch.from_numpy(arrays[f"history.{i}"]) for i in range(facts["history"])],
-            predictions_of=[torch.from_numpy(arrays[f"prediction.{i}"]) for i in range(facts["predictions"])],
             lowered_scales={int(pair): scale for pair, scale in facts["lowered_scales"].items()},
         )
 
@@ -244,10 +239,8 @@ class SampleState:
             masks=[mask.to(device) for mask in self.inputs.masks],
             controls=[control.to(device) for control in self.inputs.controls],
         )
-        self.latents_of = [z.to(device) for z in self.latents_of]
-        self.moments_of = [moments.to(device) for moments in self.moments_of]
-        self.history_of = [history.to(device) for history in self.history_of]
-        self.predictions_of = [epsilon.to(device) for epsilon in self.predictions_of]
+        for tensors in self.per_pair.values():
+            tensors[:] = [tensor.to(device) for tensor in tensors]
         self.lost_at = self.lost_at.to(device)
         return self
 
