@@ -37,13 +37,11 @@ class CudnnThenFlash(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, out, logsumexp.reshape(q.shape[:-1]))
         ctx.rest = *sequences, 0.0, False, seed, offset
-        return out  # type: ignore[no-any-return]
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
-            grad, *ctx.saved_tensors, *ctx.rest
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
 
 
 def measure_attention(device: torch.device, batch: int) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
     python benchmarks/stylization.py                                       # the quickstart's images, embedded model
     python benchmarks/stylization.py --ways --size 128                     # several λ, guided sampling, KV injection
-    python benchmarks/stylization.py --opt-ins --size 128 --steps 24       # what saves UNet passes and changes results
+    python benchmarks/stylization.py --opt-ins --size 128 --steps 50 --rate 0.05    # what saves passes of the UNet
     python benchmarks/stylization.py --model MODEL --contents DIR --styles DIR --sheet FOLDER
 
 A pair's colours, or patches, count as stylized if they are nearer to the style's than the content's are. Its content

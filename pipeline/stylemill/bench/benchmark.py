@@ -170,7 +170,7 @@ class _Bench:
         return calls, measure_run(engine, self.settings, tile, self.size, micro_batch, timed_steps)
 
     def _step_calls_seconds(self, calls: dict[str, CallCost], tile: Tile) -> float:
-        """Of the calls that a guided step of the tile needs."""
+        """Of the calls that a step of the tile needs, in the mean of a run."""
         seconds = {"denoise": calls["denoise"], "feature": calls["features"], "gradient": calls["gradient"]}
         passes = needed_passes(self.settings, tile)
         return math.prod(tile) * sum(count * seconds[kind].seconds for kind, count in passes.items())
